@@ -1,0 +1,1 @@
+//! Support for the benches of the workspace.
