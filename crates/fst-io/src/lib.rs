@@ -2,3 +2,14 @@
 //! plan.
 //!
 //! This crate knows bytes and files; it knows nothing of tensors, dtypes or ranks.
+//!
+//! ```text
+//! extents ──ReadPlan::new──▶ blocks ──engine──▶ memory lent by a Sink ──landed──▶ Sink
+//! ```
+
+pub mod plan;
+pub mod sink;
+
+mod extent;
+
+pub use extent::Extent;
