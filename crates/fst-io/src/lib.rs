@@ -6,10 +6,30 @@
 //! ```text
 //! extents ──ReadPlan::new──▶ blocks ──engine──▶ memory lent by a Sink ──landed──▶ Sink
 //! ```
+//!
+//! Large blocks, many in flight, each straight into its final place: that is what storage is fast
+//! at. [`read`] carries a [`ReadPlan`](plan::ReadPlan) out with the engine that this machine
+//! allows; cold ranges go around the page cache (`O_DIRECT`), resident ones are copied out of it.
 
+#[cfg(not(target_os = "linux"))]
+compile_error!("fst-io uses io_uring, O_DIRECT and statx: it runs on Linux only");
+
+pub mod buffer;
+pub mod engine;
+pub mod place;
 pub mod plan;
+pub mod residency;
 pub mod sink;
+pub mod stats;
 
+mod error;
 mod extent;
+mod file;
+mod sys;
 
+pub use buffer::HostBuffer;
+pub use engine::{CachePolicy, Control, Engine, ReadOptions, ResolvedEngine, read};
+pub use error::{Change, Error};
 pub use extent::Extent;
+pub use file::{DirectIo, SourceFile};
+pub use stats::ReadStats;

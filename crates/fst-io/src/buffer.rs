@@ -1,0 +1,151 @@
+//! Host memory for checkpoints: large, aligned, on huge pages.
+//!
+//! Faulting fresh 4 KiB pages costs more than reading the bytes from a fast device does, so
+//! buffers start at 2 MiB boundaries and ask for huge pages (`MADV_HUGEPAGE`).
+
+use std::io;
+use std::ptr::NonNull;
+use std::slice;
+
+use crate::error::Error;
+use crate::sys::{self, Anonymous};
+
+/// Size and alignment of a huge page on the machines that matter (x86-64, AArch64 with 4 KiB
+/// pages), in bytes.
+pub const HUGE_PAGE: usize = 2 << 20;
+
+/// Zero-initialised memory that one owner fills and many then read.
+#[derive(Debug)]
+pub struct HostBuffer {
+    map: Option<Anonymous>,
+    len: usize,
+}
+
+impl HostBuffer {
+    /// Reserves `len` bytes. Pages come when they are first written.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`] when the address space or a limit does not allow it.
+    pub fn new(len: usize) -> Result<Self, Error> {
+        if len == 0 {
+            return Ok(Self { map: None, len });
+        }
+        let fail = |source| Error::Memory {
+            bytes: len as u64,
+            source,
+        };
+        let page = sys::page_size();
+        let padded = len
+            .checked_next_multiple_of(page)
+            .ok_or_else(|| fail(io::ErrorKind::OutOfMemory.into()))?;
+        let huge = padded >= HUGE_PAGE;
+        let map = Anonymous::new(padded, if huge { HUGE_PAGE } else { page }).map_err(fail)?;
+        if huge {
+            // Without huge pages (disabled, or an old kernel) the load is slower and still right.
+            let _ = map.advise(0, padded, libc::MADV_HUGEPAGE);
+        }
+        Ok(Self {
+            map: Some(map),
+            len,
+        })
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether the buffer holds no byte.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Bytes that may be written from the start: the length up to the next page border.
+    pub fn capacity(&self) -> usize {
+        self.map.as_ref().map_or(0, Anonymous::len)
+    }
+
+    /// Where the buffer starts; dangling when it is empty. Writing through it is for whoever
+    /// knows that no slice of these bytes exists.
+    pub fn as_ptr(&self) -> NonNull<u8> {
+        self.map
+            .as_ref()
+            .map_or(NonNull::dangling(), Anonymous::ptr)
+    }
+
+    /// The bytes of `range`, or `None` when it lies outside.
+    ///
+    /// # Safety
+    ///
+    /// Nobody may write to these bytes while the slice lives: whoever filled them has finished.
+    pub unsafe fn slice(&self, range: std::ops::Range<usize>) -> Option<&[u8]> {
+        if range.start > range.end || range.end > self.len {
+            return None;
+        }
+        // SAFETY: the range lies in the mapping (or is empty, where the dangling pointer is
+        // valid), which is initialised (anonymous memory starts as zeros) and lives as long as
+        // `self`; the caller vouches that nobody writes.
+        Some(unsafe { slice::from_raw_parts(self.as_ptr().as_ptr().add(range.start), range.len()) })
+    }
+
+    /// Backs a part of the buffer with memory now, as first writes would. Best effort: the range
+    /// is widened to whole pages, and a refusal leaves the faults to the writers.
+    pub fn populate(&self, offset: usize, len: usize) {
+        if let Some(map) = &self.map {
+            let page = sys::page_size();
+            let start = offset / page * page;
+            let end = offset
+                .saturating_add(len)
+                .next_multiple_of(page)
+                .min(map.len());
+            if start < end {
+                let _ = map.advise(start, end - start, libc::MADV_POPULATE_WRITE);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_aligned_zeroed_and_bounded() {
+        for len in [1, 4096, 5000, HUGE_PAGE, 3 * HUGE_PAGE + 1] {
+            let buffer = HostBuffer::new(len).unwrap();
+            let align = if buffer.capacity() >= HUGE_PAGE {
+                HUGE_PAGE
+            } else {
+                4096
+            };
+            assert_eq!(buffer.as_ptr().as_ptr() as usize % align, 0);
+            assert!(buffer.capacity() >= len);
+            buffer.populate(len / 2, len);
+            // SAFETY: nobody writes to this buffer.
+            unsafe {
+                assert!(buffer.slice(0..len).unwrap().iter().all(|b| *b == 0));
+                assert!(buffer.slice(0..len + 1).is_none());
+            }
+        }
+    }
+
+    #[test]
+    fn an_empty_buffer_has_an_empty_slice() {
+        let buffer = HostBuffer::new(0).unwrap();
+        // SAFETY: nobody writes to this buffer.
+        assert_eq!(unsafe { buffer.slice(0..0) }, Some(&[][..]));
+    }
+
+    #[test]
+    fn too_much_is_an_error() {
+        assert!(matches!(
+            HostBuffer::new(usize::MAX),
+            Err(Error::Memory { .. })
+        ));
+        assert!(matches!(
+            HostBuffer::new(1 << 60),
+            Err(Error::Memory { .. })
+        ));
+    }
+}

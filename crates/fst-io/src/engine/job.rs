@@ -1,0 +1,277 @@
+//! What the workers of one read share: the cursor over the blocks, the first error, and the rules
+//! of when a block is complete.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::time::Instant;
+
+use crate::engine::{CachePolicy, Control, ReadOptions};
+use crate::error::Error;
+use crate::file::SourceFile;
+use crate::plan::{Block, ReadPlan};
+use crate::residency;
+use crate::sink::{Sink, Target};
+use crate::stats::{Event, Stage, WorkerStats};
+use crate::sys;
+
+/// The way of one block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Route {
+    /// Around the page cache, from this descriptor.
+    Direct(RawFd),
+    /// Copied out of the page cache, which holds (nearly) all of it.
+    Cached,
+    /// Through the page cache, which must first be filled from storage.
+    Buffered,
+}
+
+#[derive(Debug)]
+pub(super) struct Job<'a> {
+    pub(super) files: &'a [SourceFile],
+    plan: &'a ReadPlan,
+    sink: SinkRef<'a>,
+    control: &'a Control,
+    cache: CachePolicy,
+    trace: bool,
+    started: Instant,
+    cursor: AtomicUsize,
+    stopped: AtomicBool,
+    failure: Mutex<Option<Error>>,
+}
+
+struct SinkRef<'a>(&'a dyn Sink);
+
+impl std::fmt::Debug for SinkRef<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Sink")
+    }
+}
+
+/// How often a read that the system asks to repeat is repeated without progress.
+const MAX_RETRIES: u32 = 1000;
+
+impl<'a> Job<'a> {
+    pub(super) fn new(
+        files: &'a [SourceFile],
+        plan: &'a ReadPlan,
+        sink: &'a dyn Sink,
+        options: &ReadOptions,
+        control: &'a Control,
+        started: Instant,
+    ) -> Result<Self, Error> {
+        for segment in plan.segments() {
+            let Some(file) = files.get(segment.file as usize) else {
+                let message = format!("the plan reads file number {}", segment.file);
+                return Err(Error::Setup {
+                    what: "the read: there is no such source",
+                    source: io::Error::other(message),
+                });
+            };
+            let needed = plan.blocks()[segment.blocks.end as usize - 1].need_end();
+            if needed > file.len() {
+                let path = file.path().to_owned();
+                return Err(Error::EarlyEnd {
+                    path,
+                    end: file.len(),
+                    needed,
+                });
+            }
+        }
+        Ok(Self {
+            files,
+            plan,
+            sink: SinkRef(sink),
+            control,
+            cache: options.cache,
+            trace: options.trace,
+            started,
+            cursor: AtomicUsize::new(0),
+            stopped: AtomicBool::new(false),
+            failure: Mutex::new(None),
+        })
+    }
+
+    /// The next block that nobody reads yet, unless the read is over.
+    pub(super) fn next(&self) -> Option<&'a Block> {
+        if self.is_stopped() {
+            return None;
+        }
+        self.plan.blocks().get(self.cursor.fetch_add(1, Relaxed))
+    }
+
+    pub(super) fn is_stopped(&self) -> bool {
+        if self.control.is_cancelled() {
+            self.fail(Error::Cancelled);
+        }
+        self.stopped.load(Relaxed)
+    }
+
+    /// Ends the read. The first error is the one reported.
+    pub(super) fn fail(&self, error: Error) {
+        let mut failure = self.failure.lock().unwrap_or_else(|e| e.into_inner());
+        failure.get_or_insert(error);
+        self.stopped.store(true, Relaxed);
+    }
+
+    /// Ends the read because the taker of blocks wants no more.
+    fn close(&self) {
+        self.fail(Error::Cancelled);
+    }
+
+    pub(super) fn finish(self) -> Result<(), Error> {
+        match self.failure.into_inner().unwrap_or_else(|e| e.into_inner()) {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn file(&self, block: &Block) -> &'a SourceFile {
+        &self.files[block.file as usize]
+    }
+
+    /// Memory for a block. `None` when there is none now, or the read is over.
+    pub(super) fn reserve(
+        &self,
+        block: &Block,
+        wait: bool,
+        stats: &mut WorkerStats,
+    ) -> Option<Target> {
+        let began = Instant::now();
+        let answer = self.sink.0.reserve(block, wait);
+        stats.reserve += began.elapsed();
+        match answer {
+            Ok(Some(target)) => Some(target),
+            Ok(None) => {
+                if wait {
+                    self.close();
+                }
+                None
+            }
+            Err(error) => {
+                self.fail(Error::Sink(error));
+                None
+            }
+        }
+    }
+
+    pub(super) fn landed(&self, block: &Block, target: Target, stats: &mut WorkerStats) {
+        let began = Instant::now();
+        if let Err(error) = self.sink.0.landed(block, target) {
+            self.fail(Error::Sink(error));
+        } else {
+            self.control.add_landed(block.need);
+        }
+        stats.deliver += began.elapsed();
+    }
+
+    pub(super) fn abandoned(&self, block: &Block, target: Target) {
+        self.sink.0.abandoned(block, target);
+    }
+
+    /// Chooses the way of a block by what the page cache holds of it.
+    pub(super) fn route(&self, block: &Block) -> Route {
+        let file = self.file(block);
+        let direct = file.direct().map(|f| Route::Direct(f.as_raw_fd()));
+        let resident = |part: u64| {
+            residency::resident_bytes(file.buffered(), block.offset, block.need)
+                .is_ok_and(|bytes| bytes >= block.need / 8 * part)
+        };
+        match self.cache {
+            CachePolicy::Direct => direct.unwrap_or(Route::Buffered),
+            // A few missing pages cost less than reading all of the block again.
+            CachePolicy::Residency if resident(7) => Route::Cached,
+            CachePolicy::Residency => direct.unwrap_or(Route::Buffered),
+            CachePolicy::Buffered if resident(7) => Route::Cached,
+            CachePolicy::Buffered => Route::Buffered,
+        }
+    }
+
+    pub(super) fn early_end(&self, block: &Block, end: u64) -> Error {
+        let path = self.file(block).path().to_owned();
+        Error::EarlyEnd {
+            path,
+            end,
+            needed: block.need_end(),
+        }
+    }
+
+    pub(super) fn read_error(&self, block: &Block, done: u64, source: io::Error) -> Error {
+        Error::Read {
+            path: self.file(block).path().to_owned(),
+            offset: block.offset + done,
+            len: block.need.saturating_sub(done),
+            source,
+        }
+    }
+
+    /// Reads the rest of a block, from `done` on, by blocking reads through the page cache.
+    ///
+    /// # Safety
+    ///
+    /// `target` is on loan from the sink for this block, and no other read into it is in flight.
+    pub(super) unsafe fn read_buffered(
+        &self,
+        block: &Block,
+        target: Target,
+        mut done: u64,
+    ) -> Result<(), Error> {
+        let fd = self.file(block).buffered().as_raw_fd();
+        let mut retries = 0;
+        while done < block.need {
+            let len = (block.need - done) as usize;
+            // SAFETY: the sink lends at least `block.len >= need` bytes from `ptr`, to this
+            // worker alone.
+            let read = unsafe {
+                sys::pread(
+                    fd,
+                    target.ptr.as_ptr().add(done as usize),
+                    len,
+                    block.offset + done,
+                )
+            };
+            match read {
+                Ok(0) => return Err(self.early_end(block, block.offset + done)),
+                Ok(n) => (done, retries) = (done + n as u64, 0),
+                Err(e) => match self.retry(&e, retries) {
+                    true => retries += 1,
+                    false => return Err(self.read_error(block, done, e)),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a failed read is worth repeating.
+    pub(super) fn retry(&self, error: &io::Error, retries: u32) -> bool {
+        let again = matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN));
+        if again && retries > 16 {
+            std::thread::yield_now();
+        }
+        again && retries < MAX_RETRIES && !self.stopped.load(Relaxed)
+    }
+
+    pub(super) fn record(
+        &self,
+        stats: &mut WorkerStats,
+        stage: Stage,
+        block: &Block,
+        began: Instant,
+        worker: usize,
+    ) {
+        let took = began.elapsed();
+        stats.count(stage, block.need, took);
+        if self.trace {
+            stats.events.push(Event {
+                worker: worker as u32,
+                stage,
+                file: block.file,
+                offset: block.offset,
+                bytes: block.need,
+                start: began.duration_since(self.started),
+                duration: took,
+            });
+        }
+    }
+}

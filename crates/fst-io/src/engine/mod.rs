@@ -1,0 +1,255 @@
+//! Block engines: they carry out a [`ReadPlan`].
+//!
+//! [`read`] starts a few worker threads that take blocks off one shared cursor. For each block the
+//! worker borrows memory from the [`Sink`], chooses its way by what the page cache holds (resident
+//! blocks are copied out of it, cold ones read around it with `O_DIRECT`), reads, and hands the
+//! block over. No lock is taken on the way of a block; a worker waits only for its own reads, or
+//! for the sink when that has no memory to lend.
+
+mod job;
+mod mmap;
+mod pread;
+mod uring;
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::thread;
+use std::time::Instant;
+
+use crate::error::Error;
+use crate::file::SourceFile;
+use crate::plan::ReadPlan;
+use crate::sink::Sink;
+use crate::stats::ReadStats;
+use job::Job;
+
+pub use uring::uring_refusal;
+
+/// How blocks get from files into memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
+pub enum Engine {
+    /// The fastest that works here.
+    #[default]
+    Auto,
+    /// io_uring: many direct reads in flight from few threads.
+    Uring,
+    /// Threads that call `pread(2)`.
+    Pread,
+    /// Threads that copy out of a mapping of the file.
+    Mmap,
+    /// NVIDIA GPUDirect Storage (cuFile), for loads into device memory.
+    Gds,
+}
+
+impl Engine {
+    /// All engines by name.
+    pub const ALL: [Self; 5] = [Self::Auto, Self::Uring, Self::Pread, Self::Mmap, Self::Gds];
+
+    /// The engine's name, as programs take it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Uring => "uring",
+            Self::Pread => "pread",
+            Self::Mmap => "mmap",
+            Self::Gds => "gds",
+        }
+    }
+}
+
+impl fmt::Display for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A name that is no engine's.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("unknown engine {name:?}: expected auto, uring, pread, mmap or gds")]
+pub struct UnknownEngine {
+    /// The name given.
+    pub name: String,
+}
+
+impl FromStr for Engine {
+    type Err = UnknownEngine;
+
+    fn from_str(name: &str) -> Result<Self, UnknownEngine> {
+        Self::ALL
+            .into_iter()
+            .find(|engine| engine.as_str() == name)
+            .ok_or_else(|| UnknownEngine {
+                name: name.to_owned(),
+            })
+    }
+}
+
+/// What was asked for, and what it came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ResolvedEngine {
+    /// The engine asked for.
+    pub asked: Engine,
+    /// The engine used; never [`Engine::Auto`].
+    pub used: Engine,
+    /// Why this one, in a few words.
+    pub reason: String,
+}
+
+impl ResolvedEngine {
+    /// Finds the engine that runs for `asked` on this machine.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::EngineUnavailable`] when an engine asked for by name cannot run.
+    pub fn resolve(asked: Engine) -> Result<Self, Error> {
+        let refusal = match asked {
+            Engine::Auto | Engine::Uring => uring_refusal(),
+            Engine::Mmap => mmap::refusal(),
+            Engine::Pread => None,
+            Engine::Gds => Some("cuFile reads into device memory only".to_owned()),
+        };
+        let (used, reason) = match (asked, refusal) {
+            (Engine::Auto, None) => (Engine::Uring, "io_uring is available".to_owned()),
+            (Engine::Auto, Some(why)) => (Engine::Pread, why),
+            (named, None) => (named, "asked for".to_owned()),
+            (named, Some(reason)) => {
+                return Err(Error::EngineUnavailable {
+                    engine: named,
+                    reason,
+                });
+            }
+        };
+        Ok(Self {
+            asked,
+            used,
+            reason,
+        })
+    }
+}
+
+/// When to go through the page cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
+pub enum CachePolicy {
+    /// Block by block: copy what the cache holds, read the rest around it.
+    #[default]
+    Residency,
+    /// Always around the cache where the file system can.
+    Direct,
+    /// Always through the cache.
+    Buffered,
+}
+
+/// How to carry out a plan.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct ReadOptions {
+    /// The engine to use.
+    pub engine: Engine,
+    /// Reader threads; by default one a core, within bounds that suit the engine.
+    pub workers: Option<usize>,
+    /// Direct reads in flight over all workers.
+    pub depth: Option<usize>,
+    /// When to go through the page cache.
+    pub cache: CachePolicy,
+    /// Record every block's times, for a timeline.
+    pub trace: bool,
+}
+
+/// The owner's handle on a running read: how far it is, and the way to end it.
+#[derive(Debug, Default)]
+pub struct Control {
+    cancelled: AtomicBool,
+    landed: AtomicU64,
+}
+
+impl Control {
+    /// A fresh handle.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Ends the read as soon as the requests in flight are over; it returns
+    /// [`Error::Cancelled`].
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Relaxed);
+    }
+
+    /// Whether [`cancel`](Self::cancel) was called.
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Relaxed)
+    }
+
+    /// Bytes that have landed so far (of [`ReadPlan::bytes_read`]).
+    pub fn landed_bytes(&self) -> u64 {
+        self.landed.load(Relaxed)
+    }
+
+    pub(crate) fn add_landed(&self, bytes: u64) {
+        self.landed.fetch_add(bytes, Relaxed);
+    }
+}
+
+/// Reads every block of `plan` into memory lent by `sink`, and checks afterwards that no file
+/// changed meanwhile.
+///
+/// `files` are the sources that the plan's file numbers index. Returns when every block has
+/// landed or the first error has ended the read; either way no request is in flight any more, and
+/// all memory is back with the sink.
+///
+/// # Errors
+///
+/// The first [`Error`] that any worker met.
+pub fn read(
+    files: &[SourceFile],
+    plan: &ReadPlan,
+    sink: &dyn Sink,
+    options: &ReadOptions,
+    control: &Control,
+) -> Result<ReadStats, Error> {
+    let started = Instant::now();
+    let engine = ResolvedEngine::resolve(options.engine)?;
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    let workers = options.workers.unwrap_or_else(|| match engine.used {
+        // Copies out of the page cache scale with cores; direct reads keep one busy a little.
+        Engine::Uring => cores.clamp(1, 16),
+        // The number of threads is the number of reads in flight.
+        Engine::Pread => (2 * cores).clamp(8, 32),
+        _ => cores.clamp(1, 16),
+    });
+    let workers = workers.clamp(1, plan.blocks().len().max(1));
+    let job = Job::new(files, plan, sink, options, control, started)?;
+    let depth = options.depth.unwrap_or(16).div_ceil(workers).clamp(1, 128);
+    let run = |worker: usize| match engine.used {
+        Engine::Uring => uring::work(&job, worker, depth),
+        Engine::Mmap => mmap::work(&job, worker),
+        _ => pread::work(&job, worker),
+    };
+    let mut stats = ReadStats::new(engine.clone(), workers, plan);
+    thread::scope(|scope| {
+        let threads: Vec<_> = (1..workers)
+            .filter_map(|worker| {
+                let spawned = thread::Builder::new()
+                    .name(format!("fst-read-{worker}"))
+                    .spawn_scoped(scope, move || run(worker));
+                // Fewer threads are slower and still right.
+                spawned.ok()
+            })
+            .collect();
+        stats.add(run(0));
+        for thread in threads {
+            match thread.join() {
+                Ok(worker) => stats.add(worker),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+    });
+    job.finish()?;
+    for file in files {
+        file.verify_unchanged()?;
+    }
+    stats.seconds = started.elapsed().as_secs_f64();
+    Ok(stats)
+}

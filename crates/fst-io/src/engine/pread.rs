@@ -1,0 +1,86 @@
+//! Threads that call `pread(2)`: works everywhere. As many reads are in flight as there are
+//! threads; cold blocks go around the page cache where the file system allows it.
+
+use std::os::fd::RawFd;
+use std::time::Instant;
+
+use super::job::{Job, Route};
+use crate::error::Error;
+use crate::plan::Block;
+use crate::sink::Target;
+use crate::stats::{Stage, WorkerStats};
+use crate::sys;
+
+pub(super) fn work(job: &Job<'_>, worker: usize) -> WorkerStats {
+    let mut stats = WorkerStats::default();
+    while let Some(block) = job.next() {
+        let Some(target) = job.reserve(block, true, &mut stats) else {
+            break;
+        };
+        let began = Instant::now();
+        let route = job.route(block);
+        // SAFETY: `target` was just lent for this block, and this is the only read into it.
+        let result = unsafe {
+            match route {
+                Route::Direct(fd) => read_direct(job, block, target, fd),
+                Route::Cached | Route::Buffered => job.read_buffered(block, target, 0),
+            }
+        };
+        match result {
+            Ok(()) => {
+                let stage = match route {
+                    Route::Direct(_) => Stage::Direct,
+                    Route::Cached => Stage::Cached,
+                    Route::Buffered => Stage::Buffered,
+                };
+                job.record(&mut stats, stage, block, began, worker);
+                job.landed(block, target, &mut stats);
+            }
+            Err(error) => {
+                job.abandoned(block, target);
+                job.fail(error);
+            }
+        }
+    }
+    stats
+}
+
+/// One direct read, and buffered ones for whatever it leaves.
+///
+/// # Safety
+///
+/// As for [`Job::read_buffered`].
+unsafe fn read_direct(
+    job: &Job<'_>,
+    block: &Block,
+    target: Target,
+    fd: RawFd,
+) -> Result<(), Error> {
+    let (mut done, mut retries) = (0, 0);
+    while done < block.need && done % job.file(block).align() == 0 {
+        let len = (block.len - done) as usize;
+        // SAFETY: the sink lends at least `block.len` bytes from `ptr`, to this worker alone.
+        let read = unsafe {
+            sys::pread(
+                fd,
+                target.ptr.as_ptr().add(done as usize),
+                len,
+                block.offset + done,
+            )
+        };
+        match read {
+            Ok(0) => break,
+            Ok(n) => (done, retries) = (done + n as u64, 0),
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+                job.file(block).refuse_direct();
+                break;
+            }
+            Err(e) => match job.retry(&e, retries) {
+                true => retries += 1,
+                false => return Err(job.read_error(block, done, e)),
+            },
+        }
+    }
+    // SAFETY: passed on from the caller; the direct reads are over.
+    unsafe { job.read_buffered(block, target, done) }
+}

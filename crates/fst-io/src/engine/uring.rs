@@ -1,0 +1,365 @@
+//! io_uring: each worker keeps several large reads in flight on a ring of its own, and copies
+//! resident blocks itself between two looks at the ring.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::time::{Duration, Instant};
+
+use io_uring::{IoUring, opcode, types};
+
+use super::job::{Job, Route};
+use super::pread;
+use crate::error::Error;
+use crate::plan::Block;
+use crate::sink::Target;
+use crate::stats::{Stage, WorkerStats};
+
+/// The longest single request: its length field has 32 bits, and the kernel caps reads at 2 GiB.
+const MAX_REQUEST: u64 = 1 << 30;
+
+/// Why io_uring cannot be used here, or `None` when it can.
+///
+/// It may be absent (before Linux 5.6), switched off (`kernel.io_uring_disabled`) or filtered by
+/// seccomp, as most container runtimes do.
+pub fn uring_refusal() -> Option<String> {
+    let refused = |e: io::Error| {
+        let hint = match e.raw_os_error() {
+            Some(libc::ENOSYS) => " (not in this kernel, or filtered by seccomp)",
+            Some(libc::EPERM) => " (filtered by seccomp, or off by kernel.io_uring_disabled)",
+            _ => "",
+        };
+        Some(format!("io_uring is refused: {e}{hint}"))
+    };
+    match new_ring(2) {
+        Ok(ring) => {
+            let mut probe = io_uring::Probe::new();
+            match ring.submitter().register_probe(&mut probe) {
+                Ok(()) if probe.is_supported(opcode::Read::CODE) => None,
+                Ok(()) => Some("io_uring here has no read operation".to_owned()),
+                Err(e) => refused(e),
+            }
+        }
+        Err(e) => refused(e),
+    }
+}
+
+/// A ring for one thread. Completions are processed when that thread asks (Linux 6.1), which
+/// spares interrupts; older kernels get a plain ring.
+fn new_ring(entries: u32) -> io::Result<IoUring> {
+    IoUring::builder()
+        .setup_single_issuer()
+        .setup_defer_taskrun()
+        .setup_taskrun_flag()
+        .build(entries)
+        .or_else(|e| match e.raw_os_error() {
+            Some(libc::EINVAL) => IoUring::new(entries),
+            _ => Err(e),
+        })
+}
+
+pub(super) fn work(job: &Job<'_>, id: usize, depth: usize) -> WorkerStats {
+    match new_ring(depth as u32) {
+        Ok(ring) => Worker::new(job, id, ring, depth).run(),
+        // Locked-memory limits of older kernels can refuse the n-th ring.
+        Err(_) => pread::work(job, id),
+    }
+}
+
+/// A read that the kernel is busy with.
+struct Flight<'a> {
+    block: &'a Block,
+    target: Target,
+    fd: RawFd,
+    /// Whether `fd` reads around the page cache, in whole aligned pieces.
+    direct: bool,
+    done: u64,
+    retries: u32,
+    began: Instant,
+}
+
+/// One thread's ring. Invariant: for every `Some` in `slots`, one request is queued or in the
+/// kernel's hands, with the slot's index as its user data; the slot's target stays on loan until
+/// its completion is seen, on every path including drop.
+struct Worker<'j, 'a> {
+    job: &'j Job<'a>,
+    id: usize,
+    ring: IoUring,
+    slots: Vec<Option<Flight<'a>>>,
+    free: Vec<usize>,
+    stats: WorkerStats,
+}
+
+impl<'j, 'a> Worker<'j, 'a> {
+    fn new(job: &'j Job<'a>, id: usize, ring: IoUring, depth: usize) -> Self {
+        let slots = (0..depth).map(|_| None).collect();
+        Self {
+            job,
+            id,
+            ring,
+            slots,
+            free: (0..depth).collect(),
+            stats: WorkerStats::default(),
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    fn run(mut self) -> WorkerStats {
+        let mut held_back = None;
+        loop {
+            held_back = self.fill(held_back);
+            if self.in_flight() == 0 {
+                break;
+            }
+            self.wait();
+            self.reap();
+        }
+        std::mem::take(&mut self.stats)
+    }
+
+    /// Issues blocks until the ring is full, there are no more, or the sink has no memory now; in
+    /// that case the block in hand is given back, to be tried again.
+    fn fill(&mut self, mut in_hand: Option<&'a Block>) -> Option<&'a Block> {
+        while !self.free.is_empty() {
+            let block = in_hand.take().filter(|_| !self.job.is_stopped());
+            let Some(block) = block.or_else(|| self.job.next()) else {
+                break;
+            };
+            // With requests in flight, waiting for them is waiting for memory too; without, the
+            // sink must block, or this loop would spin.
+            let wait = self.in_flight() == 0;
+            let Some(target) = self.job.reserve(block, wait, &mut self.stats) else {
+                if !wait && !self.job.is_stopped() {
+                    in_hand = Some(block);
+                }
+                break;
+            };
+            let file = self.job.file(block);
+            let began = Instant::now();
+            let (fd, direct) = match self.job.route(block) {
+                Route::Direct(fd) => (fd, true),
+                Route::Buffered => (file.buffered().as_raw_fd(), false),
+                Route::Cached => {
+                    self.copy(block, target, began);
+                    continue;
+                }
+            };
+            self.push(Flight {
+                block,
+                target,
+                fd,
+                direct,
+                done: 0,
+                retries: 0,
+                began,
+            });
+            self.submit();
+        }
+        in_hand
+    }
+
+    /// Copies a resident block out of the page cache, then looks after the ring.
+    fn copy(&mut self, block: &'a Block, target: Target, began: Instant) {
+        // SAFETY: the target was just lent for this block, and no request was made into it.
+        let result = unsafe { self.job.read_buffered(block, target, 0) };
+        self.complete(block, target, result, Stage::Cached, began);
+        if self.in_flight() > 0 {
+            self.submit();
+            self.reap();
+        }
+    }
+
+    fn complete(
+        &mut self,
+        block: &'a Block,
+        target: Target,
+        result: Result<(), Error>,
+        stage: Stage,
+        began: Instant,
+    ) {
+        match result {
+            Ok(()) => {
+                self.job
+                    .record(&mut self.stats, stage, block, began, self.id);
+                self.job.landed(block, target, &mut self.stats);
+            }
+            Err(error) => {
+                self.job.abandoned(block, target);
+                self.job.fail(error);
+            }
+        }
+    }
+
+    /// Queues the rest of a flight. There is a free slot.
+    fn push(&mut self, flight: Flight<'a>) {
+        let Some(slot) = self.free.pop() else {
+            return self.give_up(flight);
+        };
+        let Flight {
+            block,
+            target,
+            fd,
+            direct,
+            done,
+            ..
+        } = flight;
+        let end = if direct { block.len } else { block.need };
+        let len = (end - done).min(MAX_REQUEST) as u32;
+        let at = target.ptr.as_ptr().wrapping_add(done as usize);
+        let entry = opcode::Read::new(types::Fd(fd), at, len)
+            .offset(block.offset + done)
+            .build()
+            .user_data(slot as u64);
+        // SAFETY: `at..at + len` lies in the target (`done <= end <= block.len <= capacity`),
+        // which stays on loan until this slot's completion is seen (invariant of `Worker`); the
+        // descriptor belongs to a source that outlives the job.
+        let pushed = unsafe { self.ring.submission().push(&entry) };
+        if pushed.is_ok() {
+            self.slots[slot] = Some(flight);
+        } else {
+            self.free.push(slot);
+            self.give_up(flight);
+        }
+    }
+
+    /// The ring has as many entries as slots, so this is for a ring that broke its word.
+    fn give_up(&mut self, flight: Flight<'a>) {
+        self.job.abandoned(flight.block, flight.target);
+        let source = io::Error::other("submission queue full");
+        self.job.fail(Error::Setup {
+            what: "a read on the ring",
+            source,
+        });
+    }
+
+    /// Hands queued requests to the kernel, and lets it run what it deferred.
+    fn submit(&mut self) {
+        let began = Instant::now();
+        // EAGAIN, EBUSY, EINTR: what was not taken stays queued for the next call.
+        let _ = self.ring.submit();
+        self.stats.issue += began.elapsed();
+    }
+
+    /// Waits for at least one completion.
+    fn wait(&mut self) {
+        let began = Instant::now();
+        while self.ring.completion().is_empty() {
+            match self.ring.submit_and_wait(1) {
+                Ok(_) => {}
+                Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
+                // Out of resources for the moment, or a broken ring: completions of what is in
+                // flight still come, and nothing may be freed before they have.
+                Err(_) => std::thread::sleep(Duration::from_millis(1)),
+            }
+        }
+        self.stats.wait += began.elapsed();
+    }
+
+    /// Takes all completions that are there.
+    fn reap(&mut self) {
+        loop {
+            let Some(entry) = self.ring.completion().next() else {
+                break;
+            };
+            let slot = entry.user_data() as usize;
+            let Some(flight) = self.slots.get_mut(slot).and_then(Option::take) else {
+                continue;
+            };
+            self.free.push(slot);
+            self.arrived(flight, entry.result());
+        }
+    }
+
+    /// Decides what a completion means: done, more to come, again, another way, or an error.
+    fn arrived(&mut self, mut flight: Flight<'a>, result: i32) {
+        let (job, block) = (self.job, flight.block);
+        let align = job.file(block).align();
+        if let Ok(read @ 1..) = u64::try_from(result) {
+            flight.done += read;
+            flight.retries = 0;
+            if flight.done >= block.need {
+                let stage = if flight.direct {
+                    Stage::Direct
+                } else {
+                    Stage::Buffered
+                };
+                return self.complete(block, flight.target, Ok(()), stage, flight.began);
+            }
+            if !flight.direct || flight.done.is_multiple_of(align) {
+                return self.push(flight);
+            }
+            return self.finish_buffered(flight);
+        }
+        if result == 0 {
+            return if flight.direct {
+                self.finish_buffered(flight)
+            } else {
+                let error = job.early_end(block, block.offset + flight.done);
+                self.complete(
+                    block,
+                    flight.target,
+                    Err(error),
+                    Stage::Buffered,
+                    flight.began,
+                )
+            };
+        }
+        let error = io::Error::from_raw_os_error(result.saturating_neg());
+        match error.raw_os_error() {
+            Some(libc::EINVAL | libc::EOPNOTSUPP) if flight.direct => {
+                job.file(block).refuse_direct();
+                self.finish_buffered(flight);
+            }
+            _ if job.retry(&error, flight.retries) => {
+                flight.retries += 1;
+                self.push(flight);
+            }
+            _ => {
+                let error = job.read_error(block, flight.done, error);
+                self.complete(
+                    block,
+                    flight.target,
+                    Err(error),
+                    Stage::Direct,
+                    flight.began,
+                );
+            }
+        }
+    }
+
+    /// Gets the rest of a block through the page cache: an end that is not aligned, or a file
+    /// system that accepted `O_DIRECT` at open and refuses it now.
+    fn finish_buffered(&mut self, flight: Flight<'a>) {
+        let Flight {
+            block,
+            target,
+            done,
+            began,
+            ..
+        } = flight;
+        // SAFETY: the flight's completion was seen, so that no request into its target is left.
+        let result = unsafe { self.job.read_buffered(block, target, done) };
+        self.complete(block, target, result, Stage::Buffered, began);
+    }
+}
+
+impl Drop for Worker<'_, '_> {
+    /// After a panic of the sink: no memory goes back before the kernel is done with it.
+    fn drop(&mut self) {
+        while self.in_flight() > 0 {
+            self.wait();
+            loop {
+                let Some(entry) = self.ring.completion().next() else {
+                    break;
+                };
+                let slot = entry.user_data() as usize;
+                if let Some(flight) = self.slots.get_mut(slot).and_then(Option::take) {
+                    self.free.push(slot);
+                    self.job.abandoned(flight.block, flight.target);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! How much of a file range is in the page cache.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use memmap2::MmapOptions;
+
+use crate::sys;
+
+/// Bytes of `offset..offset + len` that are in the page cache, counted in whole pages.
+///
+/// Asks `cachestat(2)`, and `mincore(2)` on a mapping where the kernel has no such call.
+///
+/// # Errors
+///
+/// The system's error where both calls fail, as on file systems that cannot be mapped.
+pub fn resident_bytes(file: &File, offset: u64, len: u64) -> io::Result<u64> {
+    static NO_CACHESTAT: AtomicBool = AtomicBool::new(false);
+    if len == 0 {
+        return Ok(0);
+    }
+    let page = sys::page_size() as u64;
+    if !NO_CACHESTAT.load(Relaxed) {
+        match sys::cachestat(file.as_raw_fd(), offset, len) {
+            Ok(pages) => return Ok((pages * page).min(len)),
+            // Absent from the kernel, or filtered: it will not come back. Any other error is of
+            // this file, whose file system may have no page cache of the usual kind.
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => {
+                NO_CACHESTAT.store(true, Relaxed);
+            }
+            Err(_) => {}
+        }
+    }
+    by_mincore(file, offset, len)
+}
+
+fn by_mincore(file: &File, offset: u64, len: u64) -> io::Result<u64> {
+    let page = sys::page_size() as u64;
+    let start = offset / page * page;
+    let size = file.metadata()?.len();
+    let end = (offset + len).min(size);
+    if end <= start {
+        return Ok(0);
+    }
+    let map_len = usize::try_from(end - start).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: the mapping is asked about and never read, so that other writers do not matter.
+    let map = unsafe { MmapOptions::new().offset(start).len(map_len).map(file)? };
+    Ok((sys::mincore(&map, page as usize)? * page).min(len))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn what_was_just_written_is_resident_and_both_ways_agree() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&vec![7; 1 << 20]).unwrap();
+        assert_eq!(resident_bytes(&file, 0, 1 << 20).unwrap(), 1 << 20);
+        assert_eq!(by_mincore(&file, 0, 1 << 20).unwrap(), 1 << 20);
+        assert_eq!(by_mincore(&file, 4096, 8192).unwrap(), 8192);
+        assert_eq!(resident_bytes(&file, 4096, 8192).unwrap(), 8192);
+        assert_eq!(by_mincore(&file, 2 << 20, 4096).unwrap(), 0);
+        assert_eq!(resident_bytes(&file, 0, 0).unwrap(), 0);
+    }
+
+    #[test]
+    fn what_was_dropped_is_not_resident() {
+        let mut file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        file.write_all(&vec![7; 1 << 20]).unwrap();
+        file.sync_all().unwrap();
+        // SAFETY: advice on an open file touches no memory of this process.
+        let dropped =
+            unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        assert_eq!(dropped, 0);
+        let left = by_mincore(&file, 0, 1 << 20).unwrap();
+        assert_eq!(resident_bytes(&file, 0, 1 << 20).unwrap(), left);
+        assert!(left < 1 << 20, "{left} bytes still cached");
+    }
+}

@@ -1,0 +1,224 @@
+//! The system calls that the standard library lacks, as functions that return `io::Result`.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, RawFd};
+use std::ptr::{self, NonNull};
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result == -1 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+fn count(result: libc::ssize_t) -> io::Result<usize> {
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+/// What `statx(2)` says of direct I/O on an open file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum DioAlign {
+    /// The kernel or file system does not tell (before Linux 6.1, and many network file systems).
+    Unknown,
+    /// Direct I/O is not to be had on this file.
+    Unsupported,
+    /// Alignments of memory and of file offset and length, in bytes.
+    Bytes {
+        /// Of the buffer's address.
+        memory: u64,
+        /// Of the file offset and the length.
+        offset: u64,
+    },
+}
+
+/// Asks for `STATX_DIOALIGN`.
+pub(crate) fn dio_align(file: &File) -> io::Result<DioAlign> {
+    let mut stat = MaybeUninit::<libc::statx>::zeroed();
+    let empty: &CStr = c"";
+    // SAFETY: the path is a valid C string, `AT_EMPTY_PATH` makes the call speak of the open file,
+    // and `stat` is memory of the size that the call fills.
+    check(unsafe {
+        libc::statx(
+            file.as_raw_fd(),
+            empty.as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_DIOALIGN,
+            stat.as_mut_ptr(),
+        )
+    })?;
+    // SAFETY: all-zero bytes are a valid `statx`, and the call succeeded in filling it.
+    let stat = unsafe { stat.assume_init() };
+    if stat.stx_mask & libc::STATX_DIOALIGN == 0 {
+        return Ok(DioAlign::Unknown);
+    }
+    Ok(match (stat.stx_dio_mem_align, stat.stx_dio_offset_align) {
+        (0, _) | (_, 0) => DioAlign::Unsupported,
+        (memory, offset) => DioAlign::Bytes {
+            memory: memory.into(),
+            offset: offset.into(),
+        },
+    })
+}
+
+/// Reads at an offset into raw memory, once.
+///
+/// # Safety
+///
+/// `ptr` must be valid for writes of `len` bytes, and nobody else may touch them meanwhile.
+pub(crate) unsafe fn pread(fd: RawFd, ptr: *mut u8, len: usize, offset: u64) -> io::Result<usize> {
+    let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: the caller vouches for `ptr` and `len`; a bad descriptor is an error, not a hazard.
+    count(unsafe { libc::pread(fd, ptr.cast(), len, offset) })
+}
+
+/// Copies from this process's own memory through the kernel, so that a source page that cannot be
+/// had (a mapping whose file shrank) is an error and not a signal.
+///
+/// # Safety
+///
+/// `dst` must be valid for writes of `len` bytes, and nobody else may touch them meanwhile. `src`
+/// may be any address.
+pub(crate) unsafe fn copy_fallible(src: *const u8, dst: *mut u8, len: usize) -> io::Result<usize> {
+    let local = libc::iovec {
+        iov_base: dst.cast(),
+        iov_len: len,
+    };
+    let remote = libc::iovec {
+        iov_base: src.cast_mut().cast(),
+        iov_len: len,
+    };
+    // SAFETY: one vector each; the kernel checks `remote`, and the caller vouches for `local`.
+    count(unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) })
+}
+
+/// Pages of a file range in the page cache, by `cachestat(2)` (Linux 6.5).
+pub(crate) fn cachestat(fd: RawFd, offset: u64, len: u64) -> io::Result<u64> {
+    #[repr(C)]
+    struct Range {
+        off: u64,
+        len: u64,
+    }
+    #[repr(C)]
+    #[derive(Default)]
+    struct Stat {
+        cache: u64,
+        dirty: u64,
+        writeback: u64,
+        evicted: u64,
+        recently_evicted: u64,
+    }
+    const SYS_CACHESTAT: libc::c_long = 451; // the same number on every architecture
+    let range = Range { off: offset, len };
+    let mut stat = Stat::default();
+    // SAFETY: both pointers are to live structs of the layout that the call's manual page gives.
+    let result = unsafe { libc::syscall(SYS_CACHESTAT, fd, &raw const range, &raw mut stat, 0u32) };
+    if result == -1 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(stat.cache)
+    }
+}
+
+/// Pages of a mapped range in the page cache, by `mincore(2)`.
+pub(crate) fn mincore(mapping: &[u8], page: usize) -> io::Result<u64> {
+    let mut present = vec![0u8; mapping.len().div_ceil(page)];
+    // SAFETY: the range is a live mapping, page-aligned as the callers' maps are, and `present`
+    // has one byte per page.
+    check(unsafe {
+        libc::mincore(
+            mapping.as_ptr().cast_mut().cast(),
+            mapping.len(),
+            present.as_mut_ptr(),
+        )
+    })?;
+    Ok(present.iter().filter(|p| *p & 1 == 1).count() as u64)
+}
+
+/// The system's page size in bytes.
+pub(crate) fn page_size() -> usize {
+    // SAFETY: no memory is involved.
+    usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
+}
+
+/// An anonymous private mapping, unmapped on drop.
+#[derive(Debug)]
+pub(crate) struct Anonymous {
+    ptr: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the mapping belongs to this value alone, whichever thread holds it; access to its bytes
+// goes through methods whose contracts say who may do so.
+unsafe impl Send for Anonymous {}
+// SAFETY: as above; the value itself has no interior mutability.
+unsafe impl Sync for Anonymous {}
+
+impl Anonymous {
+    /// Maps `len` zero bytes (a multiple of the page size, not zero) at a multiple of `align` (a
+    /// power of two and at least a page). Nothing is backed by memory yet.
+    pub(crate) fn new(len: usize, align: usize) -> io::Result<Self> {
+        let padded = len.checked_add(align).ok_or(io::ErrorKind::OutOfMemory)?;
+        // SAFETY: a fresh anonymous mapping touches no existing memory.
+        let raw = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                padded,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if raw == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let raw = raw.cast::<u8>();
+        let head = raw.align_offset(align);
+        let tail = padded - head - len;
+        // SAFETY: head and tail lie inside the mapping just made, are page-aligned (its start,
+        // `align` and `len` are), and nothing refers to them.
+        unsafe {
+            if head > 0 {
+                libc::munmap(raw.cast(), head);
+            }
+            if tail > 0 {
+                libc::munmap(raw.add(head + len).cast(), tail);
+            }
+        }
+        // SAFETY: `head < padded`, so the address is inside the mapping, hence not null.
+        let ptr = unsafe { NonNull::new_unchecked(raw.add(head)) };
+        Ok(Self { ptr, len })
+    }
+
+    pub(crate) fn ptr(&self) -> NonNull<u8> {
+        self.ptr
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Advises a page-aligned part of the mapping.
+    pub(crate) fn advise(&self, offset: usize, len: usize, advice: libc::c_int) -> io::Result<()> {
+        if offset.checked_add(len).is_none_or(|end| end > self.len) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        debug_assert!(
+            advice == libc::MADV_HUGEPAGE || advice == libc::MADV_POPULATE_WRITE,
+            "advice that throws pages away would change bytes under their readers"
+        );
+        // SAFETY: the range lies in this mapping, and the advice used keeps its contents.
+        check(unsafe { libc::madvise(self.ptr.as_ptr().add(offset).cast(), len, advice) })
+    }
+}
+
+impl Drop for Anonymous {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this value's own, and whoever lent parts of it holds the value.
+        unsafe { libc::munmap(self.ptr.as_ptr().cast(), self.len) };
+    }
+}
