@@ -7,6 +7,7 @@ use std::io;
 use std::ptr::NonNull;
 use std::slice;
 
+use crate::budget::Lease;
 use crate::error::Error;
 use crate::sys::{self, Anonymous};
 
@@ -19,6 +20,9 @@ pub const HUGE_PAGE: usize = 2 << 20;
 pub struct HostBuffer {
     map: Option<Anonymous>,
     len: usize,
+    /// Declared behind the mapping, so that the bytes are back in the budget only once the memory
+    /// is back with the system.
+    lease: Option<Lease>,
 }
 
 impl HostBuffer {
@@ -29,12 +33,9 @@ impl HostBuffer {
     /// [`Error::Memory`] when the address space or a limit does not allow it.
     pub fn new(len: usize) -> Result<Self, Error> {
         if len == 0 {
-            return Ok(Self { map: None, len });
+            return Ok(Self { map: None, len, lease: None });
         }
-        let fail = |source| Error::Memory {
-            bytes: len as u64,
-            source,
-        };
+        let fail = |source| Error::Memory { bytes: len as u64, source };
         let page = sys::page_size();
         let padded = len
             .checked_next_multiple_of(page)
@@ -45,10 +46,13 @@ impl HostBuffer {
             // Without huge pages (disabled, or an old kernel) the load is slower and still right.
             let _ = map.advise(0, padded, libc::MADV_HUGEPAGE);
         }
-        Ok(Self {
-            map: Some(map),
-            len,
-        })
+        Ok(Self { map: Some(map), len, lease: None })
+    }
+
+    /// Ties a part of a budget to the life of this buffer.
+    pub fn with_lease(mut self, lease: Lease) -> Self {
+        self.lease = Some(lease);
+        self
     }
 
     /// Length in bytes.
@@ -69,9 +73,7 @@ impl HostBuffer {
     /// Where the buffer starts; dangling when it is empty. Writing through it is for whoever
     /// knows that no slice of these bytes exists.
     pub fn as_ptr(&self) -> NonNull<u8> {
-        self.map
-            .as_ref()
-            .map_or(NonNull::dangling(), Anonymous::ptr)
+        self.map.as_ref().map_or(NonNull::dangling(), Anonymous::ptr)
     }
 
     /// The bytes of `range`, or `None` when it lies outside.
@@ -95,10 +97,7 @@ impl HostBuffer {
         if let Some(map) = &self.map {
             let page = sys::page_size();
             let start = offset / page * page;
-            let end = offset
-                .saturating_add(len)
-                .next_multiple_of(page)
-                .min(map.len());
+            let end = offset.saturating_add(len).next_multiple_of(page).min(map.len());
             if start < end {
                 let _ = map.advise(start, end - start, libc::MADV_POPULATE_WRITE);
             }
@@ -114,11 +113,7 @@ mod tests {
     fn buffers_are_aligned_zeroed_and_bounded() {
         for len in [1, 4096, 5000, HUGE_PAGE, 3 * HUGE_PAGE + 1] {
             let buffer = HostBuffer::new(len).unwrap();
-            let align = if buffer.capacity() >= HUGE_PAGE {
-                HUGE_PAGE
-            } else {
-                4096
-            };
+            let align = if buffer.capacity() >= HUGE_PAGE { HUGE_PAGE } else { 4096 };
             assert_eq!(buffer.as_ptr().as_ptr() as usize % align, 0);
             assert!(buffer.capacity() >= len);
             buffer.populate(len / 2, len);
@@ -139,13 +134,7 @@ mod tests {
 
     #[test]
     fn too_much_is_an_error() {
-        assert!(matches!(
-            HostBuffer::new(usize::MAX),
-            Err(Error::Memory { .. })
-        ));
-        assert!(matches!(
-            HostBuffer::new(1 << 60),
-            Err(Error::Memory { .. })
-        ));
+        assert!(matches!(HostBuffer::new(usize::MAX), Err(Error::Memory { .. })));
+        assert!(matches!(HostBuffer::new(1 << 60), Err(Error::Memory { .. })));
     }
 }

@@ -16,11 +16,7 @@ pub struct Extent {
 impl Extent {
     /// The extent that covers `range` of file number `file`.
     pub fn new(file: u32, range: Range<u64>) -> Self {
-        Self {
-            file,
-            offset: range.start,
-            len: range.end.saturating_sub(range.start),
-        }
+        Self { file, offset: range.start, len: range.end.saturating_sub(range.start) }
     }
 
     /// One past the last byte, from the start of the file.

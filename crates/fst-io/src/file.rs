@@ -32,22 +32,12 @@ pub enum DirectIo {
 impl std::fmt::Display for DirectIo {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Available {
-                memory_align,
-                offset_align,
-            } => {
-                write!(
-                    f,
-                    "available (memory {memory_align}, offset {offset_align} bytes)"
-                )
+            Self::Available { memory_align, offset_align } => {
+                write!(f, "available (memory {memory_align}, offset {offset_align} bytes)")
             }
             Self::Unsupported => f.write_str("not supported by the file system"),
             Self::Refused(errno) => {
-                write!(
-                    f,
-                    "O_DIRECT refused: {}",
-                    io::Error::from_raw_os_error(*errno)
-                )
+                write!(f, "O_DIRECT refused: {}", io::Error::from_raw_os_error(*errno))
             }
             Self::NotTried => f.write_str("not tried"),
         }
@@ -76,17 +66,11 @@ impl SourceFile {
     ///
     /// [`Error::Open`], or [`Error::Changed`].
     pub fn open(path: &Path, expected: Option<&Metadata>) -> Result<Self, Error> {
-        let fail = |source| Error::Open {
-            path: path.to_owned(),
-            source,
-        };
+        let fail = |source| Error::Open { path: path.to_owned(), source };
         let buffered = File::open(path).map_err(fail)?;
         let found = buffered.metadata().map_err(fail)?;
         if let Some(change) = expected.and_then(|expected| change(expected, &found)) {
-            return Err(Error::Changed {
-                path: path.to_owned(),
-                change,
-            });
+            return Err(Error::Changed { path: path.to_owned(), change });
         }
         let (direct, direct_io) = open_direct(path, &buffered, &found);
         Ok(Self {
@@ -121,11 +105,7 @@ impl SourceFile {
 
     /// The file opened with `O_DIRECT`, unless that is not to be had.
     pub fn direct(&self) -> Option<&File> {
-        if self.direct_off.load(Relaxed) {
-            None
-        } else {
-            self.direct.as_ref()
-        }
+        if self.direct_off.load(Relaxed) { None } else { self.direct.as_ref() }
     }
 
     /// Whether and why direct reads are (not) used.
@@ -136,10 +116,9 @@ impl SourceFile {
     /// Alignment, in bytes, that blocks of this file must have, for memory and offset alike.
     pub fn align(&self) -> u64 {
         match self.direct_io {
-            DirectIo::Available {
-                memory_align,
-                offset_align,
-            } => memory_align.max(offset_align).max(Limits::MIN_ALIGN),
+            DirectIo::Available { memory_align, offset_align } => {
+                memory_align.max(offset_align).max(Limits::MIN_ALIGN)
+            }
             _ => Limits::MIN_ALIGN,
         }
     }
@@ -165,14 +144,8 @@ impl SourceFile {
     /// [`Error::Changed`], or [`Error::Open`] when the path is gone.
     pub fn verify_unchanged(&self) -> Result<(), Error> {
         let path = || self.path.clone();
-        let fail = |source| Error::Open {
-            path: path(),
-            source,
-        };
-        let changed = |change| Error::Changed {
-            path: path(),
-            change,
-        };
+        let fail = |source| Error::Open { path: path(), source };
+        let changed = |change| Error::Changed { path: path(), change };
         let now = self.buffered.metadata().map_err(fail)?;
         if let Some(change) = change(&self.expected, &now) {
             return Err(changed(change));
@@ -194,24 +167,13 @@ fn open_direct(path: &Path, buffered: &File, found: &Metadata) -> (Option<File>,
         // system want more, its EINVAL sends the block through the page cache.
         _ => (Limits::MIN_ALIGN, Limits::MIN_ALIGN),
     };
-    match OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_DIRECT)
-        .open(path)
-    {
+    match OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path) {
         // The name may lead elsewhere by now: the two descriptors must be of one file.
-        Ok(file) if file.metadata().is_ok_and(|m| same_file(&m, found)) => (
-            Some(file),
-            DirectIo::Available {
-                memory_align: align.0,
-                offset_align: align.1,
-            },
-        ),
+        Ok(file) if file.metadata().is_ok_and(|m| same_file(&m, found)) => {
+            (Some(file), DirectIo::Available { memory_align: align.0, offset_align: align.1 })
+        }
         Ok(_) => (None, DirectIo::Refused(libc::ESTALE)),
-        Err(e) => (
-            None,
-            DirectIo::Refused(e.raw_os_error().unwrap_or(libc::EINVAL)),
-        ),
+        Err(e) => (None, DirectIo::Refused(e.raw_os_error().unwrap_or(libc::EINVAL))),
     }
 }
 
@@ -223,10 +185,7 @@ fn change(was: &Metadata, now: &Metadata) -> Option<Change> {
     if !same_file(was, now) {
         Some(Change::Replaced)
     } else if was.len() != now.len() {
-        Some(Change::Length {
-            was: was.len(),
-            now: now.len(),
-        })
+        Some(Change::Length { was: was.len(), now: now.len() })
     } else if (was.mtime(), was.mtime_nsec()) != (now.mtime(), now.mtime_nsec()) {
         Some(Change::Written)
     } else {
@@ -248,37 +207,18 @@ mod tests {
         let file = SourceFile::open(&path, None).unwrap();
         file.verify_unchanged().unwrap();
 
-        OpenOptions::new()
-            .append(true)
-            .open(&path)
-            .unwrap()
-            .write_all(b"more")
-            .unwrap();
+        OpenOptions::new().append(true).open(&path).unwrap().write_all(b"more").unwrap();
         let error = file.verify_unchanged().unwrap_err();
         assert!(matches!(
             error,
-            Error::Changed {
-                change: Change::Length { was: 100, now: 104 },
-                ..
-            }
+            Error::Changed { change: Change::Length { was: 100, now: 104 }, .. }
         ));
 
         let file = SourceFile::open(&path, None).unwrap();
         let later = std::time::SystemTime::now() + std::time::Duration::from_secs(5);
-        File::options()
-            .write(true)
-            .open(&path)
-            .unwrap()
-            .set_modified(later)
-            .unwrap();
+        File::options().write(true).open(&path).unwrap().set_modified(later).unwrap();
         let error = file.verify_unchanged().unwrap_err();
-        assert!(matches!(
-            error,
-            Error::Changed {
-                change: Change::Written,
-                ..
-            }
-        ));
+        assert!(matches!(error, Error::Changed { change: Change::Written, .. }));
 
         let before = fs::metadata(&path).unwrap();
         let file = SourceFile::open(&path, None).unwrap();
@@ -286,21 +226,9 @@ mod tests {
         fs::write(&other, [2; 104]).unwrap();
         fs::rename(&other, &path).unwrap();
         let error = file.verify_unchanged().unwrap_err();
-        assert!(matches!(
-            error,
-            Error::Changed {
-                change: Change::Replaced,
-                ..
-            }
-        ));
+        assert!(matches!(error, Error::Changed { change: Change::Replaced, .. }));
         let error = SourceFile::open(&path, Some(&before)).unwrap_err();
-        assert!(matches!(
-            error,
-            Error::Changed {
-                change: Change::Replaced,
-                ..
-            }
-        ));
+        assert!(matches!(error, Error::Changed { change: Change::Replaced, .. }));
     }
 
     #[test]

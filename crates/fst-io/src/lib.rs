@@ -14,6 +14,7 @@
 #[cfg(not(target_os = "linux"))]
 compile_error!("fst-io uses io_uring, O_DIRECT and statx: it runs on Linux only");
 
+pub mod budget;
 pub mod buffer;
 pub mod engine;
 pub mod place;
@@ -27,6 +28,7 @@ mod extent;
 mod file;
 mod sys;
 
+pub use budget::Budget;
 pub use buffer::HostBuffer;
 pub use engine::{CachePolicy, Control, Engine, ReadOptions, ResolvedEngine, read};
 pub use error::{Change, Error};

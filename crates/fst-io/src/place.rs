@@ -4,9 +4,13 @@
 
 use std::fmt;
 use std::ptr::NonNull;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicU8, AtomicU32,
+    Ordering::{AcqRel, Relaxed},
+};
+use std::sync::{Arc, Mutex, TryLockError};
 
+use crate::budget::Budget;
 use crate::buffer::{HUGE_PAGE, HostBuffer};
 use crate::error::Error;
 use crate::extent::Extent;
@@ -37,10 +41,7 @@ impl Layout {
         /// block covers whole huge pages and no two workers fault the same one.
         const LARGE: u64 = 64 << 20;
         let huge = HUGE_PAGE as u64;
-        let mut layout = Self {
-            arenas: Vec::new(),
-            places: Vec::new(),
-        };
+        let mut layout = Self { arenas: Vec::new(), places: Vec::new() };
         for segment in plan.segments() {
             let at = |end: u64| match segment.len() {
                 LARGE.. => {
@@ -53,18 +54,12 @@ impl Layout {
                 Some(end) if at(*end) + segment.len() <= arena => {
                     let offset = at(*end);
                     *end = offset + segment.len();
-                    Place {
-                        arena: layout.arenas.len() - 1,
-                        offset,
-                    }
+                    Place { arena: layout.arenas.len() - 1, offset }
                 }
                 _ => {
                     let offset = at(0);
                     layout.arenas.push(offset + segment.len());
-                    Place {
-                        arena: layout.arenas.len() - 1,
-                        offset,
-                    }
+                    Place { arena: layout.arenas.len() - 1, offset }
                 }
             };
             layout.places.push(place);
@@ -88,40 +83,47 @@ impl Layout {
         if len == 0 {
             return None;
         }
-        let after = plan
-            .segments()
-            .partition_point(|s| s.extents.start <= extent);
+        let after = plan.segments().partition_point(|s| s.extents.start <= extent);
         let index = after.checked_sub(1)?;
         let segment = plan.segments().get(index)?;
         if !segment.extents.contains(&extent) {
             return None;
         }
         let place = self.places.get(index)?;
-        Some(Place {
-            arena: place.arena,
-            offset: place.offset + offset - segment.start,
-        })
+        Some(Place { arena: place.arena, offset: place.offset + offset - segment.start })
     }
 }
+
+const FREE: u8 = 0;
+const LENT: u8 = 1;
+const LANDED: u8 = 2;
 
 /// Told when a block is in place, from reader threads.
 pub type OnLanded<'a> = &'a (dyn Fn(&Block) + Send + Sync);
 
+/// Told when all blocks of an arena are in place, with its index; from reader threads.
+pub type OnArena<'a> = &'a (dyn Fn(usize, Arc<HostBuffer>) -> Result<(), SinkError> + Send + Sync);
+
 /// The sink of loads into host memory: each block of one plan has its place from the start.
+///
+/// An arena is reserved when its first block is read, within the budget if there is one, and
+/// handed over when its last block has landed.
 pub struct InPlace<'a> {
     plan: &'a ReadPlan,
     layout: &'a Layout,
-    arenas: Vec<Arc<HostBuffer>>,
-    /// Per block of the plan: whether its place has been lent. Each is lent once, ever.
-    lent: Vec<AtomicBool>,
+    arenas: Vec<Mutex<Option<Arc<HostBuffer>>>>,
+    /// Per arena: blocks that have not landed.
+    missing: Vec<AtomicU32>,
+    /// Per block of the plan: [`FREE`], then [`LENT`] once, then [`LANDED`].
+    state: Vec<AtomicU8>,
+    budget: Option<&'a Budget>,
     on_landed: Option<OnLanded<'a>>,
+    on_arena: OnArena<'a>,
 }
 
 impl fmt::Debug for InPlace<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("InPlace")
-            .field("arenas", &self.arenas)
-            .finish_non_exhaustive()
+        f.debug_struct("InPlace").field("arenas", &self.arenas).finish_non_exhaustive()
     }
 }
 
@@ -138,35 +140,30 @@ pub struct NoPlace {
 }
 
 impl<'a> InPlace<'a> {
-    /// Reserves the arenas of `layout`, which was made for `plan`.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Memory`].
-    pub fn new(plan: &'a ReadPlan, layout: &'a Layout) -> Result<Self, Error> {
-        let arenas = layout
-            .arenas()
-            .iter()
-            .map(|len| {
-                let bytes = usize::try_from(*len).map_err(|_| Error::Memory {
-                    bytes: *len,
-                    source: std::io::ErrorKind::OutOfMemory.into(),
-                })?;
-                Ok(Arc::new(HostBuffer::new(bytes)?))
-            })
-            .collect::<Result<_, Error>>()?;
-        let lent = plan
-            .blocks()
-            .iter()
-            .map(|_| AtomicBool::new(false))
-            .collect();
-        Ok(Self {
+    /// A sink for `plan`, whose arenas are those of `layout`, made for the same plan. Every arena
+    /// goes to `on_arena` once, when it is complete.
+    pub fn new(plan: &'a ReadPlan, layout: &'a Layout, on_arena: OnArena<'a>) -> Self {
+        let missing: Vec<_> = layout.arenas().iter().map(|_| AtomicU32::new(0)).collect();
+        for (segment, place) in plan.segments().iter().zip(layout.places()) {
+            missing[place.arena].fetch_add(segment.blocks.len() as u32, Relaxed);
+        }
+        Self {
             plan,
             layout,
-            arenas,
-            lent,
+            arenas: layout.arenas().iter().map(|_| Mutex::new(None)).collect(),
+            missing,
+            state: plan.blocks().iter().map(|_| AtomicU8::new(FREE)).collect(),
+            budget: None,
             on_landed: None,
-        })
+            on_arena,
+        }
+    }
+
+    /// Keeps the arenas that live at once, here or with whoever holds them, within a budget.
+    /// An arena that is larger than the budget ends the read.
+    pub fn budget(mut self, budget: &'a Budget) -> Self {
+        self.budget = Some(budget);
+        self
     }
 
     /// Calls `hook` for each block that has landed, on the thread that read it.
@@ -175,60 +172,117 @@ impl<'a> InPlace<'a> {
         self
     }
 
-    /// The arenas, to be read once the read is over.
-    pub fn into_arenas(self) -> Vec<Arc<HostBuffer>> {
-        self.arenas
+    fn arena_of(&self, block: &Block) -> Option<usize> {
+        Some(self.layout.places().get(block.segment as usize)?.arena)
     }
 
-    /// The place of a block of this plan that was not lent before.
-    fn place(&self, block: &Block) -> Option<Target> {
-        let index = block.index as usize;
-        if self.plan.blocks().get(index)? != block || self.lent[index].swap(true, Relaxed) {
-            return None;
+    /// The arena, reserved now if it was not yet. `None` when the budget has no room.
+    fn arena(&self, index: usize, wait: bool) -> Result<Option<Arc<HostBuffer>>, SinkError> {
+        // Whoever holds this lock may be waiting for the budget. A reader with blocks in flight
+        // must not wait for that: landing them may be what frees memory.
+        let mut arena = match (self.arenas[index].try_lock(), wait) {
+            (Ok(arena), _) => arena,
+            (Err(TryLockError::WouldBlock), false) => return Ok(None),
+            (Err(TryLockError::WouldBlock), true) => {
+                self.arenas[index].lock().unwrap_or_else(|e| e.into_inner())
+            }
+            (Err(TryLockError::Poisoned(poisoned)), _) => poisoned.into_inner(),
+        };
+        if let Some(arena) = &*arena {
+            return Ok(Some(arena.clone()));
         }
+        let bytes = self.layout.arenas()[index];
+        let lease = match self.budget {
+            None => None,
+            Some(budget) if bytes > budget.limit() => {
+                return Err(OverBudget { bytes, budget: budget.limit() }.into());
+            }
+            Some(budget) => match budget.take(bytes, wait) {
+                None => return Ok(None),
+                lease => lease,
+            },
+        };
+        let len = usize::try_from(bytes)
+            .map_err(|_| Error::Memory { bytes, source: std::io::ErrorKind::OutOfMemory.into() })?;
+        let mut buffer = HostBuffer::new(len)?;
+        if let Some(lease) = lease {
+            buffer = buffer.with_lease(lease);
+        }
+        Ok(Some(arena.insert(Arc::new(buffer)).clone()))
+    }
+
+    /// The place of a block in its arena.
+    fn place(&self, block: &Block, arena: &HostBuffer) -> Option<Target> {
         let segment = self.plan.segments().get(block.segment as usize)?;
         let place = self.layout.places().get(block.segment as usize)?;
-        let arena = self.arenas.get(place.arena)?;
         let offset = usize::try_from(place.offset + (block.offset - segment.start)).ok()?;
         let capacity = arena.capacity().checked_sub(offset)?;
         let len = usize::try_from(block.len).ok()?;
         let ptr = NonNull::new(arena.as_ptr().as_ptr().wrapping_add(offset))?;
-        (len <= capacity).then_some(Target {
-            ptr,
-            capacity: len,
-            token: 0,
-        })
+        if len > capacity {
+            return None;
+        }
+        // SAFETY: the range lies in the arena, and is this block's alone; `Sink` below says why
+        // it stays so.
+        Some(unsafe { Target::new(ptr, len, 0) })
     }
 }
 
+/// An arena does not fit into the memory budget.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{bytes} bytes are needed at once, and the memory budget is {budget} bytes")]
+pub struct OverBudget {
+    /// Bytes of the arena.
+    pub bytes: u64,
+    /// The budget's limit in bytes.
+    pub budget: u64,
+}
+
 // SAFETY: every target is the place of one block of the plan, lent once in this value's life:
-// `place` checks that the block is the plan's own, and the plan's segments lie apart in the layout
-// and its blocks apart in their segment. The range was checked to lie in an arena that this value
-// owns, and no slice of an arena is made before the read is over: the only way to them,
-// `into_arenas`, takes the sink away from the readers that borrow it.
+// `reserve` checks that the block is the plan's own and `FREE`; the plan's segments
+// lie apart in the layout, and its blocks apart in their segment. `place` checks that the range
+// lies in the arena. The arena cannot go before its blocks have landed: this value holds it until
+// `missing` is zero, and readers borrow this value. Nobody else sees an arena before that, when no
+// block of it is on loan any more.
 unsafe impl Sink for InPlace<'_> {
-    fn reserve(&self, block: &Block, _wait: bool) -> Result<Option<Target>, SinkError> {
-        let Block {
-            index,
-            file,
-            offset,
-            ..
-        } = *block;
-        self.place(block).map(Some).ok_or_else(|| {
-            NoPlace {
-                index,
-                file,
-                offset,
-            }
-            .into()
-        })
+    fn reserve(&self, block: &Block, wait: bool) -> Result<Option<Target>, SinkError> {
+        let Block { index, file, offset, .. } = *block;
+        let no_place = || NoPlace { index, file, offset };
+        if self.plan.blocks().get(index as usize) != Some(block) {
+            return Err(no_place().into());
+        }
+        let arena = self.arena_of(block).ok_or_else(no_place)?;
+        let state = &self.state[index as usize];
+        if state.load(Relaxed) != FREE {
+            return Err(no_place().into());
+        }
+        let Some(arena) = self.arena(arena, wait)? else {
+            return Ok(None);
+        };
+        if state.compare_exchange(FREE, LENT, Relaxed, Relaxed).is_err() {
+            return Err(no_place().into());
+        }
+        self.place(block, &arena).map(Some).ok_or_else(|| no_place().into())
     }
 
     fn landed(&self, block: &Block, _target: Target) -> Result<(), SinkError> {
+        let Block { index, file, offset, .. } = *block;
+        let landed = self
+            .state
+            .get(index as usize)
+            .is_some_and(|state| state.compare_exchange(LENT, LANDED, Relaxed, Relaxed).is_ok());
+        let Some(index) = self.arena_of(block).filter(|_| landed) else {
+            return Err(NoPlace { index, file, offset }.into());
+        };
         if let Some(hook) = self.on_landed {
             hook(block);
         }
-        Ok(())
+        // The last to count sees what all others have read: release by each, acquire by it.
+        if self.missing[index].fetch_sub(1, AcqRel) > 1 {
+            return Ok(());
+        }
+        let arena = self.arenas[index].lock().unwrap_or_else(|e| e.into_inner()).take();
+        arena.map_or(Ok(()), |arena| (self.on_arena)(index, arena))
     }
 
     fn abandoned(&self, _block: &Block, _target: Target) {}
@@ -243,11 +297,7 @@ mod tests {
         let mut at = 0;
         let extents = lens.iter().map(|len| {
             at += 1 << 20;
-            let extent = Extent {
-                file: 0,
-                offset: at + 100,
-                len: *len,
-            };
+            let extent = Extent { file: 0, offset: at + 100, len: *len };
             at += len;
             extent
         });
@@ -284,11 +334,15 @@ mod tests {
     fn a_place_is_lent_once_and_to_its_plan_only() {
         let plan = plan(&[10]);
         let layout = Layout::new(&plan, u64::MAX);
-        let sink = InPlace::new(&plan, &layout).unwrap();
+        let sink = InPlace::new(&plan, &layout, &|_, _| Ok(()));
         let mut foreign = plan.blocks()[0].clone();
         foreign.len *= 1000;
         assert!(sink.reserve(&foreign, true).is_err());
         assert!(sink.reserve(&plan.blocks()[0], true).unwrap().is_some());
         assert!(sink.reserve(&plan.blocks()[0], true).is_err());
+        let budget = Budget::new(100);
+        let sink = InPlace::new(&plan, &layout, &|_, _| Ok(())).budget(&budget);
+        let error = sink.reserve(&plan.blocks()[0], true).unwrap_err();
+        assert!(error.is::<OverBudget>(), "{error}");
     }
 }

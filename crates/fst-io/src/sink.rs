@@ -13,31 +13,58 @@ use crate::plan::Block;
 /// Why a sink could not take a block: its own error, passed through the reader unchanged.
 pub type SinkError = Box<dyn StdError + Send + Sync + 'static>;
 
-/// Memory that a sink lends for one block.
-#[derive(Debug, Clone, Copy)]
+/// Memory that a sink lends for one block. There is one of it for each loan: it moves from the
+/// sink to the reader and back.
+#[derive(Debug)]
 pub struct Target {
-    /// First byte. A multiple of [`crate::plan::Limits::align`].
-    pub ptr: NonNull<u8>,
-    /// Writable bytes from `ptr`; at least the block's length.
-    pub capacity: usize,
-    /// For the sink's own use, such as a slot number.
-    pub token: u64,
+    ptr: NonNull<u8>,
+    capacity: usize,
+    token: u64,
 }
 
-// SAFETY: a target is an address on loan; the sink's contract (see `Sink`) makes the memory behind
-// it exclusively the reader's until it is handed back, whichever thread does so.
+// SAFETY: a target is memory on loan; the sink's contract (see `Sink`) makes it exclusively the
+// holder's, whichever thread that is.
 unsafe impl Send for Target {}
-// SAFETY: `Target` has no interior mutability: sharing a reference to it shares plain numbers.
+// SAFETY: sharing a reference to it shares plain numbers: there is no interior mutability.
 unsafe impl Sync for Target {}
+
+impl Target {
+    /// Lends `capacity` bytes at `ptr`. The token is for the sink's own use, such as a slot number.
+    ///
+    /// # Safety
+    ///
+    /// What [`Sink`] demands of its targets: until this value is given back, the memory stays valid
+    /// for writes and nobody but its holder touches it.
+    pub unsafe fn new(ptr: NonNull<u8>, capacity: usize, token: u64) -> Self {
+        Self { ptr, capacity, token }
+    }
+
+    /// First byte; aligned as the plan's blocks are.
+    pub fn ptr(&self) -> NonNull<u8> {
+        self.ptr
+    }
+
+    /// Writable bytes from [`ptr`](Self::ptr); at least the block's length.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// The sink's own number.
+    pub fn token(&self) -> u64 {
+        self.token
+    }
+}
 
 /// Takes the blocks of a plan. Called from several reader threads at once.
 ///
 /// # Safety
 ///
-/// The memory of every [`Target`] returned by [`reserve`](Self::reserve) must stay valid for writes
-/// of `capacity` bytes, and must not be read, written or freed by anybody else, until the same
-/// target comes back through [`landed`](Self::landed) or [`abandoned`](Self::abandoned). The
-/// kernel may be writing to it all that time.
+/// The memory of every [`Target`] returned by [`reserve`](Self::reserve) must hold the block's whole
+/// length at the plan's alignment, stay valid for writes, and must not be read, written or freed by
+/// anybody else until the same target comes back through [`landed`](Self::landed) or
+/// [`abandoned`](Self::abandoned), or is dropped. The kernel may be writing to it all that time.
+///
+/// Readers in turn give a target back only when no write to it is outstanding any more.
 pub unsafe trait Sink: Send + Sync {
     /// Lends memory for `block`.
     ///

@@ -8,11 +8,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::ptr::{self, NonNull};
 
 fn check(result: libc::c_int) -> io::Result<()> {
-    if result == -1 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 fn count(result: libc::ssize_t) -> io::Result<usize> {
@@ -57,10 +53,7 @@ pub(crate) fn dio_align(file: &File) -> io::Result<DioAlign> {
     }
     Ok(match (stat.stx_dio_mem_align, stat.stx_dio_offset_align) {
         (0, _) | (_, 0) => DioAlign::Unsupported,
-        (memory, offset) => DioAlign::Bytes {
-            memory: memory.into(),
-            offset: offset.into(),
-        },
+        (memory, offset) => DioAlign::Bytes { memory: memory.into(), offset: offset.into() },
     })
 }
 
@@ -83,14 +76,8 @@ pub(crate) unsafe fn pread(fd: RawFd, ptr: *mut u8, len: usize, offset: u64) -> 
 /// `dst` must be valid for writes of `len` bytes, and nobody else may touch them meanwhile. `src`
 /// may be any address.
 pub(crate) unsafe fn copy_fallible(src: *const u8, dst: *mut u8, len: usize) -> io::Result<usize> {
-    let local = libc::iovec {
-        iov_base: dst.cast(),
-        iov_len: len,
-    };
-    let remote = libc::iovec {
-        iov_base: src.cast_mut().cast(),
-        iov_len: len,
-    };
+    let local = libc::iovec { iov_base: dst.cast(), iov_len: len };
+    let remote = libc::iovec { iov_base: src.cast_mut().cast(), iov_len: len };
     // SAFETY: one vector each; the kernel checks `remote`, and the caller vouches for `local`.
     count(unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) })
 }
@@ -116,11 +103,7 @@ pub(crate) fn cachestat(fd: RawFd, offset: u64, len: u64) -> io::Result<u64> {
     let mut stat = Stat::default();
     // SAFETY: both pointers are to live structs of the layout that the call's manual page gives.
     let result = unsafe { libc::syscall(SYS_CACHESTAT, fd, &raw const range, &raw mut stat, 0u32) };
-    if result == -1 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(stat.cache)
-    }
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(stat.cache) }
 }
 
 /// Pages of a mapped range in the page cache, by `mincore(2)`.
@@ -129,11 +112,7 @@ pub(crate) fn mincore(mapping: &[u8], page: usize) -> io::Result<u64> {
     // SAFETY: the range is a live mapping, page-aligned as the callers' maps are, and `present`
     // has one byte per page.
     check(unsafe {
-        libc::mincore(
-            mapping.as_ptr().cast_mut().cast(),
-            mapping.len(),
-            present.as_mut_ptr(),
-        )
+        libc::mincore(mapping.as_ptr().cast_mut().cast(), mapping.len(), present.as_mut_ptr())
     })?;
     Ok(present.iter().filter(|p| *p & 1 == 1).count() as u64)
 }

@@ -10,10 +10,13 @@ use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 
 use fst_io::place::{InPlace, Layout};
 use fst_io::plan::{Limits, ReadPlan};
-use fst_io::{CachePolicy, Change, Control, Engine, Error, Extent, ReadOptions, SourceFile};
+use fst_io::{
+    CachePolicy, Change, Control, Engine, Error, Extent, HostBuffer, ReadOptions, SourceFile,
+};
 
 const ENGINES: [Engine; 4] = [Engine::Auto, Engine::Uring, Engine::Pread, Engine::Mmap];
 
@@ -49,36 +52,33 @@ fn load(
     limits: Limits,
     options: &ReadOptions,
 ) -> Result<Vec<Vec<u8>>, Error> {
-    let files: Vec<_> = paths
-        .iter()
-        .map(|p| SourceFile::open(p, None))
-        .collect::<Result<_, _>>()?;
+    let files: Vec<_> =
+        paths.iter().map(|p| SourceFile::open(p, None)).collect::<Result<_, _>>()?;
     let plan = ReadPlan::new(extents, limits)?;
     let layout = Layout::new(&plan, 8 << 20);
     let landed = AtomicU64::new(0);
     let hook = |block: &fst_io::plan::Block| {
         landed.fetch_add(block.need, Relaxed);
     };
-    let sink = InPlace::new(&plan, &layout)?.on_landed(&hook);
+    let arenas = Mutex::new(vec![None; layout.arenas().len()]);
+    let keep = |index: usize, arena: Arc<HostBuffer>| {
+        assert!(arenas.lock().unwrap()[index].replace(arena).is_none());
+        Ok(())
+    };
+    let sink = InPlace::new(&plan, &layout, &keep).on_landed(&hook);
     let control = Control::new();
     let stats = fst_io::read(&files, &plan, &sink, options, &control)?;
     assert_eq!(landed.load(Relaxed), plan.bytes_read());
     assert_eq!(control.landed_bytes(), plan.bytes_read());
-    assert_eq!(
-        stats.stages.iter().map(|s| s.bytes).sum::<u64>(),
-        plan.bytes_read()
-    );
-    assert_eq!(
-        stats.stages.iter().map(|s| s.blocks).sum::<u64>(),
-        plan.blocks().len() as u64
-    );
-    let arenas = sink.into_arenas();
+    assert_eq!(stats.stages.iter().map(|s| s.bytes).sum::<u64>(), plan.bytes_read());
+    assert_eq!(stats.stages.iter().map(|s| s.blocks).sum::<u64>(), plan.blocks().len() as u64);
+    let arenas = arenas.lock().unwrap();
     let bytes = (0..plan.extents().len() as u32).map(|i| {
         let len = plan.extents()[i as usize].len as usize;
         layout.extent(&plan, i).map_or(Vec::new(), |place| {
             let start = place.offset as usize;
             // SAFETY: the read is over.
-            unsafe { arenas[place.arena].slice(start..start + len) }
+            unsafe { arenas[place.arena].as_ref().unwrap().slice(start..start + len) }
                 .unwrap()
                 .to_vec()
         })
@@ -99,10 +99,7 @@ fn every_engine_reads_what_std_reads() {
     for folder in folders() {
         let mut paths = Vec::new();
         let mut extents = Vec::new();
-        for (i, len) in [1, 511, 4096, 4097, 300_000, 9_000_001]
-            .into_iter()
-            .enumerate()
-        {
+        for (i, len) in [1, 511, 4096, 4097, 300_000, 9_000_001].into_iter().enumerate() {
             let path = folder.path().join(len.to_string());
             fs::write(&path, noise(len, i as u64)).unwrap();
             paths.push(path);
@@ -124,30 +121,16 @@ fn every_engine_reads_what_std_reads() {
             })
             .collect();
         for engine in ENGINES {
-            for cache in [
-                CachePolicy::Residency,
-                CachePolicy::Direct,
-                CachePolicy::Buffered,
-            ] {
-                for (cold, workers, block, gap) in [
-                    (true, 1, 4 << 20, 0),
-                    (false, 3, 64 << 10, 1 << 20),
-                    (true, 2, 4096, 4096),
-                ] {
+            for cache in [CachePolicy::Residency, CachePolicy::Direct, CachePolicy::Buffered] {
+                for (cold, workers, block, gap) in
+                    [(true, 1, 4 << 20, 0), (false, 3, 64 << 10, 1 << 20), (true, 2, 4096, 4096)]
+                {
                     if cold {
                         paths.iter().for_each(|p| evict(p));
                     }
-                    let limits = Limits {
-                        block,
-                        gap,
-                        ..Limits::default()
-                    };
-                    let got = load(
-                        &paths,
-                        extents.clone(),
-                        limits,
-                        &options(engine, cache, workers),
-                    );
+                    let limits = Limits { block, gap, ..Limits::default() };
+                    let got =
+                        load(&paths, extents.clone(), limits, &options(engine, cache, workers));
                     let got = got.unwrap_or_else(|e| panic!("{engine} {cache:?}: {e}"));
                     assert!(got == want, "{engine} {cache:?} cold {cold} in {folder:?}");
                 }
@@ -207,18 +190,11 @@ unsafe impl fst_io::sink::Sink for Meddler<'_> {
 
 fn load_while(path: &Path, engine: Engine, act: &(dyn Fn() + Send + Sync)) -> Error {
     let files = [SourceFile::open(path, None).unwrap()];
-    let limits = Limits {
-        block: 64 << 10,
-        ..Limits::default()
-    };
+    let limits = Limits { block: 64 << 10, ..Limits::default() };
     let plan = ReadPlan::new(vec![Extent::new(0, 0..files[0].len())], limits).unwrap();
     let layout = Layout::new(&plan, u64::MAX);
-    let inner = InPlace::new(&plan, &layout).unwrap();
-    let sink = Meddler {
-        inner,
-        once: std::sync::Once::new(),
-        act,
-    };
+    let inner = InPlace::new(&plan, &layout, &|_, _| Ok(()));
+    let sink = Meddler { inner, once: std::sync::Once::new(), act };
     let options = options(engine, CachePolicy::Residency, 1);
     fst_io::read(&files, &plan, &sink, &options, &Control::new()).unwrap_err()
 }
@@ -230,22 +206,11 @@ fn a_file_that_shrinks_or_is_replaced_meanwhile_is_an_error() {
             let path = folder.path().join("victim");
             fs::write(&path, noise(8 << 20, 3)).unwrap();
             let error = load_while(&path, engine, &|| {
-                fs::File::options()
-                    .write(true)
-                    .open(&path)
-                    .unwrap()
-                    .set_len(5 << 20)
-                    .unwrap();
+                fs::File::options().write(true).open(&path).unwrap().set_len(5 << 20).unwrap();
             });
             let told = matches!(&error, Error::EarlyEnd { end, needed, path: p }
                     if *p == path && *end >= 5 << 20 && end < needed)
-                || matches!(
-                    &error,
-                    Error::Changed {
-                        change: Change::Length { .. },
-                        ..
-                    }
-                );
+                || matches!(&error, Error::Changed { change: Change::Length { .. }, .. });
             assert!(told, "{engine}: {error}");
 
             fs::write(&path, noise(8 << 20, 4)).unwrap();
@@ -255,13 +220,7 @@ fn a_file_that_shrinks_or_is_replaced_meanwhile_is_an_error() {
                 fs::rename(&other, &path).unwrap();
             });
             assert!(
-                matches!(
-                    &error,
-                    Error::Changed {
-                        change: Change::Replaced,
-                        ..
-                    }
-                ),
+                matches!(&error, Error::Changed { change: Change::Replaced, .. }),
                 "{engine}: {error}"
             );
 
@@ -271,17 +230,10 @@ fn a_file_that_shrinks_or_is_replaced_meanwhile_is_an_error() {
                 let mut file = fs::File::options().write(true).open(&path).unwrap();
                 file.write_all(b"x").unwrap();
                 // Clocks of file systems tick coarsely; the test must not depend on that.
-                file.set_modified(before + std::time::Duration::from_secs(1))
-                    .unwrap();
+                file.set_modified(before + std::time::Duration::from_secs(1)).unwrap();
             });
             assert!(
-                matches!(
-                    &error,
-                    Error::Changed {
-                        change: Change::Written,
-                        ..
-                    }
-                ),
+                matches!(&error, Error::Changed { change: Change::Written, .. }),
                 "{engine}: {error}"
             );
         }
@@ -296,14 +248,11 @@ fn cancelling_ends_the_read() {
     for engine in ENGINES {
         let control = Control::new();
         let files = [SourceFile::open(&path, None).unwrap()];
-        let limits = Limits {
-            block: 64 << 10,
-            ..Limits::default()
-        };
+        let limits = Limits { block: 64 << 10, ..Limits::default() };
         let plan = ReadPlan::new(vec![Extent::new(0, 0..8 << 20)], limits).unwrap();
         let layout = Layout::new(&plan, u64::MAX);
         let hook = |_: &fst_io::plan::Block| control.cancel();
-        let sink = InPlace::new(&plan, &layout).unwrap().on_landed(&hook);
+        let sink = InPlace::new(&plan, &layout, &|_, _| Ok(())).on_landed(&hook);
         let options = options(engine, CachePolicy::Residency, 2);
         let error = fst_io::read(&files, &plan, &sink, &options, &control).unwrap_err();
         assert!(matches!(error, Error::Cancelled), "{engine}: {error}");
@@ -341,10 +290,7 @@ fn a_failing_sink_ends_the_read_with_its_own_error() {
         let plan = ReadPlan::new(vec![Extent::new(0, 0..8 << 20)], Limits::default()).unwrap();
         let options = options(engine, CachePolicy::Residency, 2);
         let error = fst_io::read(&files, &plan, &Refuses, &options, &Control::new()).unwrap_err();
-        assert!(
-            matches!(&error, Error::Sink(e) if e.to_string() == "no room"),
-            "{error}"
-        );
+        assert!(matches!(&error, Error::Sink(e) if e.to_string() == "no room"), "{error}");
     }
 }
 
@@ -357,11 +303,5 @@ fn engines_that_cannot_run_say_so() {
         Limits::default(),
         &options(Engine::Gds, CachePolicy::Residency, 1),
     );
-    assert!(matches!(
-        result,
-        Err(Error::EngineUnavailable {
-            engine: Engine::Gds,
-            ..
-        })
-    ));
+    assert!(matches!(result, Err(Error::EngineUnavailable { engine: Engine::Gds, .. })));
 }

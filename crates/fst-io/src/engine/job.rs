@@ -72,11 +72,7 @@ impl<'a> Job<'a> {
             let needed = plan.blocks()[segment.blocks.end as usize - 1].need_end();
             if needed > file.len() {
                 let path = file.path().to_owned();
-                return Err(Error::EarlyEnd {
-                    path,
-                    end: file.len(),
-                    needed,
-                });
+                return Err(Error::EarlyEnd { path, end: file.len(), needed });
             }
         }
         Ok(Self {
@@ -190,11 +186,7 @@ impl<'a> Job<'a> {
 
     pub(super) fn early_end(&self, block: &Block, end: u64) -> Error {
         let path = self.file(block).path().to_owned();
-        Error::EarlyEnd {
-            path,
-            end,
-            needed: block.need_end(),
-        }
+        Error::EarlyEnd { path, end, needed: block.need_end() }
     }
 
     pub(super) fn read_error(&self, block: &Block, done: u64, source: io::Error) -> Error {
@@ -214,7 +206,7 @@ impl<'a> Job<'a> {
     pub(super) unsafe fn read_buffered(
         &self,
         block: &Block,
-        target: Target,
+        target: &Target,
         mut done: u64,
     ) -> Result<(), Error> {
         let fd = self.file(block).buffered().as_raw_fd();
@@ -224,12 +216,7 @@ impl<'a> Job<'a> {
             // SAFETY: the sink lends at least `block.len >= need` bytes from `ptr`, to this
             // worker alone.
             let read = unsafe {
-                sys::pread(
-                    fd,
-                    target.ptr.as_ptr().add(done as usize),
-                    len,
-                    block.offset + done,
-                )
+                sys::pread(fd, target.ptr().as_ptr().add(done as usize), len, block.offset + done)
             };
             match read {
                 Ok(0) => return Err(self.early_end(block, block.offset + done)),

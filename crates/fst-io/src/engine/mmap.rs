@@ -36,7 +36,7 @@ pub(super) fn work(job: &Job<'_>, worker: usize) -> WorkerStats {
             break;
         };
         let began = Instant::now();
-        match copy(job, block, target, &mut mapping) {
+        match copy(job, block, &target, &mut mapping) {
             Ok(()) => {
                 job.record(&mut stats, Stage::Mapped, block, began, worker);
                 job.landed(block, target, &mut stats);
@@ -53,7 +53,7 @@ pub(super) fn work(job: &Job<'_>, worker: usize) -> WorkerStats {
 fn copy(
     job: &Job<'_>,
     block: &Block,
-    target: Target,
+    target: &Target,
     mapping: &mut Option<(u32, MmapRaw)>,
 ) -> Result<(), Error> {
     let file = job.file(block);
@@ -80,7 +80,7 @@ fn copy(
         let copied = unsafe {
             sys::copy_fallible(
                 map.as_ptr().wrapping_add((block.offset + done) as usize),
-                target.ptr.as_ptr().add(done as usize),
+                target.ptr().as_ptr().add(done as usize),
                 (block.need - done) as usize,
             )
         };

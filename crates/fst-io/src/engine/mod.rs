@@ -80,9 +80,7 @@ impl FromStr for Engine {
         Self::ALL
             .into_iter()
             .find(|engine| engine.as_str() == name)
-            .ok_or_else(|| UnknownEngine {
-                name: name.to_owned(),
-            })
+            .ok_or_else(|| UnknownEngine { name: name.to_owned() })
     }
 }
 
@@ -115,17 +113,10 @@ impl ResolvedEngine {
             (Engine::Auto, Some(why)) => (Engine::Pread, why),
             (named, None) => (named, "asked for".to_owned()),
             (named, Some(reason)) => {
-                return Err(Error::EngineUnavailable {
-                    engine: named,
-                    reason,
-                });
+                return Err(Error::EngineUnavailable { engine: named, reason });
             }
         };
-        Ok(Self {
-            asked,
-            used,
-            reason,
-        })
+        Ok(Self { asked, used, reason })
     }
 }
 

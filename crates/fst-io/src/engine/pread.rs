@@ -22,8 +22,8 @@ pub(super) fn work(job: &Job<'_>, worker: usize) -> WorkerStats {
         // SAFETY: `target` was just lent for this block, and this is the only read into it.
         let result = unsafe {
             match route {
-                Route::Direct(fd) => read_direct(job, block, target, fd),
-                Route::Cached | Route::Buffered => job.read_buffered(block, target, 0),
+                Route::Direct(fd) => read_direct(job, block, &target, fd),
+                Route::Cached | Route::Buffered => job.read_buffered(block, &target, 0),
             }
         };
         match result {
@@ -53,7 +53,7 @@ pub(super) fn work(job: &Job<'_>, worker: usize) -> WorkerStats {
 unsafe fn read_direct(
     job: &Job<'_>,
     block: &Block,
-    target: Target,
+    target: &Target,
     fd: RawFd,
 ) -> Result<(), Error> {
     let (mut done, mut retries) = (0, 0);
@@ -61,12 +61,7 @@ unsafe fn read_direct(
         let len = (block.len - done) as usize;
         // SAFETY: the sink lends at least `block.len` bytes from `ptr`, to this worker alone.
         let read = unsafe {
-            sys::pread(
-                fd,
-                target.ptr.as_ptr().add(done as usize),
-                len,
-                block.offset + done,
-            )
+            sys::pread(fd, target.ptr().as_ptr().add(done as usize), len, block.offset + done)
         };
         match read {
             Ok(0) => break,

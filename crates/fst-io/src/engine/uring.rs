@@ -92,14 +92,7 @@ struct Worker<'j, 'a> {
 impl<'j, 'a> Worker<'j, 'a> {
     fn new(job: &'j Job<'a>, id: usize, ring: IoUring, depth: usize) -> Self {
         let slots = (0..depth).map(|_| None).collect();
-        Self {
-            job,
-            id,
-            ring,
-            slots,
-            free: (0..depth).collect(),
-            stats: WorkerStats::default(),
-        }
+        Self { job, id, ring, slots, free: (0..depth).collect(), stats: WorkerStats::default() }
     }
 
     fn in_flight(&self) -> usize {
@@ -146,15 +139,7 @@ impl<'j, 'a> Worker<'j, 'a> {
                     continue;
                 }
             };
-            self.push(Flight {
-                block,
-                target,
-                fd,
-                direct,
-                done: 0,
-                retries: 0,
-                began,
-            });
+            self.push(Flight { block, target, fd, direct, done: 0, retries: 0, began });
             self.submit();
         }
         in_hand
@@ -163,7 +148,7 @@ impl<'j, 'a> Worker<'j, 'a> {
     /// Copies a resident block out of the page cache, then looks after the ring.
     fn copy(&mut self, block: &'a Block, target: Target, began: Instant) {
         // SAFETY: the target was just lent for this block, and no request was made into it.
-        let result = unsafe { self.job.read_buffered(block, target, 0) };
+        let result = unsafe { self.job.read_buffered(block, &target, 0) };
         self.complete(block, target, result, Stage::Cached, began);
         if self.in_flight() > 0 {
             self.submit();
@@ -181,8 +166,7 @@ impl<'j, 'a> Worker<'j, 'a> {
     ) {
         match result {
             Ok(()) => {
-                self.job
-                    .record(&mut self.stats, stage, block, began, self.id);
+                self.job.record(&mut self.stats, stage, block, began, self.id);
                 self.job.landed(block, target, &mut self.stats);
             }
             Err(error) => {
@@ -197,17 +181,10 @@ impl<'j, 'a> Worker<'j, 'a> {
         let Some(slot) = self.free.pop() else {
             return self.give_up(flight);
         };
-        let Flight {
-            block,
-            target,
-            fd,
-            direct,
-            done,
-            ..
-        } = flight;
+        let Flight { block, ref target, fd, direct, done, .. } = flight;
         let end = if direct { block.len } else { block.need };
         let len = (end - done).min(MAX_REQUEST) as u32;
-        let at = target.ptr.as_ptr().wrapping_add(done as usize);
+        let at = target.ptr().as_ptr().wrapping_add(done as usize);
         let entry = opcode::Read::new(types::Fd(fd), at, len)
             .offset(block.offset + done)
             .build()
@@ -228,10 +205,7 @@ impl<'j, 'a> Worker<'j, 'a> {
     fn give_up(&mut self, flight: Flight<'a>) {
         self.job.abandoned(flight.block, flight.target);
         let source = io::Error::other("submission queue full");
-        self.job.fail(Error::Setup {
-            what: "a read on the ring",
-            source,
-        });
+        self.job.fail(Error::Setup { what: "a read on the ring", source });
     }
 
     /// Hands queued requests to the kernel, and lets it run what it deferred.
@@ -280,11 +254,7 @@ impl<'j, 'a> Worker<'j, 'a> {
             flight.done += read;
             flight.retries = 0;
             if flight.done >= block.need {
-                let stage = if flight.direct {
-                    Stage::Direct
-                } else {
-                    Stage::Buffered
-                };
+                let stage = if flight.direct { Stage::Direct } else { Stage::Buffered };
                 return self.complete(block, flight.target, Ok(()), stage, flight.began);
             }
             if !flight.direct || flight.done.is_multiple_of(align) {
@@ -297,13 +267,7 @@ impl<'j, 'a> Worker<'j, 'a> {
                 self.finish_buffered(flight)
             } else {
                 let error = job.early_end(block, block.offset + flight.done);
-                self.complete(
-                    block,
-                    flight.target,
-                    Err(error),
-                    Stage::Buffered,
-                    flight.began,
-                )
+                self.complete(block, flight.target, Err(error), Stage::Buffered, flight.began)
             };
         }
         let error = io::Error::from_raw_os_error(result.saturating_neg());
@@ -318,13 +282,7 @@ impl<'j, 'a> Worker<'j, 'a> {
             }
             _ => {
                 let error = job.read_error(block, flight.done, error);
-                self.complete(
-                    block,
-                    flight.target,
-                    Err(error),
-                    Stage::Direct,
-                    flight.began,
-                );
+                self.complete(block, flight.target, Err(error), Stage::Direct, flight.began);
             }
         }
     }
@@ -332,15 +290,9 @@ impl<'j, 'a> Worker<'j, 'a> {
     /// Gets the rest of a block through the page cache: an end that is not aligned, or a file
     /// system that accepted `O_DIRECT` at open and refuses it now.
     fn finish_buffered(&mut self, flight: Flight<'a>) {
-        let Flight {
-            block,
-            target,
-            done,
-            began,
-            ..
-        } = flight;
+        let Flight { block, target, done, began, .. } = flight;
         // SAFETY: the flight's completion was seen, so that no request into its target is left.
-        let result = unsafe { self.job.read_buffered(block, target, done) };
+        let result = unsafe { self.job.read_buffered(block, &target, done) };
         self.complete(block, target, result, Stage::Buffered, began);
     }
 }

@@ -155,16 +155,9 @@ impl ReadPlan {
     /// is not a power of two.
     pub fn new(extents: Vec<Extent>, limits: Limits) -> Result<Self, PlanError> {
         check(&extents, &limits)?;
-        let limits = Limits {
-            block: (limits.block / limits.align).max(1) * limits.align,
-            ..limits
-        };
-        let mut plan = Self {
-            limits,
-            segments: Vec::new(),
-            blocks: Vec::new(),
-            extents,
-        };
+        let limits =
+            Limits { block: (limits.block / limits.align).max(1) * limits.align, ..limits };
+        let mut plan = Self { limits, segments: Vec::new(), blocks: Vec::new(), extents };
         let mut next = 0;
         while next < plan.extents.len() {
             next = plan.push_segment(next)?;
@@ -272,33 +265,21 @@ fn index(n: usize) -> Result<u32, PlanError> {
 
 fn check(extents: &[Extent], limits: &Limits) -> Result<(), PlanError> {
     if !limits.align.is_power_of_two() {
-        return Err(PlanError::Alignment {
-            align: limits.align,
-        });
+        return Err(PlanError::Alignment { align: limits.align });
     }
     // One block beyond the end must still be a valid file offset.
-    let ceiling = (i64::MAX as u64)
-        .saturating_sub(limits.align)
-        .saturating_sub(limits.block.min(1 << 40));
+    let ceiling =
+        (i64::MAX as u64).saturating_sub(limits.align).saturating_sub(limits.block.min(1 << 40));
     let mut before: Option<&Extent> = None;
     for (index, extent) in extents.iter().enumerate() {
         let Extent { file, offset, len } = *extent;
         if offset.checked_add(len).is_none_or(|end| end > ceiling) {
-            return Err(PlanError::TooLong {
-                index,
-                file,
-                offset,
-                len,
-            });
+            return Err(PlanError::TooLong { index, file, offset, len });
         }
         if let Some(before) = before
             && (file, offset) < (before.file, before.end())
         {
-            return Err(PlanError::Unsorted {
-                index,
-                file,
-                offset,
-            });
+            return Err(PlanError::Unsorted { index, file, offset });
         }
         before = Some(extent);
     }

@@ -3,12 +3,7 @@ use super::*;
 const ALIGN: u64 = 16;
 
 fn limits(block: u64, gap: u64, segment: u64) -> Limits {
-    Limits {
-        align: ALIGN,
-        block,
-        gap,
-        segment,
-    }
+    Limits { align: ALIGN, block, gap, segment }
 }
 
 /// What every plan owes, told byte by byte.
@@ -23,19 +18,13 @@ fn check_plan(plan: &ReadPlan) {
             let here = block.file == extent.file && lo < hi;
             // A block of another segment may overlap by less than an alignment; it is not listed.
             if listed {
-                assert!(
-                    here || extent.len == 0,
-                    "listed without bytes: {extent:?} {block:?}"
-                );
+                assert!(here || extent.len == 0, "listed without bytes: {extent:?} {block:?}");
                 for byte in lo..hi.max(lo) {
                     held[(byte - extent.offset) as usize] += 1;
                 }
             }
         }
-        assert!(
-            held.iter().all(|n| *n == 1),
-            "every byte lands once: {extent:?} {held:?}"
-        );
+        assert!(held.iter().all(|n| *n == 1), "every byte lands once: {extent:?} {held:?}");
     }
     for (i, block) in plan.blocks().iter().enumerate() {
         assert_eq!(block.index as usize, i);
@@ -50,11 +39,7 @@ fn check_plan(plan: &ReadPlan) {
 #[test]
 fn one_extent_is_cut_at_multiples_of_the_block() {
     let plan = ReadPlan::new(vec![Extent::new(0, 10..150)], limits(64, 0, u64::MAX)).unwrap();
-    let cuts: Vec<_> = plan
-        .blocks()
-        .iter()
-        .map(|b| (b.offset, b.len, b.need))
-        .collect();
+    let cuts: Vec<_> = plan.blocks().iter().map(|b| (b.offset, b.len, b.need)).collect();
     assert_eq!(cuts, [(0, 64, 64), (64, 64, 64), (128, 32, 22)]);
     assert_eq!((plan.bytes_asked(), plan.bytes_read()), (140, 150));
     check_plan(&plan);
@@ -62,17 +47,9 @@ fn one_extent_is_cut_at_multiples_of_the_block() {
 
 #[test]
 fn gaps_up_to_the_limit_are_read_over() {
-    let extents = vec![
-        Extent::new(0, 0..20),
-        Extent::new(0, 52..60),
-        Extent::new(0, 93..100),
-    ];
+    let extents = vec![Extent::new(0, 0..20), Extent::new(0, 52..60), Extent::new(0, 93..100)];
     let plan = ReadPlan::new(extents, limits(4096, 32, u64::MAX)).unwrap();
-    assert_eq!(
-        plan.segments().len(),
-        2,
-        "52 - 20 is within 32 and 93 - 60 is not"
-    );
+    assert_eq!(plan.segments().len(), 2, "52 - 20 is within 32 and 93 - 60 is not");
     check_plan(&plan);
 }
 
@@ -87,9 +64,7 @@ fn blocks_that_lie_within_a_gap_are_not_read() {
 
 #[test]
 fn segments_are_cut_between_extents() {
-    let extents: Vec<_> = (0..10)
-        .map(|i| Extent::new(0, i * 24..(i + 1) * 24))
-        .collect();
+    let extents: Vec<_> = (0..10).map(|i| Extent::new(0, i * 24..(i + 1) * 24)).collect();
     let plan = ReadPlan::new(extents, limits(64, 0, 100)).unwrap();
     assert!(plan.segments().iter().all(|s| s.len() <= 100 + ALIGN));
     assert_eq!(plan.segments().len(), 3);
@@ -98,26 +73,14 @@ fn segments_are_cut_between_extents() {
 
 #[test]
 fn empty_extents_and_empty_plans_read_nothing() {
-    let plan = ReadPlan::new(
-        vec![Extent::new(0, 5..5), Extent::new(1, 0..0)],
-        limits(64, 0, 99),
-    );
+    let plan = ReadPlan::new(vec![Extent::new(0, 5..5), Extent::new(1, 0..0)], limits(64, 0, 99));
     assert!(plan.unwrap().blocks().is_empty());
-    assert!(
-        ReadPlan::new(Vec::new(), Limits::default())
-            .unwrap()
-            .segments()
-            .is_empty()
-    );
+    assert!(ReadPlan::new(Vec::new(), Limits::default()).unwrap().segments().is_empty());
 }
 
 #[test]
 fn bad_requests_are_errors() {
-    let over = vec![Extent {
-        file: 0,
-        offset: u64::MAX - 3,
-        len: 9,
-    }];
+    let over = vec![Extent { file: 0, offset: u64::MAX - 3, len: 9 }];
     assert!(matches!(
         ReadPlan::new(over, Limits::default()),
         Err(PlanError::TooLong { index: 0, .. })
@@ -127,14 +90,8 @@ fn bad_requests_are_errors() {
         ReadPlan::new(overlap, Limits::default()),
         Err(PlanError::Unsorted { index: 1, .. })
     ));
-    let odd = Limits {
-        align: 3,
-        ..Limits::default()
-    };
-    assert!(matches!(
-        ReadPlan::new(vec![], odd),
-        Err(PlanError::Alignment { align: 3 })
-    ));
+    let odd = Limits { align: 3, ..Limits::default() };
+    assert!(matches!(ReadPlan::new(vec![], odd), Err(PlanError::Alignment { align: 3 })));
 }
 
 proptest::proptest! {
