@@ -3,3 +3,21 @@
 //!
 //! This crate knows nothing of I/O engines or devices.
 #![forbid(unsafe_code)]
+
+mod checkpoint;
+mod decoder;
+mod dtype;
+pub mod element;
+mod error;
+mod folder;
+mod header;
+mod index;
+mod json;
+mod names;
+
+pub use checkpoint::{Checkpoint, Shard, TensorInfo};
+pub use decoder::{Decoded, HeaderDecoder};
+pub use dtype::{Dtype, UnknownDtype};
+pub use element::Element;
+pub use error::{Error, HeaderError, JsonError};
+pub use header::{Header, HeaderTensor, MAX_HEADER_LEN};

@@ -1,0 +1,559 @@
+//! Checkpoints: one table of all tensors over one or many files.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::folder::{self, Choice};
+use crate::index::{Index, MAX_INDEX_LEN};
+use crate::names::NameTable;
+use crate::{Decoded, Dtype, Error, Header, HeaderDecoder, HeaderTensor};
+
+/// Most threads that read headers at once. They wait for storage rather than compute, so they may
+/// outnumber the cores.
+const MAX_READERS: usize = 8;
+
+/// The tensors of a checkpoint and the files that hold them. Headers only: no file stays open.
+///
+/// A clone shares everything.
+#[derive(Clone)]
+pub struct Checkpoint {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    files: Arc<Files>,
+    tensors: Vec<TensorInfo>,
+    /// Positions in `tensors`; not needed for one shard, whose header has its own.
+    by_name: Option<NameTable>,
+    metadata: BTreeMap<String, String>,
+    byte_len: u64,
+}
+
+/// What tensors refer to.
+struct Files {
+    shards: Vec<Shard>,
+}
+
+impl Checkpoint {
+    /// Opens a checkpoint: a safetensors file, an index (`*.index.json`), or a folder.
+    ///
+    /// In a folder the first match wins: `model.safetensors`, even beside an index;
+    /// `model.safetensors.index.json`; the only `*.safetensors.index.json`; the only
+    /// `*.safetensors`; a complete set `NAME-00001-of-0000N.safetensors`. The first two are what
+    /// transformers does. Other mixtures are refused.
+    ///
+    /// An index must agree with its shards: each tensor that it lists is in the shard that it
+    /// says. Tensors in those shards that it does not list belong to the checkpoint, as
+    /// transformers loads them too.
+    ///
+    /// Headers are read, in parallel where there are several files; data is not.
+    ///
+    /// # Errors
+    ///
+    /// Files that are missing, unreadable or not sound, an index that leaves its folder or
+    /// disagrees, and a tensor's name in two shards.
+    pub fn open(path: impl AsRef<Path>) -> Result<Checkpoint, Error> {
+        Self::open_all([path])
+    }
+
+    /// Opens several paths, each as [`Checkpoint::open`] would, as one checkpoint.
+    ///
+    /// # Errors
+    ///
+    /// As [`Checkpoint::open`], and where `paths` is empty.
+    pub fn open_all<I, P>(paths: I) -> Result<Checkpoint, Error>
+    where
+        I: IntoIterator<Item = P>,
+        P: AsRef<Path>,
+    {
+        let mut sources = Vec::new();
+        let mut indices = Vec::new();
+        for path in paths {
+            add_sources(path.as_ref(), &mut sources, &mut indices)?;
+        }
+        if sources.is_empty() {
+            return Err(Error::NoPaths);
+        }
+        let shards = read_shards(&sources, &indices)?;
+        let checkpoint = Checkpoint::assemble(shards)?;
+        for index in &indices {
+            checkpoint.check_index(index)?;
+        }
+        Ok(checkpoint)
+    }
+
+    fn assemble(shards: Vec<Shard>) -> Result<Checkpoint, Error> {
+        let files = Arc::new(Files { shards });
+        let shards = &files.shards;
+        let mut tensors = Vec::with_capacity(shards.iter().map(|s| s.header.len()).sum());
+        for (shard, file) in shards.iter().enumerate() {
+            tensors.extend((0..file.header.len()).map(|index| TensorInfo {
+                files: Arc::clone(&files),
+                shard: shard as u32,
+                index: index as u32,
+            }));
+        }
+        let by_name = if shards.len() > 1 {
+            let mut table = NameTable::with_capacity(tensors.len());
+            let name_of = |position: u32| tensors[position as usize].name();
+            for position in 0..tensors.len() as u32 {
+                table.insert(position, name_of).map_err(|first| {
+                    let path_of = |position: u32| {
+                        shards[tensors[position as usize].shard()].path().to_owned()
+                    };
+                    Error::RepeatedTensor {
+                        tensor: name_of(position).to_owned(),
+                        first: path_of(first),
+                        second: path_of(position),
+                    }
+                })?;
+            }
+            Some(table)
+        } else {
+            None
+        };
+        let mut metadata = BTreeMap::new();
+        for (key, value) in shards.iter().flat_map(|shard| shard.metadata()) {
+            if !metadata.contains_key(key) {
+                metadata.insert(key.clone(), value.clone());
+            }
+        }
+        let byte_len = shards
+            .iter()
+            .fold(0u64, |sum, s| sum.saturating_add(s.header.data_len()));
+        let inner = Inner {
+            files,
+            tensors,
+            by_name,
+            metadata,
+            byte_len,
+        };
+        Ok(Checkpoint {
+            inner: Arc::new(inner),
+        })
+    }
+
+    /// Checks that every tensor of the weight map is where the map says.
+    fn check_index(&self, index: &IndexSource) -> Result<(), Error> {
+        for (name, file) in &index.index.tensors {
+            let shard = index.first_shard + file;
+            let found = self.get(name).map(TensorInfo::shard);
+            if found != Some(shard) {
+                return Err(Error::NotInShard {
+                    index: index.path.clone(),
+                    tensor: name.clone(),
+                    shard: self.shards()[shard].path.clone(),
+                    found: found.map(|found| self.shards()[found].path.clone()),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// The files, in the order given, or by name for an index.
+    #[must_use]
+    pub fn shards(&self) -> &[Shard] {
+        &self.inner.files.shards
+    }
+
+    /// All tensors by shard, and by place in the file within a shard.
+    #[must_use]
+    pub fn tensors(&self) -> &[TensorInfo] {
+        &self.inner.tensors
+    }
+
+    /// The tensor of this name.
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<&TensorInfo> {
+        let tensors = &self.inner.tensors;
+        let position = match &self.inner.by_name {
+            Some(table) => table.get(name, |position| tensors[position as usize].name())? as usize,
+            None => self.shards().first()?.header.position(name)?,
+        };
+        tensors.get(position)
+    }
+
+    /// Bytes of all tensors together.
+    #[must_use]
+    pub fn byte_len(&self) -> u64 {
+        self.inner.byte_len
+    }
+
+    /// The metadata of all shards; of two values for one key, the earlier shard's.
+    #[must_use]
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.inner.metadata
+    }
+}
+
+impl fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Checkpoint")
+            .field("shards", &self.shards())
+            .field("tensors", &self.tensors().len())
+            .field("byte_len", &self.byte_len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// One file of a checkpoint.
+pub struct Shard {
+    path: PathBuf,
+    file_metadata: std::fs::Metadata,
+    header: Header,
+}
+
+impl Shard {
+    /// Its path, as given or as the index leads to it; links are not resolved.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Length of the file in bytes.
+    #[expect(
+        clippy::len_without_is_empty,
+        reason = "a shard has at least eight bytes"
+    )]
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.file_metadata.len()
+    }
+
+    /// Offset in the file of the first tensor's first byte.
+    #[must_use]
+    pub fn data_start(&self) -> u64 {
+        self.header.data_start()
+    }
+
+    /// What the file system said of the open file whose header was parsed. A loader that opens
+    /// the path again compares device, inode, length and times to see that it got the same file.
+    #[must_use]
+    pub fn file_metadata(&self) -> &std::fs::Metadata {
+        &self.file_metadata
+    }
+
+    /// The file's own metadata.
+    #[must_use]
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        self.header.metadata()
+    }
+
+    /// The parsed header.
+    #[must_use]
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+}
+
+impl fmt::Debug for Shard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shard")
+            .field("path", &self.path)
+            .field("header", &self.header)
+            .finish()
+    }
+}
+
+/// A tensor of a checkpoint: what it is and where its bytes are.
+///
+/// Sixteen bytes and a shared count: cloning one costs nothing worth saving, and a clone stays
+/// valid when the checkpoint is gone.
+#[derive(Clone)]
+pub struct TensorInfo {
+    files: Arc<Files>,
+    shard: u32,
+    index: u32,
+}
+
+impl TensorInfo {
+    fn entry(&self) -> HeaderTensor<'_> {
+        self.files.shards[self.shard as usize]
+            .header
+            .entry_at(self.index as usize)
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.entry().name()
+    }
+
+    /// Type of its elements.
+    #[must_use]
+    pub fn dtype(&self) -> Dtype {
+        self.entry().dtype()
+    }
+
+    /// Its dimensions, outermost first; empty for a scalar.
+    #[must_use]
+    pub fn shape(&self) -> &[usize] {
+        self.entry().shape()
+    }
+
+    /// Place of its file in [`Checkpoint::shards`].
+    #[must_use]
+    pub fn shard(&self) -> usize {
+        self.shard as usize
+    }
+
+    /// Path of its file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.files.shards[self.shard as usize].path
+    }
+
+    /// Its bytes, from the start of its file.
+    #[must_use]
+    pub fn file_range(&self) -> Range<u64> {
+        self.entry().file_range()
+    }
+
+    /// Number of its bytes.
+    #[must_use]
+    pub fn byte_len(&self) -> u64 {
+        let range = self.entry().data_range();
+        range.end - range.start
+    }
+
+    /// Number of its elements.
+    #[must_use]
+    pub fn elements(&self) -> u64 {
+        // No overflow: the header's checks took the same product.
+        self.shape().iter().map(|&dim| dim as u64).product()
+    }
+}
+
+impl fmt::Debug for TensorInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TensorInfo")
+            .field("name", &self.name())
+            .field("dtype", &self.dtype())
+            .field("shape", &self.shape())
+            .field("shard", &self.shard)
+            .field("file_range", &self.file_range())
+            .finish()
+    }
+}
+
+/// A file to open, and the index that named it.
+struct Source {
+    path: PathBuf,
+    index: Option<NamedBy>,
+}
+
+/// Where in `indices` and its files a source comes from.
+struct NamedBy {
+    index: usize,
+    file: usize,
+}
+
+/// An index whose files are the sources from `first_shard` on.
+struct IndexSource {
+    path: PathBuf,
+    index: Index,
+    first_shard: usize,
+}
+
+/// Adds the files that `path` stands for.
+fn add_sources(
+    path: &Path,
+    sources: &mut Vec<Source>,
+    indices: &mut Vec<IndexSource>,
+) -> Result<(), Error> {
+    let stat = std::fs::metadata(path).map_err(|source| Error::Open {
+        path: path.to_owned(),
+        source,
+    })?;
+    let choice = if stat.is_dir() {
+        folder::choose(path)?
+    } else if is_index(path) {
+        Choice::Index(path.to_owned())
+    } else {
+        Choice::Files(vec![path.to_owned()])
+    };
+    match choice {
+        Choice::Files(files) => {
+            sources.extend(files.into_iter().map(|path| Source { path, index: None }));
+        }
+        Choice::Index(path) => {
+            let index = Index::parse(&read_index(&path)?, &path)?;
+            let folder = path
+                .parent()
+                .map_or(Cow::Owned(PathBuf::new()), Cow::Borrowed);
+            let first_shard = sources.len();
+            sources.extend(
+                index
+                    .files
+                    .iter()
+                    .enumerate()
+                    .map(|(file, (name, _))| Source {
+                        path: folder.join(name),
+                        index: Some(NamedBy {
+                            index: indices.len(),
+                            file,
+                        }),
+                    }),
+            );
+            indices.push(IndexSource {
+                path,
+                index,
+                first_shard,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Whether a file is an index by its name: `*.index.json` or `index.json`.
+fn is_index(path: &Path) -> bool {
+    let name = path
+        .file_name()
+        .map_or_else(Cow::default, |name| name.to_string_lossy());
+    name.ends_with(".index.json") || name == "index.json"
+}
+
+/// Opens a regular file. The check before opening keeps a named pipe from blocking for ever, the
+/// metadata is that of the file that was opened.
+fn open_file(path: &Path) -> Result<(File, std::fs::Metadata), Error> {
+    let open_error = |source| Error::Open {
+        path: path.to_owned(),
+        source,
+    };
+    let not_a_file = || Error::NotAFile {
+        path: path.to_owned(),
+    };
+    if !std::fs::metadata(path).map_err(open_error)?.is_file() {
+        return Err(not_a_file());
+    }
+    let file = File::open(path).map_err(open_error)?;
+    let metadata = file.metadata().map_err(open_error)?;
+    if metadata.is_file() {
+        Ok((file, metadata))
+    } else {
+        Err(not_a_file())
+    }
+}
+
+fn read_index(path: &Path) -> Result<Vec<u8>, Error> {
+    let (file, metadata) = open_file(path)?;
+    let len = metadata.len();
+    if len > MAX_INDEX_LEN {
+        return Err(Error::IndexTooLarge {
+            index: path.to_owned(),
+            len,
+            max: MAX_INDEX_LEN,
+        });
+    }
+    let mut bytes = Vec::new();
+    read_onto(&file, path, &mut bytes, 0..len)?;
+    Ok(bytes)
+}
+
+/// Appends the bytes of `range`, which starts where `bytes` ends.
+fn read_onto(
+    file: &File,
+    path: &Path,
+    bytes: &mut Vec<u8>,
+    range: Range<u64>,
+) -> Result<(), Error> {
+    let have = bytes.len();
+    bytes.resize(have + (range.end - range.start) as usize, 0);
+    file.read_exact_at(&mut bytes[have..], range.start)
+        .map_err(|source| Error::Read {
+            path: path.to_owned(),
+            range,
+            source,
+        })
+}
+
+fn read_shard(path: &Path) -> Result<Shard, Error> {
+    let (file, file_metadata) = open_file(path)?;
+    let header_error = |source| Error::Header {
+        path: path.to_owned(),
+        source,
+    };
+    let decoder = HeaderDecoder::new(file_metadata.len()).map_err(header_error)?;
+    let mut bytes = Vec::new();
+    let header = loop {
+        match decoder.decode(&bytes).map_err(header_error)? {
+            Decoded::Need(range) => read_onto(&file, path, &mut bytes, range)?,
+            Decoded::Header(header) => break header,
+        }
+    };
+    Ok(Shard {
+        path: path.to_owned(),
+        file_metadata,
+        header,
+    })
+}
+
+/// Reads all headers, several at once where there are several. Of several errors, the one of the
+/// first file is returned.
+fn read_shards(sources: &[Source], indices: &[IndexSource]) -> Result<Vec<Shard>, Error> {
+    let read = |source: &Source| {
+        read_shard(&source.path).map_err(|error| match (error, &source.index) {
+            (
+                Error::Open {
+                    path,
+                    source: cause,
+                },
+                Some(by),
+            ) if cause.kind() == io::ErrorKind::NotFound => {
+                let IndexSource {
+                    path: index,
+                    index: Index { files, .. },
+                    ..
+                } = &indices[by.index];
+                let tensor = files[by.file].1.clone();
+                Error::MissingShard {
+                    index: index.clone(),
+                    shard: path,
+                    tensor,
+                }
+            }
+            (error, _) => error,
+        })
+    };
+    if let [source] = sources {
+        return Ok(vec![read(source)?]);
+    }
+    let next = AtomicUsize::new(0);
+    let done: Vec<Mutex<Option<Result<Shard, Error>>>> =
+        sources.iter().map(|_| Mutex::new(None)).collect();
+    let work = || {
+        while let Some((source, slot)) = {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            sources.get(i).zip(done.get(i))
+        } {
+            let result = read(source);
+            if result.is_err() {
+                // Files after this one need not be read.
+                next.fetch_max(sources.len(), Ordering::Relaxed);
+            }
+            *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..sources.len().min(MAX_READERS) {
+            // A machine out of threads reads with those it has; this thread always works.
+            let builder = std::thread::Builder::new().name("fst-headers".to_owned());
+            if builder.spawn_scoped(scope, work).is_err() {
+                break;
+            }
+        }
+        work();
+    });
+    // Sources are taken in order, so before the first unread one there is an error.
+    done.into_iter()
+        .map_while(|slot| slot.into_inner().unwrap_or_else(PoisonError::into_inner))
+        .collect()
+}
