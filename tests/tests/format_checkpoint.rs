@@ -15,20 +15,15 @@ use safetensors::tensor::TensorView;
 fn write_file(path: &Path, names: &[&str], len: usize) {
     let data: Vec<Vec<u8>> = (0..names.len()).map(|i| vec![i as u8; len]).collect();
     let views = names.iter().zip(&data).map(|(name, data)| {
-        (
-            *name,
-            TensorView::new(safetensors::Dtype::U8, vec![len], data).unwrap(),
-        )
+        (*name, TensorView::new(safetensors::Dtype::U8, vec![len], data).unwrap())
     });
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     fs::write(path, safetensors::serialize(views, Some(metadata)).unwrap()).unwrap();
 }
 
 fn write_index(path: &Path, map: &[(&str, &str)]) {
-    let map: serde_json::Map<_, _> = map
-        .iter()
-        .map(|(k, v)| ((*k).to_owned(), (*v).into()))
-        .collect();
+    let map: serde_json::Map<_, _> =
+        map.iter().map(|(k, v)| ((*k).to_owned(), (*v).into())).collect();
     let json = serde_json::json!({"metadata": {"total_size": 1.5e9}, "weight_map": map});
     fs::write(path, json.to_string()).unwrap();
 }
@@ -73,10 +68,7 @@ fn one_file_has_the_official_readers_tensors_and_bytes() {
     for tensor in checkpoint.tensors() {
         let range = tensor.file_range();
         let theirs = official.tensor(tensor.name()).unwrap();
-        assert_eq!(
-            &bytes[range.start as usize..range.end as usize],
-            theirs.data()
-        );
+        assert_eq!(&bytes[range.start as usize..range.end as usize], theirs.data());
         assert_eq!(tensor.shape(), theirs.shape());
         assert_eq!(tensor.dtype(), Dtype::U8);
         assert_eq!((tensor.byte_len(), tensor.elements()), (5, 5));
@@ -86,9 +78,7 @@ fn one_file_has_the_official_readers_tensors_and_bytes() {
     assert_eq!(checkpoint.byte_len(), 15);
     assert_eq!(checkpoint.metadata()["format"], "pt");
 
-    let [shard] = checkpoint.shards() else {
-        panic!()
-    };
+    let [shard] = checkpoint.shards() else { panic!() };
     assert_eq!(shard.path(), path);
     assert_eq!(shard.len(), bytes.len() as u64);
     assert_eq!(shard.data_start(), bytes.len() as u64 - 15);
@@ -97,11 +87,7 @@ fn one_file_has_the_official_readers_tensors_and_bytes() {
 #[test]
 fn tensors_outlive_the_checkpoint() {
     let (folder, _) = three_shards();
-    let tensor = Checkpoint::open(folder.path())
-        .unwrap()
-        .get("b.bias")
-        .unwrap()
-        .clone();
+    let tensor = Checkpoint::open(folder.path()).unwrap().get("b.bias").unwrap().clone();
     let handle = std::thread::spawn(move || (tensor.name().to_owned(), tensor.shard()));
     assert_eq!(handle.join().unwrap(), ("b.bias".to_owned(), 1));
 }
@@ -112,21 +98,14 @@ fn an_index_is_opened_by_its_folder_and_by_its_path() {
     let index = folder.path().join("model.safetensors.index.json");
     write_index(&index, &map);
     // Not part of the checkpoint.
-    write_file(
-        &folder.path().join("consolidated.safetensors"),
-        &["a.weight"],
-        1,
-    );
+    write_file(&folder.path().join("consolidated.safetensors"), &["a.weight"], 1);
     for path in [folder.path(), &index] {
         let checkpoint = Checkpoint::open(path).unwrap();
         assert_eq!(checkpoint.shards().len(), 3);
         assert_eq!(checkpoint.tensors().len(), 6);
         for (name, file) in &map {
             let tensor = checkpoint.get(name).unwrap();
-            assert_eq!(
-                checkpoint.shards()[tensor.shard()].path(),
-                folder.path().join(file)
-            );
+            assert_eq!(checkpoint.shards()[tensor.shard()].path(), folder.path().join(file));
             assert_eq!(tensor.path(), folder.path().join(file));
         }
     }
@@ -142,11 +121,7 @@ fn an_index_in_the_working_folder_needs_no_folder_in_its_path() {
         .current_dir(folder.path())
         .output()
         .unwrap();
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stdout)
-    );
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
 }
 
 #[test]
@@ -160,9 +135,7 @@ fn order_is_shard_then_offset() {
     let (folder, map) = three_shards();
     let from_folder = Checkpoint::open(folder.path()).unwrap();
     // The official writer sorts by name within a dtype.
-    let expected = [
-        "a.bias", "a.weight", "b.bias", "b.weight", "c.bias", "c.weight",
-    ];
+    let expected = ["a.bias", "a.weight", "b.bias", "b.weight", "c.bias", "c.weight"];
     assert_eq!(names(&from_folder), expected);
     for pair in from_folder.tensors().windows(2) {
         assert!(
@@ -170,11 +143,7 @@ fn order_is_shard_then_offset() {
                 || pair[0].file_range().end <= pair[1].file_range().start
         );
     }
-    let files: Vec<PathBuf> = map
-        .iter()
-        .step_by(2)
-        .map(|(_, f)| folder.path().join(f))
-        .collect();
+    let files: Vec<PathBuf> = map.iter().step_by(2).map(|(_, f)| folder.path().join(f)).collect();
     let listed = Checkpoint::open_all(files.iter().rev()).unwrap();
     assert_eq!(names(&listed)[0], "c.bias");
     assert_eq!(listed.byte_len(), 60);
@@ -213,21 +182,12 @@ fn a_hugging_face_cache_opens_through_its_links() {
         let item = item.unwrap();
         let blob = format!("{i:064x}");
         fs::rename(item.path(), blobs.join(&blob)).unwrap();
-        symlink(
-            Path::new("../../blobs").join(&blob),
-            snapshot.join(item.file_name()),
-        )
-        .unwrap();
+        symlink(Path::new("../../blobs").join(&blob), snapshot.join(item.file_name())).unwrap();
     }
     for path in [&snapshot, &snapshot.join("model.safetensors.index.json")] {
         let checkpoint = Checkpoint::open(path).unwrap();
         assert_eq!(checkpoint.tensors().len(), 6);
-        assert!(
-            checkpoint
-                .shards()
-                .iter()
-                .all(|s| s.path().starts_with(&snapshot))
-        );
+        assert!(checkpoint.shards().iter().all(|s| s.path().starts_with(&snapshot)));
     }
     // A single blob has no extension.
     let shard = snapshot.join(map[0].1);
@@ -244,22 +204,10 @@ fn links_may_leave_but_entries_may_not() {
     let absolute = folder.path().join(map[0].1);
     let up = format!("../{}", map[0].1);
     let round = format!("x/../../{}", map[0].1);
-    for entry in [
-        &up,
-        absolute.to_str().unwrap(),
-        &round,
-        "..",
-        "/",
-        "",
-        "..\\a",
-    ] {
+    for entry in [&up, absolute.to_str().unwrap(), &round, "..", "/", "", "..\\a"] {
         write_index(&index, &[("a.weight", entry)]);
         match open_err(&index) {
-            Error::OutsideFolder {
-                tensor,
-                entry: found,
-                ..
-            } => {
+            Error::OutsideFolder { tensor, entry: found, .. } => {
                 assert_eq!((tensor.as_str(), found.as_str()), ("a.weight", entry));
             }
             other => panic!("{entry}: {other:?}"),
@@ -301,11 +249,7 @@ fn a_name_in_two_shards_is_refused() {
     let third = folder.path().join(map[4].1);
     write_file(&third, &["c.weight", "a.bias"], 10);
     match open_err(folder.path()) {
-        Error::RepeatedTensor {
-            tensor,
-            first,
-            second,
-        } => {
+        Error::RepeatedTensor { tensor, first, second } => {
             assert_eq!(tensor, "a.bias");
             assert_eq!(first, folder.path().join(map[0].1));
             assert_eq!(second, third);
@@ -325,12 +269,7 @@ fn an_index_that_disagrees_with_its_shards_is_refused() {
     map[0].1 = map[5].1;
     write_index(&index, &map);
     match open_err(&index) {
-        Error::NotInShard {
-            tensor,
-            shard,
-            found,
-            ..
-        } => {
+        Error::NotInShard { tensor, shard, found, .. } => {
             assert_eq!(tensor, "a.weight");
             assert_eq!(shard, folder.path().join(map[5].1));
             assert_eq!(found, Some(folder.path().join(map[1].1)));
@@ -362,10 +301,7 @@ fn malformed_indices_are_refused() {
         r#"{"weight_map": {"a": "b"}"#,
     ] {
         fs::write(&index, text).unwrap();
-        assert!(
-            matches!(open_err(&index), Error::IndexJson { .. }),
-            "{text}"
-        );
+        assert!(matches!(open_err(&index), Error::IndexJson { .. }), "{text}");
     }
     fs::write(&index, "[".repeat(1 << 20)).unwrap();
     assert!(matches!(open_err(&index), Error::IndexJson { .. }));
@@ -377,19 +313,13 @@ fn malformed_indices_are_refused() {
     fs::write(&index, r#"{"weight_map": {"a": "b", "\u0061": "c"}}"#).unwrap();
     assert!(matches!(open_err(&index), Error::RepeatedInIndex { .. }));
     fs::write(&index, b"{\"\xff\": 1}").unwrap();
-    assert!(matches!(
-        open_err(&index),
-        Error::IndexNotUtf8 { offset: 2, .. }
-    ));
+    assert!(matches!(open_err(&index), Error::IndexNotUtf8 { offset: 2, .. }));
 }
 
 #[test]
 fn folders_without_one_checkpoint_are_refused() {
     let folder = tempfile::tempdir().unwrap();
-    assert!(matches!(
-        open_err(folder.path()),
-        Error::NoCheckpoint { .. }
-    ));
+    assert!(matches!(open_err(folder.path()), Error::NoCheckpoint { .. }));
     write_file(&folder.path().join("a.safetensors"), &["a"], 1);
     assert_eq!(names(&Checkpoint::open(folder.path()).unwrap()), ["a"]);
     write_file(&folder.path().join("b.safetensors"), &["b"], 1);
@@ -403,18 +333,9 @@ fn folders_without_one_checkpoint_are_refused() {
 fn what_is_no_file_is_refused_without_blocking() {
     assert!(matches!(Checkpoint::open_all([""; 0]), Err(Error::NoPaths)));
     let folder = tempfile::tempdir().unwrap();
-    assert!(matches!(
-        open_err(folder.path().join("none")),
-        Error::Open { .. }
-    ));
+    assert!(matches!(open_err(folder.path().join("none")), Error::Open { .. }));
     let pipe = folder.path().join("pipe.safetensors");
-    assert!(
-        std::process::Command::new("mkfifo")
-            .arg(&pipe)
-            .status()
-            .unwrap()
-            .success()
-    );
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
     assert!(matches!(open_err(&pipe), Error::NotAFile { .. }));
     assert!(matches!(open_err(folder.path()), Error::NotAFile { .. }));
     fs::remove_file(&pipe).unwrap();
@@ -432,10 +353,7 @@ fn bad_headers_name_the_file_and_the_first_error_wins() {
     }
     for _ in 0..20 {
         match open_err(folder.path()) {
-            Error::Header {
-                path,
-                source: HeaderError::Truncated { .. },
-            } => {
+            Error::Header { path, source: HeaderError::Truncated { .. } } => {
                 assert_eq!(path, folder.path().join(map[2].1));
             }
             other => panic!("{other:?}"),
@@ -444,10 +362,7 @@ fn bad_headers_name_the_file_and_the_first_error_wins() {
     fs::write(folder.path().join(map[0].1), "short").unwrap();
     assert!(matches!(
         open_err(folder.path()),
-        Error::Header {
-            source: HeaderError::TooShort { file_len: 5 },
-            ..
-        }
+        Error::Header { source: HeaderError::TooShort { file_len: 5 }, .. }
     ));
 }
 

@@ -21,23 +21,11 @@ fn single_values_match_pytorch() {
         golden::one_nan(&mut output, entry.to);
         let found = golden::read(&output);
         if found != entry.output {
-            let golden::Entry {
-                from,
-                to,
-                input,
-                output,
-            } = entry;
-            wrong.push(format!(
-                "{from} to {to}: {input:#x} gave {found:#x}, not {output:#x}"
-            ));
+            let golden::Entry { from, to, input, output } = entry;
+            wrong.push(format!("{from} to {to}: {input:#x} gave {found:#x}, not {output:#x}"));
         }
     }
-    assert!(
-        wrong.is_empty(),
-        "{} wrong:\n{}",
-        wrong.len(),
-        wrong.join("\n")
-    );
+    assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong.join("\n"));
 }
 
 #[test]
@@ -45,12 +33,7 @@ fn all_inputs_match_pytorch() {
     let mut wrong = Vec::new();
     for pair in golden::pairs() {
         let inputs = golden::inputs(pair.from);
-        assert_eq!(
-            inputs.len(),
-            pair.count * pair.from.size(),
-            "{} inputs",
-            pair.from
-        );
+        assert_eq!(inputs.len(), pair.count * pair.from.size(), "{} inputs", pair.from);
         let mut outputs = cast_to_vec(&inputs, pair.from, pair.to);
         let raw = golden::sha256(&outputs);
         golden::one_nan(&mut outputs, pair.to);
@@ -65,16 +48,10 @@ fn all_inputs_match_pytorch() {
 
 #[test]
 fn the_table_has_every_supported_pair() {
-    let golden: Vec<_> = golden::pairs()
-        .iter()
-        .map(|pair| (pair.from, pair.to))
-        .collect();
+    let golden: Vec<_> = golden::pairs().iter().map(|pair| (pair.from, pair.to)).collect();
     for from in CastType::ALL {
         for to in CastType::ALL {
-            assert_eq!(
-                supported(from, to),
-                from == to || golden.contains(&(from, to))
-            );
+            assert_eq!(supported(from, to), from == to || golden.contains(&(from, to)));
         }
     }
 }
@@ -91,13 +68,8 @@ fn any_length_and_alignment_gives_the_same_elements() {
                 let mut src = vec![0; shift];
                 src.extend_from_slice(&inputs[..elements * n]);
                 let mut dst = vec![0x5A; (8 - shift) + elements * m + 3];
-                cast(
-                    &src[shift..],
-                    pair.from,
-                    &mut dst[8 - shift..][..elements * m],
-                    pair.to,
-                )
-                .unwrap();
+                cast(&src[shift..], pair.from, &mut dst[8 - shift..][..elements * m], pair.to)
+                    .unwrap();
                 assert_eq!(dst[8 - shift..][..elements * m], outputs[..elements * m]);
                 assert!(dst[..8 - shift].iter().all(|b| *b == 0x5A));
                 assert!(dst[8 - shift + elements * m..].iter().all(|b| *b == 0x5A));
@@ -120,10 +92,7 @@ fn refusals_name_the_cause_and_leave_the_destination_alone() {
     let mut dst = [7; 8];
     assert_eq!(
         cast(&[0; 8], F32, &mut dst[..2], F8E8M0),
-        Err(CastError::Unsupported {
-            from: F32,
-            to: F8E8M0
-        })
+        Err(CastError::Unsupported { from: F32, to: F8E8M0 })
     );
     assert_eq!(
         cast(&[0; 5], BF16, &mut dst, F32),
@@ -131,12 +100,7 @@ fn refusals_name_the_cause_and_leave_the_destination_alone() {
     );
     assert_eq!(
         cast(&[0; 6], BF16, &mut dst, F32),
-        Err(CastError::DestinationLength {
-            to: F32,
-            elements: 3,
-            expected: 12,
-            found: 8
-        })
+        Err(CastError::DestinationLength { to: F32, elements: 3, expected: 12, found: 8 })
     );
     assert_eq!(dst, [7; 8]);
 }

@@ -14,12 +14,14 @@
 #[cfg(not(target_os = "linux"))]
 compile_error!("fst-io uses io_uring, O_DIRECT and statx: it runs on Linux only");
 
+pub mod arenas;
 pub mod budget;
 pub mod buffer;
 pub mod engine;
 pub mod place;
 pub mod plan;
 pub mod residency;
+pub mod scratch;
 pub mod sink;
 pub mod stats;
 

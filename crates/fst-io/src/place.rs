@@ -4,15 +4,11 @@
 
 use std::fmt;
 use std::ptr::NonNull;
-use std::sync::atomic::{
-    AtomicU8, AtomicU32,
-    Ordering::{AcqRel, Relaxed},
-};
-use std::sync::{Arc, Mutex, TryLockError};
+use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 
+use crate::arenas::{Arenas, OnArena};
 use crate::budget::Budget;
 use crate::buffer::{HUGE_PAGE, HostBuffer};
-use crate::error::Error;
 use crate::extent::Extent;
 use crate::plan::{Block, ReadPlan};
 use crate::sink::{Sink, SinkError, Target};
@@ -101,9 +97,6 @@ const LANDED: u8 = 2;
 /// Told when a block is in place, from reader threads.
 pub type OnLanded<'a> = &'a (dyn Fn(&Block) + Send + Sync);
 
-/// Told when all blocks of an arena are in place, with its index; from reader threads.
-pub type OnArena<'a> = &'a (dyn Fn(usize, Arc<HostBuffer>) -> Result<(), SinkError> + Send + Sync);
-
 /// The sink of loads into host memory: each block of one plan has its place from the start.
 ///
 /// An arena is reserved when its first block is read, within the budget if there is one, and
@@ -111,14 +104,10 @@ pub type OnArena<'a> = &'a (dyn Fn(usize, Arc<HostBuffer>) -> Result<(), SinkErr
 pub struct InPlace<'a> {
     plan: &'a ReadPlan,
     layout: &'a Layout,
-    arenas: Vec<Mutex<Option<Arc<HostBuffer>>>>,
-    /// Per arena: blocks that have not landed.
-    missing: Vec<AtomicU32>,
+    arenas: Arenas<'a>,
     /// Per block of the plan: [`FREE`], then [`LENT`] once, then [`LANDED`].
     state: Vec<AtomicU8>,
-    budget: Option<&'a Budget>,
     on_landed: Option<OnLanded<'a>>,
-    on_arena: OnArena<'a>,
 }
 
 impl fmt::Debug for InPlace<'_> {
@@ -141,29 +130,25 @@ pub struct NoPlace {
 
 impl<'a> InPlace<'a> {
     /// A sink for `plan`, whose arenas are those of `layout`, made for the same plan. Every arena
-    /// goes to `on_arena` once, when it is complete.
-    pub fn new(plan: &'a ReadPlan, layout: &'a Layout, on_arena: OnArena<'a>) -> Self {
-        let missing: Vec<_> = layout.arenas().iter().map(|_| AtomicU32::new(0)).collect();
+    /// goes to `on_arena` once, when it is complete. With a budget, the arenas that live at once,
+    /// here or with whoever holds them, stay within it; one that is larger ends the read.
+    pub fn new(
+        plan: &'a ReadPlan,
+        layout: &'a Layout,
+        budget: Option<&'a Budget>,
+        on_arena: OnArena<'a>,
+    ) -> Self {
+        let mut arenas: Vec<_> = layout.arenas().iter().map(|len| (*len, 0)).collect();
         for (segment, place) in plan.segments().iter().zip(layout.places()) {
-            missing[place.arena].fetch_add(segment.blocks.len() as u32, Relaxed);
+            arenas[place.arena].1 += segment.blocks.len() as u64;
         }
         Self {
             plan,
             layout,
-            arenas: layout.arenas().iter().map(|_| Mutex::new(None)).collect(),
-            missing,
+            arenas: Arenas::new(arenas, budget, on_arena),
             state: plan.blocks().iter().map(|_| AtomicU8::new(FREE)).collect(),
-            budget: None,
             on_landed: None,
-            on_arena,
         }
-    }
-
-    /// Keeps the arenas that live at once, here or with whoever holds them, within a budget.
-    /// An arena that is larger than the budget ends the read.
-    pub fn budget(mut self, budget: &'a Budget) -> Self {
-        self.budget = Some(budget);
-        self
     }
 
     /// Calls `hook` for each block that has landed, on the thread that read it.
@@ -174,41 +159,6 @@ impl<'a> InPlace<'a> {
 
     fn arena_of(&self, block: &Block) -> Option<usize> {
         Some(self.layout.places().get(block.segment as usize)?.arena)
-    }
-
-    /// The arena, reserved now if it was not yet. `None` when the budget has no room.
-    fn arena(&self, index: usize, wait: bool) -> Result<Option<Arc<HostBuffer>>, SinkError> {
-        // Whoever holds this lock may be waiting for the budget. A reader with blocks in flight
-        // must not wait for that: landing them may be what frees memory.
-        let mut arena = match (self.arenas[index].try_lock(), wait) {
-            (Ok(arena), _) => arena,
-            (Err(TryLockError::WouldBlock), false) => return Ok(None),
-            (Err(TryLockError::WouldBlock), true) => {
-                self.arenas[index].lock().unwrap_or_else(|e| e.into_inner())
-            }
-            (Err(TryLockError::Poisoned(poisoned)), _) => poisoned.into_inner(),
-        };
-        if let Some(arena) = &*arena {
-            return Ok(Some(arena.clone()));
-        }
-        let bytes = self.layout.arenas()[index];
-        let lease = match self.budget {
-            None => None,
-            Some(budget) if bytes > budget.limit() => {
-                return Err(OverBudget { bytes, budget: budget.limit() }.into());
-            }
-            Some(budget) => match budget.take(bytes, wait) {
-                None => return Ok(None),
-                lease => lease,
-            },
-        };
-        let len = usize::try_from(bytes)
-            .map_err(|_| Error::Memory { bytes, source: std::io::ErrorKind::OutOfMemory.into() })?;
-        let mut buffer = HostBuffer::new(len)?;
-        if let Some(lease) = lease {
-            buffer = buffer.with_lease(lease);
-        }
-        Ok(Some(arena.insert(Arc::new(buffer)).clone()))
     }
 
     /// The place of a block in its arena.
@@ -228,21 +178,11 @@ impl<'a> InPlace<'a> {
     }
 }
 
-/// An arena does not fit into the memory budget.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{bytes} bytes are needed at once, and the memory budget is {budget} bytes")]
-pub struct OverBudget {
-    /// Bytes of the arena.
-    pub bytes: u64,
-    /// The budget's limit in bytes.
-    pub budget: u64,
-}
-
 // SAFETY: every target is the place of one block of the plan, lent once in this value's life:
 // `reserve` checks that the block is the plan's own and `FREE`; the plan's segments
 // lie apart in the layout, and its blocks apart in their segment. `place` checks that the range
-// lies in the arena. The arena cannot go before its blocks have landed: this value holds it until
-// `missing` is zero, and readers borrow this value. Nobody else sees an arena before that, when no
+// lies in the arena. The arena cannot go before its blocks have landed: `arenas` holds it until
+// then, and readers borrow this value. Nobody else sees an arena before that, when no
 // block of it is on loan any more.
 unsafe impl Sink for InPlace<'_> {
     fn reserve(&self, block: &Block, wait: bool) -> Result<Option<Target>, SinkError> {
@@ -256,7 +196,7 @@ unsafe impl Sink for InPlace<'_> {
         if state.load(Relaxed) != FREE {
             return Err(no_place().into());
         }
-        let Some(arena) = self.arena(arena, wait)? else {
+        let Some(arena) = self.arenas.get(arena, wait)? else {
             return Ok(None);
         };
         if state.compare_exchange(FREE, LENT, Relaxed, Relaxed).is_err() {
@@ -277,12 +217,7 @@ unsafe impl Sink for InPlace<'_> {
         if let Some(hook) = self.on_landed {
             hook(block);
         }
-        // The last to count sees what all others have read: release by each, acquire by it.
-        if self.missing[index].fetch_sub(1, AcqRel) > 1 {
-            return Ok(());
-        }
-        let arena = self.arenas[index].lock().unwrap_or_else(|e| e.into_inner()).take();
-        arena.map_or(Ok(()), |arena| (self.on_arena)(index, arena))
+        self.arenas.fill(index, 1)
     }
 
     fn abandoned(&self, _block: &Block, _target: Target) {}
@@ -291,6 +226,7 @@ unsafe impl Sink for InPlace<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::arenas::OverBudget;
     use crate::plan::Limits;
 
     fn plan(lens: &[u64]) -> ReadPlan {
@@ -334,14 +270,14 @@ mod tests {
     fn a_place_is_lent_once_and_to_its_plan_only() {
         let plan = plan(&[10]);
         let layout = Layout::new(&plan, u64::MAX);
-        let sink = InPlace::new(&plan, &layout, &|_, _| Ok(()));
+        let sink = InPlace::new(&plan, &layout, None, &|_, _| Ok(()));
         let mut foreign = plan.blocks()[0].clone();
         foreign.len *= 1000;
         assert!(sink.reserve(&foreign, true).is_err());
         assert!(sink.reserve(&plan.blocks()[0], true).unwrap().is_some());
         assert!(sink.reserve(&plan.blocks()[0], true).is_err());
         let budget = Budget::new(100);
-        let sink = InPlace::new(&plan, &layout, &|_, _| Ok(())).budget(&budget);
+        let sink = InPlace::new(&plan, &layout, Some(&budget), &|_, _| Ok(()));
         let error = sink.reserve(&plan.blocks()[0], true).unwrap_err();
         assert!(error.is::<OverBudget>(), "{error}");
     }

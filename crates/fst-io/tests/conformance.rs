@@ -65,7 +65,7 @@ fn load(
         assert!(arenas.lock().unwrap()[index].replace(arena).is_none());
         Ok(())
     };
-    let sink = InPlace::new(&plan, &layout, &keep).on_landed(&hook);
+    let sink = InPlace::new(&plan, &layout, None, &keep).on_landed(&hook);
     let control = Control::new();
     let stats = fst_io::read(&files, &plan, &sink, options, &control)?;
     assert_eq!(landed.load(Relaxed), plan.bytes_read());
@@ -193,7 +193,7 @@ fn load_while(path: &Path, engine: Engine, act: &(dyn Fn() + Send + Sync)) -> Er
     let limits = Limits { block: 64 << 10, ..Limits::default() };
     let plan = ReadPlan::new(vec![Extent::new(0, 0..files[0].len())], limits).unwrap();
     let layout = Layout::new(&plan, u64::MAX);
-    let inner = InPlace::new(&plan, &layout, &|_, _| Ok(()));
+    let inner = InPlace::new(&plan, &layout, None, &|_, _| Ok(()));
     let sink = Meddler { inner, once: std::sync::Once::new(), act };
     let options = options(engine, CachePolicy::Residency, 1);
     fst_io::read(&files, &plan, &sink, &options, &Control::new()).unwrap_err()
@@ -252,7 +252,7 @@ fn cancelling_ends_the_read() {
         let plan = ReadPlan::new(vec![Extent::new(0, 0..8 << 20)], limits).unwrap();
         let layout = Layout::new(&plan, u64::MAX);
         let hook = |_: &fst_io::plan::Block| control.cancel();
-        let sink = InPlace::new(&plan, &layout, &|_, _| Ok(())).on_landed(&hook);
+        let sink = InPlace::new(&plan, &layout, None, &|_, _| Ok(())).on_landed(&hook);
         let options = options(engine, CachePolicy::Residency, 2);
         let error = fst_io::read(&files, &plan, &sink, &options, &control).unwrap_err();
         assert!(matches!(error, Error::Cancelled), "{engine}: {error}");

@@ -33,21 +33,13 @@ const QUIET: u32 = 0x0040_0000;
 fn narrow<const MANT: u32, const BIAS: u32>(a: u32) -> u32 {
     let shift = 23 - MANT;
     let odd = (a >> shift) & 1;
-    let normal = a
-        .wrapping_sub((127 - BIAS) << 23)
-        .wrapping_add((1 << (shift - 1)) - 1 + odd)
-        >> shift;
+    let normal =
+        a.wrapping_sub((127 - BIAS) << 23).wrapping_add((1 << (shift - 1)) - 1 + odd) >> shift;
     // Added to a power of two whose last place is the smallest subnormal, the value is rounded to
     // a multiple of that subnormal by the addition itself.
     let magic = magic::<MANT, BIAS>();
-    let subnormal = (f32::from_bits(a) + f32::from_bits(magic))
-        .to_bits()
-        .wrapping_sub(magic);
-    if a < (128 - BIAS) << 23 {
-        subnormal
-    } else {
-        normal
-    }
+    let subnormal = (f32::from_bits(a) + f32::from_bits(magic)).to_bits().wrapping_sub(magic);
+    if a < (128 - BIAS) << 23 { subnormal } else { normal }
 }
 
 /// Magnitude `x` of a type of `MANT` mantissa bits and bias `BIAS`, as F32 bits. Infinity and NaN
@@ -120,11 +112,7 @@ impl FromF32<2> for F16 {
         let value = narrow::<10, 15>(a);
         // From 2^16 on; what rounds up to it has become 0x7C00 by itself.
         let value = if a >= 143 << 23 { 0x7C00 } else { value };
-        let value = if a > INFINITY {
-            0x7E00 | ((a >> 13) & 0x1FF)
-        } else {
-            value
-        };
+        let value = if a > INFINITY { 0x7E00 | ((a >> 13) & 0x1FF) } else { value };
         (((bits >> 16) & 0x8000 | value) as u16).to_le_bytes()
     }
 }
@@ -140,12 +128,7 @@ impl FromF32<2> for Bf16 {
     #[inline(always)]
     fn from_f32(bits: u32) -> [u8; 2] {
         let value = bits.wrapping_add(0x7FFF + ((bits >> 16) & 1)) >> 16;
-        ((if bits & !SIGN > INFINITY {
-            0x7FC0
-        } else {
-            value
-        }) as u16)
-            .to_le_bytes()
+        ((if bits & !SIGN > INFINITY { 0x7FC0 } else { value }) as u16).to_le_bytes()
     }
 }
 

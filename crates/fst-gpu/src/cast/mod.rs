@@ -44,15 +44,8 @@ pub enum CastType {
 
 impl CastType {
     /// Every type, in declaration order.
-    pub const ALL: [Self; 7] = [
-        Self::F64,
-        Self::F32,
-        Self::F16,
-        Self::BF16,
-        Self::F8E4M3,
-        Self::F8E5M2,
-        Self::F8E8M0,
-    ];
+    pub const ALL: [Self; 7] =
+        [Self::F64, Self::F32, Self::F16, Self::BF16, Self::F8E4M3, Self::F8E5M2, Self::F8E8M0];
 
     /// Bytes of one element.
     pub const fn size(self) -> usize {
@@ -144,21 +137,13 @@ pub fn cast(src: &[u8], from: CastType, dst: &mut [u8], to: CastType) -> Result<
         return Err(CastError::Unsupported { from, to });
     }
     if !src.len().is_multiple_of(from.size()) {
-        return Err(CastError::RaggedSource {
-            from,
-            len: src.len(),
-        });
+        return Err(CastError::RaggedSource { from, len: src.len() });
     }
     let elements = src.len() / from.size();
     // A product that overflows cannot be the length of any slice.
     if elements.checked_mul(to.size()) != Some(dst.len()) {
         let expected = elements.saturating_mul(to.size());
-        return Err(CastError::DestinationLength {
-            to,
-            elements,
-            expected,
-            found: dst.len(),
-        });
+        return Err(CastError::DestinationLength { to, elements, expected, found: dst.len() });
     }
     if from == to {
         dst.copy_from_slice(src);

@@ -10,9 +10,8 @@ use sha2::{Digest, Sha256};
 const HASHES: &str = include_str!("../../golden/hashes.txt");
 const TABLES: &str = include_str!("../../golden/tables.txt");
 
-const F32_LOW: [u32; 12] = [
-    0, 1, 0x0FFF, 0x1000, 0x1001, 0x2FFF, 0x3000, 0x3001, 0x7FFF, 0x8000, 0x8001, 0xFFFF,
-];
+const F32_LOW: [u32; 12] =
+    [0, 1, 0x0FFF, 0x1000, 0x1001, 0x2FFF, 0x3000, 0x3001, 0x7FFF, 0x8000, 0x8001, 0xFFFF];
 const F64_LOW: [u64; 6] = [0, 1, 0x0FFF_FFFF, 0x1000_0000, 0x1000_0001, 0x1FFF_FFFF];
 const RANDOM: u64 = 1 << 16;
 
@@ -60,9 +59,7 @@ pub fn entries() -> impl Iterator<Item = Entry> {
 }
 
 fn lines(text: &'static str) -> impl Iterator<Item = Vec<&'static str>> {
-    text.lines()
-        .filter(|l| !l.starts_with('#'))
-        .map(|l| l.split(' ').collect())
+    text.lines().filter(|l| !l.starts_with('#')).map(|l| l.split(' ').collect())
 }
 
 fn named(name: &str) -> CastType {
@@ -81,10 +78,7 @@ pub fn inputs(from: CastType) -> Vec<u8> {
                 .map(|n| f64::from(f32::from_bits(n)).to_bits())
                 .flat_map(|wide| F64_LOW.map(|low| wide | low));
             let far = (0..1u64 << 16).flat_map(|h| [0, 1, (1 << 48) - 1].map(|low| h << 48 | low));
-            near.chain(far)
-                .chain(splitmix(64))
-                .flat_map(u64::to_le_bytes)
-                .collect()
+            near.chain(far).chain(splitmix(64)).flat_map(u64::to_le_bytes).collect()
         }
         CastType::F32 => highs
             .flat_map(|h| F32_LOW.map(|low| h << 16 | low))
@@ -126,16 +120,10 @@ pub fn one_nan(bytes: &mut [u8], to: CastType) {
 
 /// The bits of one element.
 pub fn read(element: &[u8]) -> u64 {
-    element
-        .iter()
-        .rev()
-        .fold(0, |bits, byte| bits << 8 | u64::from(*byte))
+    element.iter().rev().fold(0, |bits, byte| bits << 8 | u64::from(*byte))
 }
 
 /// SHA-256 in lower-case hexadecimal.
 pub fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }

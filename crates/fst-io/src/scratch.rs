@@ -1,0 +1,106 @@
+//! Landing in scratch: blocks pass through a few reused pieces of memory, and a closure takes what
+//! it wants from each. For bytes that must be moved, cut or converted before they are of use.
+
+use std::fmt;
+use std::sync::{Condvar, Mutex};
+
+use crate::buffer::HostBuffer;
+use crate::error::Error;
+use crate::plan::{Block, ReadPlan};
+use crate::sink::{Sink, SinkError, Target};
+
+/// Asked before a block is read whether what it leads to has room. `Ok(false)`: not now, or, when
+/// told to wait, never.
+pub type Admit<'a> = &'a (dyn Fn(&Block, bool) -> Result<bool, SinkError> + Send + Sync);
+
+/// Given a block's bytes, [`Block::need`] of them from [`Block::offset`] on.
+pub type Take<'a> = &'a (dyn Fn(&Block, &[u8]) -> Result<(), SinkError> + Send + Sync);
+
+/// The sink of loads that transform what they read.
+pub struct Scratch<'a> {
+    memory: HostBuffer,
+    /// Bytes of a slot: the plan's block length.
+    slot: usize,
+    free: Mutex<Vec<u64>>,
+    freed: Condvar,
+    admit: Admit<'a>,
+    take: Take<'a>,
+}
+
+impl fmt::Debug for Scratch<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Scratch").field("memory", &self.memory).finish_non_exhaustive()
+    }
+}
+
+impl<'a> Scratch<'a> {
+    /// Scratch memory for `slots` blocks of `plan`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`].
+    pub fn new(
+        plan: &ReadPlan,
+        slots: usize,
+        admit: Admit<'a>,
+        take: Take<'a>,
+    ) -> Result<Self, Error> {
+        let slots = slots.clamp(1, plan.blocks().len().max(1));
+        let too_much = || Error::Memory {
+            bytes: plan.limits().block.saturating_mul(slots as u64),
+            source: std::io::ErrorKind::OutOfMemory.into(),
+        };
+        let slot = usize::try_from(plan.limits().block).map_err(|_| too_much())?;
+        let memory = HostBuffer::new(slot.checked_mul(slots).ok_or_else(too_much)?)?;
+        let free = Mutex::new((0..slots as u64).collect());
+        Ok(Self { memory, slot, free, freed: Condvar::new(), admit, take })
+    }
+
+    fn release(&self, slot: u64) {
+        self.free.lock().unwrap_or_else(|e| e.into_inner()).push(slot);
+        self.freed.notify_one();
+    }
+}
+
+// SAFETY: a slot's number is in `free` or inside exactly one target: it is popped to make the
+// target, and pushed back only when the target has come back by value. Slots are disjoint ranges
+// of `memory`, which this value owns and readers borrow. A target that is dropped loses its slot,
+// so that nobody else gets it.
+unsafe impl Sink for Scratch<'_> {
+    fn reserve(&self, block: &Block, wait: bool) -> Result<Option<Target>, SinkError> {
+        if block.len > self.slot as u64 {
+            return Err(format!("a block of {} bytes for slots of {}", block.len, self.slot).into());
+        }
+        if !(self.admit)(block, wait)? {
+            return Ok(None);
+        }
+        let mut free = self.free.lock().unwrap_or_else(|e| e.into_inner());
+        let slot = loop {
+            match free.pop() {
+                Some(slot) => break slot,
+                None if !wait => return Ok(None),
+                // Slots come back whenever a block has landed or failed, on any thread.
+                None => free = self.freed.wait(free).unwrap_or_else(|e| e.into_inner()),
+            }
+        };
+        drop(free);
+        // SAFETY: `slot` is below the number of slots that `memory` was made for.
+        let ptr = unsafe { self.memory.as_ptr().add(slot as usize * self.slot) };
+        // SAFETY: see the comment on the implementation.
+        Ok(Some(unsafe { Target::new(ptr, self.slot, slot) }))
+    }
+
+    fn landed(&self, block: &Block, target: Target) -> Result<(), SinkError> {
+        let start = target.token() as usize * self.slot;
+        let len = (block.need as usize).min(self.slot);
+        // SAFETY: the target came back, so that nobody writes to its slot until `release`.
+        let bytes = unsafe { self.memory.slice(start..start + len) }.unwrap_or_default();
+        let result = (self.take)(block, bytes);
+        self.release(target.token());
+        result
+    }
+
+    fn abandoned(&self, _block: &Block, target: Target) {
+        self.release(target.token());
+    }
+}
