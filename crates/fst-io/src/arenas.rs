@@ -6,12 +6,12 @@ use std::sync::atomic::{AtomicU64, Ordering::AcqRel};
 use std::sync::{Arc, Mutex, TryLockError};
 
 use crate::budget::Budget;
-use crate::buffer::HostBuffer;
+use crate::buffer::{HostBuffer, SharedBuffer};
 use crate::error::Error;
 use crate::sink::SinkError;
 
 /// Told when an arena is full, with its index; from the thread that filled it last.
-pub type OnArena<'a> = &'a (dyn Fn(usize, Arc<HostBuffer>) -> Result<(), SinkError> + Send + Sync);
+pub type OnArena<'a> = &'a (dyn Fn(usize, SharedBuffer) -> Result<(), SinkError> + Send + Sync);
 
 /// An arena does not fit into the memory budget.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -23,10 +23,12 @@ pub struct OverBudget {
     pub budget: u64,
 }
 
-/// A row of arenas. Each is reserved when it is first needed, and handed to its taker once
+/// A row of arenas. They are reserved in order, each when it or a later one is first needed, and handed to its taker once
 /// everything that was announced for it has been [filled](Self::fill) in.
 pub struct Arenas<'a> {
     arenas: Vec<Arena>,
+    /// How many arenas, from the first, have been reserved.
+    reserved: Mutex<usize>,
     budget: Option<&'a Budget>,
     on_full: OnArena<'a>,
 }
@@ -56,7 +58,7 @@ impl<'a> Arenas<'a> {
     ) -> Self {
         let arena =
             |(len, missing)| Arena { len, missing: AtomicU64::new(missing), buffer: None.into() };
-        Self { arenas: arenas.into_iter().map(arena).collect(), budget, on_full }
+        Self { arenas: arenas.into_iter().map(arena).collect(), reserved: Mutex::new(0), budget, on_full }
     }
 
     /// The arena, reserved now if it was not yet. `Ok(None)` when the budget has no room now, or
@@ -66,41 +68,51 @@ impl<'a> Arenas<'a> {
     ///
     /// [`OverBudget`], or [`Error::Memory`].
     pub fn get(&self, index: usize, wait: bool) -> Result<Option<Arc<HostBuffer>>, SinkError> {
-        let Some(Arena { len: bytes, buffer, .. }) = self.arenas.get(index) else {
-            return Ok(None);
-        };
+        if let Some(buffer) = self.existing(index) {
+            return Ok(Some(buffer));
+        }
         // Whoever holds this lock may be waiting for the budget. A reader with blocks in flight
         // must not wait for that: landing them may be what frees memory.
-        let mut buffer = match (buffer.try_lock(), wait) {
-            (Ok(buffer), _) => buffer,
+        let mut reserved = match (self.reserved.try_lock(), wait) {
+            (Ok(reserved), _) => reserved,
             (Err(TryLockError::WouldBlock), false) => return Ok(None),
             (Err(TryLockError::WouldBlock), true) => {
-                buffer.lock().unwrap_or_else(|e| e.into_inner())
+                self.reserved.lock().unwrap_or_else(|e| e.into_inner())
             }
             (Err(TryLockError::Poisoned(poisoned)), _) => poisoned.into_inner(),
         };
-        if let Some(buffer) = &*buffer {
-            return Ok(Some(buffer.clone()));
+        // In order, whatever the order of the requests: were a later arena to take the last of the
+        // budget, whoever waits for the tensors in order would wait for ever.
+        while *reserved <= index {
+            let Some(arena) = self.arenas.get(*reserved) else { return Ok(None) };
+            let Some(buffer) = self.reserve(arena.len, wait)? else { return Ok(None) };
+            *arena.buffer.lock().unwrap_or_else(|e| e.into_inner()) = Some(Arc::new(buffer));
+            *reserved += 1;
         }
+        Ok(self.existing(index))
+    }
+
+    fn existing(&self, index: usize) -> Option<Arc<HostBuffer>> {
+        self.arenas.get(index)?.buffer.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    fn reserve(&self, bytes: u64, wait: bool) -> Result<Option<HostBuffer>, SinkError> {
         let lease = match self.budget {
             None => None,
-            Some(budget) if *bytes > budget.limit() => {
-                return Err(OverBudget { bytes: *bytes, budget: budget.limit() }.into());
+            Some(budget) if bytes > budget.limit() => {
+                return Err(OverBudget { bytes, budget: budget.limit() }.into());
             }
-            Some(budget) => match budget.take(*bytes, wait) {
+            Some(budget) => match budget.take(bytes, wait) {
                 None => return Ok(None),
                 lease => lease,
             },
         };
-        let len = usize::try_from(*bytes).map_err(|_| Error::Memory {
-            bytes: *bytes,
-            source: io::ErrorKind::OutOfMemory.into(),
-        })?;
-        let mut fresh = HostBuffer::new(len)?;
-        if let Some(lease) = lease {
-            fresh = fresh.with_lease(lease);
-        }
-        Ok(Some(buffer.insert(Arc::new(fresh)).clone()))
+        let too_much = |_| Error::Memory { bytes, source: io::ErrorKind::OutOfMemory.into() };
+        let buffer = HostBuffer::new(usize::try_from(bytes).map_err(too_much)?)?;
+        Ok(Some(match lease {
+            Some(lease) => buffer.with_lease(lease),
+            None => buffer,
+        }))
     }
 
     /// Counts `amount` as filled in; the last of it hands the arena over. The caller's writes
@@ -109,13 +121,20 @@ impl<'a> Arenas<'a> {
     /// # Errors
     ///
     /// The taker's.
-    pub fn fill(&self, index: usize, amount: u64) -> Result<(), SinkError> {
+    ///
+    /// # Safety
+    ///
+    /// What is counted has been written, once, and is not written again: with the last of it, all
+    /// writing to the arena is over.
+    pub unsafe fn fill(&self, index: usize, amount: u64) -> Result<(), SinkError> {
         let Some(arena) = self.arenas.get(index) else { return Ok(()) };
         // Release by each filler, acquire by the last.
         if arena.missing.fetch_sub(amount, AcqRel) > amount {
             return Ok(());
         }
         let buffer = arena.buffer.lock().unwrap_or_else(|e| e.into_inner()).take();
-        buffer.map_or(Ok(()), |buffer| (self.on_full)(index, buffer))
+        let Some(buffer) = buffer else { return Ok(()) };
+        // SAFETY: all that was announced has been counted, each by a caller that is done with it.
+        (self.on_full)(index, unsafe { SharedBuffer::new(buffer) })
     }
 }

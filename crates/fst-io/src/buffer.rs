@@ -4,8 +4,10 @@
 //! buffers start at 2 MiB boundaries and ask for huge pages (`MADV_HUGEPAGE`).
 
 use std::io;
+use std::ops::{Deref, Range};
 use std::ptr::NonNull;
 use std::slice;
+use std::sync::Arc;
 
 use crate::budget::Lease;
 use crate::error::Error;
@@ -81,14 +83,29 @@ impl HostBuffer {
     /// # Safety
     ///
     /// Nobody may write to these bytes while the slice lives: whoever filled them has finished.
-    pub unsafe fn slice(&self, range: std::ops::Range<usize>) -> Option<&[u8]> {
-        if range.start > range.end || range.end > self.len {
-            return None;
-        }
+    pub unsafe fn slice(&self, range: Range<usize>) -> Option<&[u8]> {
+        let start = self.start_of(&range)?;
         // SAFETY: the range lies in the mapping (or is empty, where the dangling pointer is
         // valid), which is initialised (anonymous memory starts as zeros) and lives as long as
         // `self`; the caller vouches that nobody writes.
-        Some(unsafe { slice::from_raw_parts(self.as_ptr().as_ptr().add(range.start), range.len()) })
+        Some(unsafe { slice::from_raw_parts(start, range.len()) })
+    }
+
+    /// The bytes of `range` for writing, or `None` when it lies outside.
+    ///
+    /// # Safety
+    ///
+    /// Nobody else may read or write these bytes while the slice lives.
+    #[expect(clippy::mut_from_ref, reason = "that this is exclusive is the caller's promise")]
+    pub unsafe fn slice_mut(&self, range: Range<usize>) -> Option<&mut [u8]> {
+        let start = self.start_of(&range)?;
+        // SAFETY: as in `slice`; the caller vouches for exclusive access.
+        Some(unsafe { slice::from_raw_parts_mut(start, range.len()) })
+    }
+
+    fn start_of(&self, range: &Range<usize>) -> Option<*mut u8> {
+        let inside = range.start <= range.end && range.end <= self.len;
+        inside.then(|| self.as_ptr().as_ptr().wrapping_add(range.start))
     }
 
     /// Backs a part of the buffer with memory now, as first writes would. Best effort: the range
@@ -102,6 +119,40 @@ impl HostBuffer {
                 let _ = map.advise(start, end - start, libc::MADV_POPULATE_WRITE);
             }
         }
+    }
+}
+
+/// A buffer that nobody writes to any more. Clones share it; the last one frees it.
+#[derive(Debug, Clone)]
+pub struct SharedBuffer(Arc<HostBuffer>);
+
+impl SharedBuffer {
+    /// Declares a buffer finished.
+    ///
+    /// # Safety
+    ///
+    /// Nobody writes to the buffer from here on, whoever else may hold a reference to it.
+    pub unsafe fn new(buffer: Arc<HostBuffer>) -> Self {
+        Self(buffer)
+    }
+
+    /// A buffer without bytes.
+    pub fn empty() -> Self {
+        Self(Arc::new(HostBuffer { map: None, len: 0, lease: None }))
+    }
+
+    /// Length in bytes of what is reserved for this buffer.
+    pub fn capacity(&self) -> usize {
+        self.0.capacity()
+    }
+}
+
+impl Deref for SharedBuffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: nobody writes any more, by the contract of `new`.
+        unsafe { self.0.slice(0..self.0.len) }.unwrap_or_default()
     }
 }
 

@@ -31,7 +31,7 @@ mod file;
 mod sys;
 
 pub use budget::Budget;
-pub use buffer::HostBuffer;
+pub use buffer::{HostBuffer, SharedBuffer};
 pub use engine::{CachePolicy, Control, Engine, ReadOptions, ResolvedEngine, read};
 pub use error::{Change, Error};
 pub use extent::Extent;

@@ -217,7 +217,9 @@ unsafe impl Sink for InPlace<'_> {
         if let Some(hook) = self.on_landed {
             hook(block);
         }
-        self.arenas.fill(index, 1)
+        // SAFETY: the block went from `LENT` to `LANDED`, once; its target came back, and is not
+        // lent again.
+        unsafe { self.arenas.fill(index, 1) }
     }
 
     fn abandoned(&self, _block: &Block, _target: Target) {}

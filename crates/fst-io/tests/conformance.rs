@@ -9,13 +9,13 @@ use std::fs;
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
 
 use fst_io::place::{InPlace, Layout};
 use fst_io::plan::{Limits, ReadPlan};
 use fst_io::{
-    CachePolicy, Change, Control, Engine, Error, Extent, HostBuffer, ReadOptions, SourceFile,
+    CachePolicy, Change, Control, Engine, Error, Extent, ReadOptions, SharedBuffer, SourceFile,
 };
 
 const ENGINES: [Engine; 4] = [Engine::Auto, Engine::Uring, Engine::Pread, Engine::Mmap];
@@ -61,7 +61,7 @@ fn load(
         landed.fetch_add(block.need, Relaxed);
     };
     let arenas = Mutex::new(vec![None; layout.arenas().len()]);
-    let keep = |index: usize, arena: Arc<HostBuffer>| {
+    let keep = |index: usize, arena: SharedBuffer| {
         assert!(arenas.lock().unwrap()[index].replace(arena).is_none());
         Ok(())
     };
@@ -77,10 +77,7 @@ fn load(
         let len = plan.extents()[i as usize].len as usize;
         layout.extent(&plan, i).map_or(Vec::new(), |place| {
             let start = place.offset as usize;
-            // SAFETY: the read is over.
-            unsafe { arenas[place.arena].as_ref().unwrap().slice(start..start + len) }
-                .unwrap()
-                .to_vec()
+            arenas[place.arena].as_ref().unwrap()[start..start + len].to_vec()
         })
     });
     Ok(bytes.collect())

@@ -1,2 +1,60 @@
 //! Loads safetensors checkpoints from storage into host or GPU memory, as fast as the hardware
 //! allows, and hands them out as typed tensors that own their memory.
+//!
+//! ```no_run
+//! use fst::{Checkpoint, Loader};
+//!
+//! let checkpoint = Checkpoint::open("Llama-2-7b-hf")?; // folder, index.json or file
+//! let tensors = Loader::new().load(&checkpoint)?;
+//! let embedding = tensors.get("model.embed_tokens.weight")?; // outlives everything above
+//! println!("{:?} {}", embedding.shape(), embedding.dtype());
+//! println!("{:.1} GB/s", tensors.report().gb_per_s());
+//! # Ok::<(), fst::Error>(())
+//! ```
+//!
+//! # The way of the data
+//!
+//! ```text
+//! path(s) ─▶ Checkpoint ─▶ Loader (selection, slices, dtype) ─▶ plan ─▶ engine ─▶ Tensors
+//! ```
+//!
+//! - [`Checkpoint`] reads headers only. It is refused when anything in it is unsound.
+//! - [`Loader`] says what to load and where to. Large blocks are read in parallel, straight into
+//!   the memory of the tensors; what the page cache holds is copied, the rest read around it.
+//! - [`Tensor`]s own their memory: each is a reference-counted part of an arena. They stay valid
+//!   after the loader, the checkpoint and all other tensors are gone. No clone is needed to keep
+//!   one; the arena's memory is freed with the last tensor in it.
+//! - [`LoadReport`] says what was read, by which way, and what bound the load.
+//!
+//! # What this crate does not do
+//!
+//! It does not download checkpoints, does not read formats other than safetensors, and does not
+//! compute with tensors.
+
+mod device;
+mod doctor;
+mod error;
+mod host;
+mod loader;
+mod options;
+mod progress;
+mod report;
+mod stream;
+mod tensor;
+mod transform;
+
+pub use device::{Device, UnknownDevice};
+pub use doctor::{Doctor, HugePages, PathReport};
+pub use error::{Error, Result};
+pub use fst_format::{Checkpoint, Dtype, Element, Shard as ShardFile, Slice, TensorInfo};
+pub use fst_io::{DirectIo, Engine, ResolvedEngine};
+pub use loader::Loader;
+pub use progress::{CancelToken, Progress};
+pub use report::{LoadReport, Stage};
+pub use stream::TensorStream;
+pub use tensor::{Tensor, Tensors};
+
+/// The layer below, for pipelines of one's own: headers, checkpoints, slices, writing.
+pub use fst_format as format;
+/// The layer below, for pipelines of one's own: engines, plans and memory.
+pub use fst_io as io;

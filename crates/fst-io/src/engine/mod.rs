@@ -13,6 +13,7 @@ mod uring;
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread;
 use std::time::Instant;
@@ -152,7 +153,7 @@ pub struct ReadOptions {
 /// The owner's handle on a running read: how far it is, and the way to end it.
 #[derive(Debug, Default)]
 pub struct Control {
-    cancelled: AtomicBool,
+    cancelled: Arc<AtomicBool>,
     landed: AtomicU64,
 }
 
@@ -160,6 +161,11 @@ impl Control {
     /// A fresh handle.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// A handle whose read also ends when `cancelled` becomes true. One flag can end many reads.
+    pub fn with_flag(cancelled: Arc<AtomicBool>) -> Self {
+        Self { cancelled, ..Self::default() }
     }
 
     /// Ends the read as soon as the requests in flight are over; it returns

@@ -1,0 +1,133 @@
+//! Everything that can end a load.
+
+use std::time::Duration;
+
+use fst_format::{Dtype, SliceError};
+use fst_io::Engine;
+
+use crate::device::Device;
+
+/// A result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a load, or a look at a tensor, failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The checkpoint is bad: says file, tensor, byte range and rule.
+    #[error(transparent)]
+    Format(#[from] fst_format::Error),
+    /// Reading failed: says file and offset.
+    #[error("{source}{}", in_tensor(tensor.as_deref()))]
+    Io {
+        /// The tensor at the place of the failure, where there is a place.
+        tensor: Option<String>,
+        /// What failed.
+        source: fst_io::Error,
+    },
+    /// There is no tensor of this name.
+    #[error("no tensor named {name:?}")]
+    UnknownTensor {
+        /// The name asked for.
+        name: String,
+    },
+    /// A slice does not fit its tensor.
+    #[error("tensor {tensor:?}: {source}")]
+    Slice {
+        /// The tensor.
+        tensor: String,
+        /// What does not fit.
+        source: SliceError,
+    },
+    /// A pattern matched no tensor.
+    #[error("no tensor matches {pattern:?}")]
+    NoMatch {
+        /// The pattern.
+        pattern: String,
+    },
+    /// There is no conversion between these types of elements.
+    #[error("tensor {tensor:?}: cannot convert {from} to {to}")]
+    Cast {
+        /// The tensor.
+        tensor: String,
+        /// Its type in the checkpoint.
+        from: Dtype,
+        /// The type asked for.
+        to: Dtype,
+    },
+    /// The tensor's elements are of another type than the one asked for.
+    #[error("tensor {tensor:?} holds {found}, not {asked}")]
+    WrongDtype {
+        /// The tensor.
+        tensor: String,
+        /// The type asked for.
+        asked: Dtype,
+        /// The type of its elements.
+        found: Dtype,
+    },
+    /// The bytes lie in another memory than where they were looked for.
+    #[error("tensor {tensor:?} lies on {device}, not in host memory; copy it to the host first")]
+    NotOnHost {
+        /// The tensor.
+        tensor: String,
+        /// Where it is.
+        device: Device,
+    },
+    /// The bytes do not start at a multiple of the element's alignment.
+    #[error("tensor {tensor:?} starts at an address that is not aligned for {dtype}")]
+    Misaligned {
+        /// The tensor.
+        tensor: String,
+        /// Type of its elements.
+        dtype: Dtype,
+    },
+    /// The memory budget is too small for what must be in memory at once.
+    #[error("memory budget of {budget} bytes is too small: the smallest that works is {needed}")]
+    Budget {
+        /// The budget given, in bytes.
+        budget: u64,
+        /// The smallest that works, in bytes.
+        needed: u64,
+    },
+    /// The reader waits for memory that the tensors handed out so far hold.
+    #[error(
+        "nothing could be read for {} s: tensors that are still held fill the memory budget of \
+         {budget} bytes; drop some",
+        waited.as_secs()
+    )]
+    Stalled {
+        /// The budget in bytes.
+        budget: u64,
+        /// How long nothing moved.
+        waited: Duration,
+    },
+    /// The engine and the device do not go together.
+    #[error("engine {engine} cannot load to {device}: {reason}")]
+    Engine {
+        /// The engine asked for.
+        engine: Engine,
+        /// The device asked for.
+        device: Device,
+        /// Why not.
+        reason: String,
+    },
+    /// The device cannot be used.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The load was cancelled.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+fn in_tensor(tensor: Option<&str>) -> String {
+    tensor.map(|name| format!(" (tensor {name:?})")).unwrap_or_default()
+}
+
+/// Why a device cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeviceError {
+    /// CUDA.
+    #[error("{0}")]
+    Cuda(String),
+}

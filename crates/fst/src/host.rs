@@ -1,0 +1,253 @@
+//! Loads into host memory.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
+
+use fst_format::Checkpoint;
+use fst_io::arenas::Arenas;
+use fst_io::place::{InPlace, Layout};
+use fst_io::plan::{Limits, ReadPlan};
+use fst_io::scratch::Scratch;
+use fst_io::sink::SinkError;
+use fst_io::{Budget, Control, Extent, ReadOptions, ReadStats, SharedBuffer, SourceFile};
+
+use crate::error::{Error, Result};
+use crate::options::Item;
+use crate::tensor::{Data, Tensor};
+use crate::transform::{Transform, TransformPlan};
+
+/// Bytes of scratch memory, in slots of [`SCRATCH_BLOCK`].
+pub(crate) const SCRATCH: u64 = 32 << 20;
+const SCRATCH_BLOCK: u64 = 2 << 20;
+
+/// A load that is planned and whose files are open.
+#[derive(Debug)]
+pub(crate) struct HostLoad {
+    items: Vec<Item>,
+    files: Vec<SourceFile>,
+    /// Items without a byte.
+    empty: Vec<usize>,
+    /// Those that are usable where they land: the items of the plan's extents, in order.
+    placed: Vec<usize>,
+    plan: ReadPlan,
+    layout: Layout,
+    /// For each arena of the layout, its extents.
+    arena_extents: Vec<std::ops::Range<u32>>,
+    /// Those that are moved or converted: the items of its work, in order.
+    transformed: Vec<usize>,
+    transform: TransformPlan,
+}
+
+/// Takes a tensor that is complete, with its place in the list of items; from reader threads.
+pub(crate) type Deliver<'a> = &'a (dyn Fn(usize, Tensor) -> Result<(), SinkError> + Send + Sync);
+
+impl HostLoad {
+    /// Plans the loading of `items` into arenas of about `arena` bytes. With `in_order`, tensors
+    /// become complete in the order of the items.
+    pub(crate) fn new(
+        checkpoint: &Checkpoint,
+        items: Vec<Item>,
+        arena: u64,
+        in_order: bool,
+    ) -> Result<Self> {
+        let mut number = vec![None; checkpoint.shards().len()];
+        let mut files = Vec::new();
+        for item in items.iter().filter(|item| item.source_len() > 0) {
+            let shard = item.info.shard();
+            if number[shard].is_none() {
+                let source = &checkpoint.shards()[shard];
+                let file = SourceFile::open(source.path(), Some(source.file_metadata()));
+                number[shard] = Some(files.len() as u32);
+                files.push(file.map_err(|e| locate(e, &items))?);
+            }
+        }
+        let align = files.iter().map(SourceFile::align).max().unwrap_or(Limits::MIN_ALIGN);
+        let limits = Limits { align, segment: arena, ..Limits::default() };
+
+        let all_placed = items.iter().all(|item| item.source_len() == 0 || item.lands_in_place());
+        let (mut empty, mut placed, mut transformed) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut extents, mut works) = (Vec::new(), Vec::new());
+        for (index, item) in items.iter().enumerate() {
+            let Some(file) = number[item.info.shard()].filter(|_| item.source_len() > 0) else {
+                empty.push(index);
+                continue;
+            };
+            // Two reads that follow each other cannot keep one order: then all go one way.
+            if item.lands_in_place() && (all_placed || !in_order) {
+                let start = item.info.file_range().start + item.runs().first;
+                extents.push(Extent::new(file, start..start + item.source_len()));
+                placed.push(index);
+            } else {
+                works.push((item, file));
+                transformed.push(index);
+            }
+        }
+        let io = |e: fst_io::Error| locate(e, &items);
+        let plan = ReadPlan::new(extents, limits).map_err(|e| io(e.into()))?;
+        let layout = Layout::new(&plan, arena);
+        let mut arena_extents = vec![u32::MAX..0; layout.arenas().len()];
+        for (segment, place) in plan.segments().iter().zip(layout.places()) {
+            let extents = &mut arena_extents[place.arena];
+            extents.start = extents.start.min(segment.extents.start);
+            extents.end = extents.end.max(segment.extents.end);
+        }
+        let limits = Limits { block: SCRATCH_BLOCK, segment: u64::MAX, ..limits };
+        let transform = TransformPlan::new(&works, limits, arena).map_err(io)?;
+        Ok(Self {
+            items,
+            files,
+            empty,
+            placed,
+            plan,
+            layout,
+            arena_extents,
+            transformed,
+            transform,
+        })
+    }
+
+    pub(crate) fn items(&self) -> &[Item] {
+        &self.items
+    }
+
+    /// Bytes that will be read.
+    pub(crate) fn bytes_read(&self) -> u64 {
+        self.plan.bytes_read() + self.transform.plan.bytes_read()
+    }
+
+    /// Bytes of the longest arena: what must be in memory at once.
+    pub(crate) fn largest_arena(&self) -> u64 {
+        let transformed = self.transform.arenas.iter().map(|(len, _)| *len);
+        self.layout.arenas().iter().copied().chain(transformed).max().unwrap_or(0)
+    }
+
+    /// Whether scratch memory is used beside the arenas.
+    pub(crate) fn uses_scratch(&self) -> bool {
+        !self.transformed.is_empty()
+    }
+
+    /// Bytes of the files that the page cache holds, if the system tells.
+    pub(crate) fn resident_bytes(&self) -> Option<u64> {
+        self.files.iter().map(|file| file.resident_bytes().ok()).sum()
+    }
+
+    /// Reads everything; every item is delivered once, unless there is an error.
+    pub(crate) fn run(
+        &self,
+        options: &ReadOptions,
+        budget: Option<&Budget>,
+        watch: &Watch,
+        deliver: Deliver<'_>,
+    ) -> Result<Vec<ReadStats>> {
+        let located = |e| locate(e, &self.items);
+        for index in &self.empty {
+            let data = Data::Host { arena: SharedBuffer::empty(), offset: 0, len: 0 };
+            deliver(*index, self.tensor(*index, data)).map_err(from_sink)?;
+        }
+        let mut reads = Vec::new();
+        if !self.placed.is_empty() {
+            let on_arena = |arena: usize, buffer: SharedBuffer| self.hand_out(arena, &buffer, deliver);
+            let sink = InPlace::new(&self.plan, &self.layout, budget, &on_arena);
+            let control = watch.next();
+            let stats = fst_io::read(&self.files, &self.plan, &sink, options, &control);
+            reads.push(stats.map_err(located)?);
+        }
+        if !self.transformed.is_empty() {
+            let mut by_arena = vec![Vec::new(); self.transform.arenas.len()];
+            for (index, dest) in self.transformed.iter().zip(self.transform.dests()) {
+                by_arena[dest.arena].push((*index, dest));
+            }
+            let on_arena = |arena: usize, buffer: SharedBuffer| {
+                by_arena[arena].iter().try_for_each(|(index, dest)| {
+                    let (offset, len) = (dest.offset as usize, dest.len as usize);
+                    let data = Data::Host { arena: buffer.clone(), offset, len };
+                    deliver(*index, self.tensor(*index, data))
+                })
+            };
+            let arenas = Arenas::new(self.transform.arenas.iter().copied(), budget, &on_arena);
+            let transform = Transform::new(&self.transform, arenas);
+            let admit = |block: &_, wait| transform.admit(block, wait);
+            let take = |block: &_, bytes: &[u8]| transform.take(block, bytes);
+            let plan = &self.transform.plan;
+            let slots = (SCRATCH / plan.limits().block).max(1) as usize;
+            let sink = Scratch::new(plan, slots, &admit, &take).map_err(located)?;
+            let control = watch.next();
+            let stats = fst_io::read(&self.files, plan, &sink, options, &control);
+            reads.push(stats.map_err(located)?);
+        }
+        Ok(reads)
+    }
+
+    /// Delivers the tensors of a complete arena.
+    fn hand_out(
+        &self,
+        arena: usize,
+        buffer: &SharedBuffer,
+        deliver: Deliver<'_>,
+    ) -> Result<(), SinkError> {
+        for extent in self.arena_extents[arena].clone() {
+            let index = self.placed[extent as usize];
+            let Some(place) = self.layout.extent(&self.plan, extent) else { continue };
+            let (offset, len) = (place.offset as usize, self.items[index].len() as usize);
+            let data = Data::Host { arena: buffer.clone(), offset, len };
+            deliver(index, self.tensor(index, data))?;
+        }
+        Ok(())
+    }
+
+    fn tensor(&self, index: usize, data: Data) -> Tensor {
+        let item = &self.items[index];
+        let shape = item.slice.as_ref().map(|slice| slice.shape());
+        Tensor::new(item.info.clone(), item.dtype, shape, data)
+    }
+}
+
+/// Follows the reads of one load: how many bytes they brought, and whether to end.
+#[derive(Debug, Default)]
+pub(crate) struct Watch {
+    flag: Arc<AtomicBool>,
+    controls: Mutex<Vec<Arc<Control>>>,
+    extra: AtomicU64,
+}
+
+impl Watch {
+    pub(crate) fn new(flag: Arc<AtomicBool>) -> Self {
+        Self { flag, ..Self::default() }
+    }
+
+    fn next(&self) -> Arc<Control> {
+        let control = Arc::new(Control::with_flag(self.flag.clone()));
+        self.controls.lock().unwrap_or_else(|e| e.into_inner()).push(control.clone());
+        control
+    }
+
+    /// Bytes that have been read so far.
+    pub(crate) fn bytes(&self) -> u64 {
+        let controls = self.controls.lock().unwrap_or_else(|e| e.into_inner());
+        controls.iter().map(|c| c.landed_bytes()).sum::<u64>() + self.extra.load(Relaxed)
+    }
+}
+
+/// Turns what a sink passed through a reader back into this crate's error.
+pub(crate) fn from_sink(error: SinkError) -> Error {
+    match error.downcast::<Error>() {
+        Ok(own) => *own,
+        Err(other) => Error::Io { tensor: None, source: fst_io::Error::Sink(other) },
+    }
+}
+
+/// Says which tensor an I/O error hit.
+pub(crate) fn locate(error: fst_io::Error, items: &[Item]) -> Error {
+    let (path, offset) = match error {
+        fst_io::Error::Cancelled => return Error::Cancelled,
+        fst_io::Error::Sink(error) => return from_sink(error),
+        fst_io::Error::Read { ref path, offset, len, .. } => (path, offset..offset + len.max(1)),
+        fst_io::Error::EarlyEnd { ref path, end, .. } => (path, end..end + 1),
+        source => return Error::Io { tensor: None, source },
+    };
+    let hit = items.iter().find(|item| {
+        let range = item.info.file_range();
+        item.info.path() == path && range.start < offset.end && offset.start < range.end
+    });
+    Error::Io { tensor: hit.map(|item| item.info.name().to_owned()), source: error }
+}

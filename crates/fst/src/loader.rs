@@ -1,0 +1,256 @@
+//! The loader: says what to load and where to, and carries it out.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use fst_format::{Checkpoint, Dtype, TensorInfo};
+use fst_io::{Engine, ReadOptions, ResolvedEngine};
+
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::host::{HostLoad, Watch, locate};
+use crate::options::Selection;
+use crate::progress::{CancelToken, Progress};
+use crate::report::LoadReport;
+use crate::stream::TensorStream;
+use crate::tensor::{Tensor, Tensors};
+
+type OnProgress = Arc<dyn Fn(&Progress) + Send + Sync>;
+
+/// How often a load reports its progress.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Bytes of an arena: enough for large reads and few mappings, small enough that dropping a part of
+/// a model gives memory back.
+pub(crate) const ARENA: u64 = 1 << 30;
+
+/// Says what to load and where to, and loads it.
+///
+/// ```no_run
+/// use fst::{Checkpoint, Dtype, Loader};
+///
+/// let checkpoint = Checkpoint::open("model")?;
+/// let tensors = Loader::new()
+///     .select("model.layers.0.*")
+///     .dtype(Dtype::F32)
+///     .load(&checkpoint)?;
+/// # Ok::<(), fst::Error>(())
+/// ```
+#[derive(Clone, Default)]
+pub struct Loader {
+    device: Device,
+    pub(crate) selection: Selection,
+    pub(crate) read: ReadOptions,
+    pub(crate) budget: Option<u64>,
+    pub(crate) in_order: bool,
+    on_progress: Option<OnProgress>,
+    pub(crate) cancel: CancelToken,
+}
+
+impl fmt::Debug for Loader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Loader")
+            .field("device", &self.device)
+            .field("selection", &self.selection)
+            .field("read", &self.read)
+            .field("budget", &self.budget)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Loader {
+    /// A loader that loads every tensor, as it is, into host memory, by the fastest engine.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Where the tensors go.
+    #[must_use]
+    pub fn device(mut self, device: Device) -> Self {
+        self.device = device;
+        self
+    }
+
+    /// How bytes get from the files into memory.
+    #[must_use]
+    pub fn engine(mut self, engine: Engine) -> Self {
+        self.read.engine = engine;
+        self
+    }
+
+    /// Loads only tensors whose name matches a glob pattern (`*`, `?`, `[a-z]`, `{a,b}`); with
+    /// several calls, those that match any. A pattern that matches nothing is an error.
+    #[must_use]
+    pub fn select(mut self, pattern: impl Into<String>) -> Self {
+        self.selection.add_pattern(pattern.into());
+        self
+    }
+
+    /// Loads only tensors that `wanted` says yes to (and a pattern matches, if there are any).
+    #[must_use]
+    pub fn select_with(
+        mut self,
+        wanted: impl Fn(&TensorInfo) -> bool + Send + Sync + 'static,
+    ) -> Self {
+        self.selection.set_predicate(Arc::new(wanted));
+        self
+    }
+
+    /// Of tensor `name`, loads only positions `range` of dimension `dim`.
+    #[must_use]
+    pub fn slice(mut self, name: impl Into<String>, dim: usize, range: Range<usize>) -> Self {
+        self.selection.add_slice(name.into(), dim, range);
+        self
+    }
+
+    /// Converts floating-point tensors to this type of element while they are loaded, as PyTorch's
+    /// `Tensor.to(dtype)` does. Tensors of other types stay as they are.
+    #[must_use]
+    pub fn dtype(mut self, dtype: Dtype) -> Self {
+        self.selection.set_dtype(dtype);
+        self
+    }
+
+    /// Calls `hook` about twenty times a second while a load runs, and once at its end, from a
+    /// thread of its own.
+    #[must_use]
+    pub fn on_progress(mut self, hook: impl Fn(&Progress) + Send + Sync + 'static) -> Self {
+        self.on_progress = Some(Arc::new(hook));
+        self
+    }
+
+    /// Ends loads when the token is used.
+    #[must_use]
+    pub fn cancel(mut self, token: CancelToken) -> Self {
+        self.cancel = token;
+        self
+    }
+
+    /// Records the time of every read, for [`LoadReport::events`].
+    #[must_use]
+    pub fn trace(mut self, trace: bool) -> Self {
+        self.read.trace = trace;
+        self
+    }
+
+    /// Number of reader threads, instead of one that suits the machine.
+    #[must_use]
+    pub fn workers(mut self, workers: usize) -> Self {
+        self.read.workers = Some(workers);
+        self
+    }
+
+    /// Bounds the memory of a [`stream`](Self::stream), in bytes: tensors that are still held count.
+    #[must_use]
+    pub fn memory_budget(mut self, bytes: u64) -> Self {
+        self.budget = Some(bytes);
+        self
+    }
+
+    /// Makes a [`stream`](Self::stream) yield tensors in the checkpoint's order.
+    #[must_use]
+    pub fn in_order(mut self, in_order: bool) -> Self {
+        self.in_order = in_order;
+        self
+    }
+
+    /// Loads the selected tensors and returns when all are usable.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with the request, the files or the machine; see [`Error`].
+    pub fn load(&self, checkpoint: &Checkpoint) -> Result<Tensors> {
+        let began = Instant::now();
+        let engine = ResolvedEngine::resolve(self.read.engine).map_err(|e| locate(e, &[]))?;
+        let mut report = LoadReport::new(engine, self.device.clone());
+        report.push("open", checkpoint.open_time(), 0);
+        let items = self.selection.resolve(checkpoint)?;
+        let load = HostLoad::new(checkpoint, items, ARENA, false)?;
+        report.resident_bytes = load.resident_bytes();
+        report.push("plan", began.elapsed(), 0);
+
+        let began = Instant::now();
+        let slots: Mutex<Vec<Option<Tensor>>> = Mutex::new(vec![None; load.items().len()]);
+        let watch = Watch::new(self.cancel.flag());
+        let progress = |bytes_done| Progress {
+            bytes_done,
+            bytes_total: load.bytes_read(),
+            tensors_total: load.items().len(),
+            elapsed: began.elapsed(),
+        };
+        let reads = self.watched(&watch, &progress, || {
+            load.run(&self.read, None, &watch, &|index, tensor| {
+                let mut slots = slots.lock().unwrap_or_else(|e| e.into_inner());
+                if let Some(slot) = slots.get_mut(index) {
+                    *slot = Some(tensor);
+                }
+                Ok(())
+            })
+        })?;
+        let slots = slots.into_inner().unwrap_or_else(|e| e.into_inner());
+        let tensors: Option<Vec<Tensor>> = slots.into_iter().collect();
+        // Every item is delivered by a read that succeeds; an incomplete set is never handed out.
+        let tensors = tensors.ok_or(Error::Cancelled)?;
+        report.push("read", began.elapsed(), load.bytes_read());
+        report.add_reads(&reads);
+        report.tensors = tensors.len();
+        report.bytes = tensors.iter().map(|t| t.byte_len() as u64).sum();
+        Ok(Tensors::new(tensors, report))
+    }
+
+    /// Loads the selected tensors and hands each out as soon as it is complete, keeping what is in
+    /// memory within the [budget](Self::memory_budget) (by default 2 GiB).
+    ///
+    /// Tensors come in no particular order unless [`in_order`](Self::in_order) is set. Those that
+    /// are still held count against the budget, so holding them holds the reader back. Dropping the
+    /// stream ends the load.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with the request; [`Error::Budget`] names the smallest budget that works.
+    pub fn stream(&self, checkpoint: &Checkpoint) -> Result<TensorStream> {
+        TensorStream::start(self, checkpoint)
+    }
+
+    pub(crate) fn target(&self) -> &Device {
+        &self.device
+    }
+
+    /// Runs `load` while another thread reports progress.
+    fn watched<T>(
+        &self,
+        watch: &Watch,
+        progress: &(dyn Fn(u64) -> Progress + Sync),
+        load: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
+        let Some(hook) = &self.on_progress else { return load() };
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let reporter = std::thread::Builder::new().name("fst-progress".to_owned());
+            let reporter = reporter.spawn_scoped(scope, || {
+                while !done.load(Relaxed) {
+                    std::thread::park_timeout(PROGRESS_INTERVAL);
+                    hook(&progress(watch.bytes()));
+                }
+            });
+            // Also when `load` panics: the scope waits for the reporter.
+            let _stop = Stop(&done, reporter.as_ref().ok().map(|reporter| reporter.thread()));
+            load()
+        })
+    }
+}
+
+/// Ends the progress reporter when dropped.
+struct Stop<'a>(&'a AtomicBool, Option<&'a std::thread::Thread>);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+        if let Some(reporter) = self.1 {
+            reporter.unpark();
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! What to load: names, slices and dtypes become a list of items. Pure.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use fst_format::{Checkpoint, Dtype, Runs, Slice, TensorInfo};
+use fst_gpu::cast::{self, CastType};
+
+use crate::error::{Error, Result};
+
+type Predicate = Arc<dyn Fn(&TensorInfo) -> bool + Send + Sync>;
+
+/// Which tensors, which parts of them, as what.
+#[derive(Clone, Default)]
+pub(crate) struct Selection {
+    patterns: Vec<String>,
+    predicate: Option<Predicate>,
+    slices: Vec<(String, usize, Range<usize>)>,
+    dtype: Option<Dtype>,
+}
+
+impl fmt::Debug for Selection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Selection")
+            .field("patterns", &self.patterns)
+            .field("predicate", &self.predicate.is_some())
+            .field("slices", &self.slices)
+            .field("dtype", &self.dtype)
+            .finish()
+    }
+}
+
+/// One tensor to load.
+#[derive(Debug, Clone)]
+pub(crate) struct Item {
+    pub(crate) info: TensorInfo,
+    /// The part of it to load; all of it if `None`.
+    pub(crate) slice: Option<Slice>,
+    /// Type of the loaded elements.
+    pub(crate) dtype: Dtype,
+}
+
+impl Item {
+    /// The runs of the tensor's bytes that are wanted, from its start.
+    pub(crate) fn runs(&self) -> Runs {
+        match &self.slice {
+            Some(slice) => slice.runs(),
+            None => {
+                let len = self.info.byte_len();
+                Runs { first: 0, len, stride: len, count: u64::from(len > 0) }
+            }
+        }
+    }
+
+    /// Bytes wanted from the file.
+    pub(crate) fn source_len(&self) -> u64 {
+        let runs = self.runs();
+        runs.len * runs.count
+    }
+
+    /// How source elements become loaded ones, when they differ.
+    pub(crate) fn cast(&self) -> Option<(CastType, CastType)> {
+        if self.dtype == self.info.dtype() {
+            return None;
+        }
+        cast_type(self.info.dtype()).zip(cast_type(self.dtype))
+    }
+
+    /// Bytes of the loaded tensor.
+    pub(crate) fn len(&self) -> u64 {
+        match self.cast() {
+            Some((from, to)) => self.source_len() / from.size() as u64 * to.size() as u64,
+            None => self.source_len(),
+        }
+    }
+
+    /// Alignment of the loaded elements in bytes.
+    pub(crate) fn align(&self) -> u64 {
+        self.dtype.alignment() as u64
+    }
+
+    /// Whether the wanted bytes are one piece of the file that can be used where it lands.
+    pub(crate) fn lands_in_place(&self) -> bool {
+        let runs = self.runs();
+        runs.count <= 1
+            && self.dtype == self.info.dtype()
+            && (self.info.file_range().start + runs.first).is_multiple_of(self.align())
+    }
+}
+
+/// The element types that can be converted.
+pub(crate) fn cast_type(dtype: Dtype) -> Option<CastType> {
+    Some(match dtype {
+        Dtype::F64 => CastType::F64,
+        Dtype::F32 => CastType::F32,
+        Dtype::F16 => CastType::F16,
+        Dtype::BF16 => CastType::Bf16,
+        Dtype::F8E4M3 => CastType::F8E4M3,
+        Dtype::F8E5M2 => CastType::F8E5M2,
+        Dtype::F8E8M0 => CastType::F8E8M0,
+        _ => return None,
+    })
+}
+
+/// Floating-point types, the ones that a dtype for the whole checkpoint is meant for.
+fn is_float(dtype: Dtype) -> bool {
+    use Dtype::{
+        BF16, F4, F6E2M3, F6E3M2, F8E4M3, F8E4M3Fnuz, F8E5M2, F8E5M2Fnuz, F8E8M0, F16, F32, F64,
+    };
+    matches!(
+        dtype,
+        F4 | F6E2M3
+            | F6E3M2
+            | F8E5M2
+            | F8E4M3
+            | F8E5M2Fnuz
+            | F8E4M3Fnuz
+            | F8E8M0
+            | F16
+            | BF16
+            | F32
+            | F64
+    )
+}
+
+impl Selection {
+    pub(crate) fn add_pattern(&mut self, pattern: String) {
+        self.patterns.push(pattern);
+    }
+
+    pub(crate) fn set_predicate(&mut self, predicate: Predicate) {
+        self.predicate = Some(predicate);
+    }
+
+    pub(crate) fn add_slice(&mut self, name: String, dim: usize, range: Range<usize>) {
+        self.slices.push((name, dim, range));
+    }
+
+    pub(crate) fn set_dtype(&mut self, dtype: Dtype) {
+        self.dtype = Some(dtype);
+    }
+
+    /// The items, in the checkpoint's order.
+    pub(crate) fn resolve(&self, checkpoint: &Checkpoint) -> Result<Vec<Item>> {
+        let mut slices: HashMap<&str, Slice> = HashMap::with_capacity(self.slices.len());
+        for (name, dim, range) in &self.slices {
+            let info = checkpoint
+                .get(name)
+                .ok_or_else(|| Error::UnknownTensor { name: name.clone() })?;
+            let slice = info
+                .slice(*dim, range.clone())
+                .map_err(|source| Error::Slice { tensor: name.clone(), source })?;
+            slices.insert(name, slice);
+        }
+        let mut matched = vec![false; self.patterns.len()];
+        let mut items = Vec::with_capacity(checkpoint.tensors().len());
+        for info in checkpoint.tensors() {
+            let mut wanted = self.patterns.is_empty();
+            for (pattern, matched) in self.patterns.iter().zip(&mut matched) {
+                if fast_glob::glob_match(pattern, info.name()) {
+                    (wanted, *matched) = (true, true);
+                }
+            }
+            if !wanted || self.predicate.as_ref().is_some_and(|wants| !wants(info)) {
+                continue;
+            }
+            let dtype = self.target_dtype(info)?;
+            items.push(Item { info: info.clone(), slice: slices.remove(info.name()), dtype });
+        }
+        match matched.iter().position(|matched| !matched) {
+            Some(unused) => Err(Error::NoMatch { pattern: self.patterns[unused].clone() }),
+            None => Ok(items),
+        }
+    }
+
+    fn target_dtype(&self, info: &TensorInfo) -> Result<Dtype> {
+        let from = info.dtype();
+        let Some(to) = self.dtype.filter(|to| *to != from && is_float(from)) else {
+            return Ok(from);
+        };
+        match (cast_type(from), cast_type(to)) {
+            (Some(a), Some(b)) if cast::supported(a, b) => Ok(to),
+            _ => Err(Error::Cast { tensor: info.name().to_owned(), from, to }),
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! What a load did, and what bound it.
+
+use std::time::Duration;
+
+use fst_io::stats::{self, Event};
+use fst_io::{ReadStats, ResolvedEngine};
+
+use crate::device::Device;
+
+/// A part of a load.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub struct Stage {
+    /// What was done, such as `open`, `plan`, `read` (these follow each other and add up to the
+    /// load's seconds), or one of the parts of `read`, whose times are added up over threads and so
+    /// can exceed the wall clock: `read.direct`, `read.cached`, `read.buffered`, `read.mapped`
+    /// (from issue to arrival), `read.issue` (handing requests over, first touch of fresh pages
+    /// included), `read.wait` (nothing to do until storage answers), `read.reserve` (waiting for
+    /// memory), `read.deliver` (converting and handing over).
+    pub name: &'static str,
+    /// Seconds.
+    pub seconds: f64,
+    /// Bytes that went through it; 0 where that makes no sense.
+    pub bytes: u64,
+}
+
+/// What a load did, and what bound it.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct LoadReport {
+    /// Tensors loaded.
+    pub tensors: usize,
+    /// Bytes of the loaded tensors.
+    pub bytes: u64,
+    /// Bytes of the files that were asked for.
+    pub bytes_asked: u64,
+    /// Bytes of the files that were read, with gaps that were read over.
+    pub bytes_read: u64,
+    /// Wall-clock seconds from opening the first file to the last tensor usable, without the time
+    /// between opening the checkpoint and starting the load.
+    pub seconds: f64,
+    /// The engine asked for, the one used, and why.
+    pub engine: ResolvedEngine,
+    /// Where the tensors are.
+    pub device: Device,
+    /// Reader threads.
+    pub workers: usize,
+    /// Length of the longest read in bytes.
+    pub block_bytes: u64,
+    /// Bytes of the files that the page cache held before the load; `None` where the system does
+    /// not tell.
+    pub resident_bytes: Option<u64>,
+    /// The stages, in order.
+    pub stages: Vec<Stage>,
+    /// Every block's way, when a trace was asked for.
+    pub events: Vec<Event>,
+}
+
+impl LoadReport {
+    /// Bytes loaded per second, in units of 1e9.
+    pub fn gb_per_s(&self) -> f64 {
+        if self.seconds > 0.0 { self.bytes as f64 / self.seconds / 1e9 } else { 0.0 }
+    }
+
+    /// The stage of this name.
+    pub fn stage(&self, name: &str) -> Option<&Stage> {
+        self.stages.iter().find(|stage| stage.name == name)
+    }
+
+    pub(crate) fn new(engine: ResolvedEngine, device: Device) -> Self {
+        Self {
+            tensors: 0,
+            bytes: 0,
+            bytes_asked: 0,
+            bytes_read: 0,
+            seconds: 0.0,
+            engine,
+            device,
+            workers: 0,
+            block_bytes: 0,
+            resident_bytes: None,
+            stages: Vec::new(),
+            events: Vec::new(),
+        }
+    }
+
+    /// Adds a stage of the load that others follow.
+    pub(crate) fn push(&mut self, name: &'static str, time: Duration, bytes: u64) {
+        self.seconds += time.as_secs_f64();
+        self.stages.push(Stage { name, seconds: time.as_secs_f64(), bytes });
+    }
+
+    /// Adds what the readers did, as parts of the stage `read`.
+    pub(crate) fn add_reads(&mut self, reads: &[ReadStats]) {
+        let ways = stats::Stage::ALL.map(|way| match way {
+            stats::Stage::Direct => "read.direct",
+            stats::Stage::Cached => "read.cached",
+            stats::Stage::Buffered => "read.buffered",
+            _ => "read.mapped",
+        });
+        for (index, name) in ways.into_iter().enumerate() {
+            let bytes = reads.iter().map(|read| read.stages[index].bytes).sum();
+            let time: Duration = reads.iter().map(|read| read.stages[index].latency).sum();
+            if bytes > 0 {
+                self.stages.push(Stage { name, seconds: time.as_secs_f64(), bytes });
+            }
+        }
+        let parts: [(&'static str, fn(&ReadStats) -> Duration); 4] = [
+            ("read.issue", |read| read.issue),
+            ("read.wait", |read| read.wait),
+            ("read.reserve", |read| read.reserve),
+            ("read.deliver", |read| read.deliver),
+        ];
+        for (name, part) in parts {
+            let seconds = reads.iter().map(part).sum::<Duration>().as_secs_f64();
+            self.stages.push(Stage { name, seconds, bytes: 0 });
+        }
+        for read in reads {
+            self.bytes_asked += read.bytes_asked;
+            self.bytes_read += read.bytes_read;
+            self.workers = self.workers.max(read.workers);
+            self.block_bytes = self.block_bytes.max(read.block_bytes);
+            self.events.extend_from_slice(&read.events);
+        }
+    }
+}

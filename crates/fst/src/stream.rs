@@ -1,0 +1,211 @@
+//! Tensors as they land, within a memory budget.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use fst_format::Checkpoint;
+use fst_io::{Budget, ResolvedEngine};
+
+use crate::error::{Error, Result};
+use crate::host::{HostLoad, SCRATCH, Watch, locate};
+use crate::loader::{ARENA, Loader};
+use crate::progress::CancelToken;
+use crate::report::LoadReport;
+use crate::tensor::Tensor;
+
+/// The budget when none was set, in bytes.
+const DEFAULT_BUDGET: u64 = 2 << 30;
+
+/// How long nothing may move, while the reader waits for memory that held tensors occupy, before
+/// the stream says so.
+const STALL: Duration = Duration::from_secs(10);
+
+/// How often a waiting stream looks at its cancel token.
+const TICK: Duration = Duration::from_millis(50);
+
+/// Yields tensors as they land; see [`Loader::stream`]. Dropping it ends the load.
+pub struct TensorStream {
+    arrivals: Option<Receiver<Result<(usize, Tensor)>>>,
+    reader: Option<JoinHandle<()>>,
+    budget: Budget,
+    stop: Arc<AtomicBool>,
+    cancel: CancelToken,
+    report: Arc<Mutex<Option<LoadReport>>>,
+    remaining: usize,
+    /// For streams in order: what came early, and which item is next.
+    early: Option<(BTreeMap<usize, Tensor>, usize)>,
+}
+
+impl fmt::Debug for TensorStream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TensorStream").field("remaining", &self.remaining).finish_non_exhaustive()
+    }
+}
+
+impl TensorStream {
+    pub(crate) fn start(loader: &Loader, checkpoint: &Checkpoint) -> Result<Self> {
+        let began = Instant::now();
+        let engine = ResolvedEngine::resolve(loader.read.engine).map_err(|e| locate(e, &[]))?;
+        let mut report = LoadReport::new(engine, loader.target().clone());
+        report.push("open", checkpoint.open_time(), 0);
+        let items = loader.selection.resolve(checkpoint)?;
+        let limit = loader.budget.unwrap_or(DEFAULT_BUDGET);
+        let arena = (limit / 8).clamp(1 << 20, ARENA / 4);
+        let load = HostLoad::new(checkpoint, items, arena, loader.in_order)?;
+        let scratch = if load.uses_scratch() { SCRATCH } else { 0 };
+        let needed = load.largest_arena() + scratch;
+        if limit < needed {
+            return Err(Error::Budget { budget: limit, needed });
+        }
+        report.resident_bytes = load.resident_bytes();
+        report.push("plan", began.elapsed(), 0);
+
+        let budget = Budget::new(limit - scratch);
+        let stop = Arc::new(AtomicBool::new(false));
+        let done = Arc::new(Mutex::new(None));
+        let (sender, arrivals) = mpsc::channel();
+        let remaining = load.items().len();
+        let reader = {
+            let (budget, stop, done) = (budget.clone(), stop.clone(), done.clone());
+            let options = loader.read.clone();
+            move || {
+                let began = Instant::now();
+                let deliver = |index: usize, tensor: Tensor| {
+                    report_gone(sender.send(Ok((index, tensor))).is_err())
+                };
+                let result = load.run(&options, Some(&budget), &Watch::new(stop), &deliver);
+                match result {
+                    Ok(reads) => {
+                        report.push("read", began.elapsed(), load.bytes_read());
+                        report.add_reads(&reads);
+                        report.tensors = load.items().len();
+                        report.bytes = load.items().iter().map(|item| item.len()).sum();
+                        *done.lock().unwrap_or_else(|e| e.into_inner()) = Some(report);
+                    }
+                    // If nobody listens any more, nobody misses the error.
+                    Err(error) => drop(sender.send(Err(error))),
+                }
+            }
+        };
+        let reader = std::thread::Builder::new()
+            .name("fst-stream".to_owned())
+            .spawn(reader)
+            .map_err(|source| fst_io::Error::Setup { what: "the reader thread", source })
+            .map_err(|e| locate(e, &[]))?;
+        Ok(Self {
+            arrivals: Some(arrivals),
+            reader: Some(reader),
+            budget,
+            stop,
+            cancel: loader.cancel.clone(),
+            report: done,
+            remaining,
+            early: loader.in_order.then(|| (BTreeMap::new(), 0)),
+        })
+    }
+
+    /// Tensors that are still to come.
+    pub fn remaining(&self) -> usize {
+        self.remaining
+    }
+
+    /// The most bytes of tensor memory that were in use at once, so far.
+    pub fn peak_bytes(&self) -> u64 {
+        self.budget.peak()
+    }
+
+    /// What the load did, once the last tensor is out.
+    pub fn report(&self) -> Option<LoadReport> {
+        self.report.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    /// Ends the load, waits until no read is in flight, and forgets what has arrived.
+    fn close(&mut self) {
+        self.stop.store(true, Relaxed);
+        self.budget.close();
+        self.arrivals = None;
+        self.remaining = 0;
+        if let Some((early, _)) = &mut self.early {
+            early.clear();
+        }
+        if let Some(reader) = self.reader.take() {
+            // A panic of the reader was its own end; nothing is in flight any more.
+            let _ = reader.join();
+        }
+    }
+
+    /// The next arrival, in whatever order.
+    fn receive(&mut self) -> Result<(usize, Tensor)> {
+        let began = Instant::now();
+        loop {
+            if self.cancel.is_cancelled() {
+                return Err(Error::Cancelled);
+            }
+            let Some(arrivals) = &self.arrivals else { return Err(Error::Cancelled) };
+            match arrivals.recv_timeout(TICK) {
+                Ok(arrival) => return arrival,
+                Err(RecvTimeoutError::Disconnected) => return Err(Error::Cancelled),
+                Err(RecvTimeoutError::Timeout) => {
+                    let waited = began.elapsed();
+                    if waited > STALL && self.budget.waiting() > 0 {
+                        return Err(Error::Stalled { budget: self.budget.limit(), waited });
+                    }
+                }
+            }
+        }
+    }
+
+    fn next_tensor(&mut self) -> Result<Tensor> {
+        loop {
+            if let Some((early, next)) = &mut self.early
+                && let Some(tensor) = early.remove(next)
+            {
+                *next += 1;
+                return Ok(tensor);
+            }
+            let (index, tensor) = self.receive()?;
+            match &mut self.early {
+                Some((early, _)) => drop(early.insert(index, tensor)),
+                None => return Ok(tensor),
+            }
+        }
+    }
+}
+
+fn report_gone(gone: bool) -> Result<(), fst_io::sink::SinkError> {
+    if gone { Err(Error::Cancelled.into()) } else { Ok(()) }
+}
+
+impl Iterator for TensorStream {
+    type Item = Result<Tensor>;
+
+    /// The next tensor, or the error that ended the load. After [`Error::Stalled`] the stream goes
+    /// on where it was; after any other error it is over.
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.remaining == 0 {
+            if let Some(reader) = self.reader.take() {
+                // The last tensor is out: the reader is about to write its report and end.
+                let _ = reader.join();
+            }
+            return None;
+        }
+        let next = self.next_tensor();
+        match &next {
+            Ok(_) => self.remaining -= 1,
+            Err(Error::Stalled { .. }) => {}
+            Err(_) => self.close(),
+        }
+        Some(next)
+    }
+}
+
+impl Drop for TensorStream {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
