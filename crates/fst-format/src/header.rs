@@ -54,8 +54,9 @@ impl Header {
         if !entries.tensors.is_sorted_by_key(by_offset) {
             entries.tensors.sort_by_key(by_offset);
         }
-        check_coverage(&entries, data_start, data_len)?;
+        // First the names: an entry that is there twice also overlaps itself.
         let table = index_names(&entries)?;
+        check_coverage(&entries, data_start, data_len)?;
         entries.names.shrink_to_fit();
         entries.dims.shrink_to_fit();
         entries.tensors.shrink_to_fit();

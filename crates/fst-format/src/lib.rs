@@ -14,6 +14,8 @@ mod header;
 mod index;
 mod json;
 mod names;
+mod slice;
+mod writer;
 
 pub use checkpoint::{Checkpoint, Shard, TensorInfo};
 pub use decoder::{Decoded, HeaderDecoder};
@@ -21,3 +23,7 @@ pub use dtype::{Dtype, UnknownDtype};
 pub use element::Element;
 pub use error::{Error, HeaderError, JsonError};
 pub use header::{Header, HeaderTensor, MAX_HEADER_LEN};
+pub use slice::{Runs, RunsIter, Slice, SliceError};
+pub use writer::{
+    DEFAULT_DATA_ALIGNMENT, Layout, WriteError, Writer, shard_file_name, write_index,
+};
