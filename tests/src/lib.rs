@@ -1,1 +1,1 @@
-//! Support for the tests of the workspace.
+//! Tests across the crates of the workspace; see the folder `tests` of this package.

@@ -10,6 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::folder::{self, Choice};
 use crate::index::{Index, MAX_INDEX_LEN};
@@ -35,6 +36,7 @@ struct Inner {
     by_name: Option<NameTable>,
     metadata: BTreeMap<String, String>,
     byte_len: u64,
+    open_time: Duration,
 }
 
 /// What tensors refer to.
@@ -74,6 +76,7 @@ impl Checkpoint {
         I: IntoIterator<Item = P>,
         P: AsRef<Path>,
     {
+        let began = Instant::now();
         let mut sources = Vec::new();
         let mut indices = Vec::new();
         for path in paths {
@@ -83,9 +86,13 @@ impl Checkpoint {
             return Err(Error::NoPaths);
         }
         let shards = read_shards(&sources, &indices)?;
-        let checkpoint = Checkpoint::assemble(shards)?;
+        let mut checkpoint = Checkpoint::assemble(shards)?;
         for index in &indices {
             checkpoint.check_index(index)?;
+        }
+        // Nobody shares a checkpoint that is not out yet.
+        if let Some(inner) = Arc::get_mut(&mut checkpoint.inner) {
+            inner.open_time = began.elapsed();
         }
         Ok(checkpoint)
     }
@@ -135,6 +142,7 @@ impl Checkpoint {
             by_name,
             metadata,
             byte_len,
+            open_time: Duration::ZERO,
         };
         Ok(Checkpoint {
             inner: Arc::new(inner),
@@ -156,6 +164,12 @@ impl Checkpoint {
             }
         }
         Ok(())
+    }
+
+    /// How long opening took: reading and checking all headers.
+    #[must_use]
+    pub fn open_time(&self) -> Duration {
+        self.inner.open_time
     }
 
     /// The files, in the order given, or by name for an index.

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering::AcqRel};
-use std::sync::{Arc, Mutex, TryLockError};
+use std::sync::{Arc, Mutex};
 
 use crate::budget::Budget;
 use crate::buffer::{HostBuffer, SharedBuffer};
@@ -58,7 +58,12 @@ impl<'a> Arenas<'a> {
     ) -> Self {
         let arena =
             |(len, missing)| Arena { len, missing: AtomicU64::new(missing), buffer: None.into() };
-        Self { arenas: arenas.into_iter().map(arena).collect(), reserved: Mutex::new(0), budget, on_full }
+        Self {
+            arenas: arenas.into_iter().map(arena).collect(),
+            reserved: Mutex::new(0),
+            budget,
+            on_full,
+        }
     }
 
     /// The arena, reserved now if it was not yet. `Ok(None)` when the budget has no room now, or
@@ -71,38 +76,42 @@ impl<'a> Arenas<'a> {
         if let Some(buffer) = self.existing(index) {
             return Ok(Some(buffer));
         }
-        // Whoever holds this lock may be waiting for the budget. A reader with blocks in flight
-        // must not wait for that: landing them may be what frees memory.
-        let mut reserved = match (self.reserved.try_lock(), wait) {
-            (Ok(reserved), _) => reserved,
-            (Err(TryLockError::WouldBlock), false) => return Ok(None),
-            (Err(TryLockError::WouldBlock), true) => {
-                self.reserved.lock().unwrap_or_else(|e| e.into_inner())
+        loop {
+            let mut reserved = self.reserved.lock().unwrap_or_else(|e| e.into_inner());
+            // In order, whatever the order of the requests: were a later arena to take the last of
+            // the budget, whoever waits for the tensors in order would wait for ever.
+            let short = loop {
+                if *reserved > index {
+                    break None;
+                }
+                let Some(arena) = self.arenas.get(*reserved) else { return Ok(None) };
+                let Some(buffer) = self.reserve(arena.len)? else { break Some(arena.len) };
+                *arena.buffer.lock().unwrap_or_else(|e| e.into_inner()) = Some(Arc::new(buffer));
+                *reserved += 1;
+            };
+            // Nobody waits for the budget with the lock held: others need it to find arenas that
+            // are there, and filling those is what frees memory.
+            drop(reserved);
+            match (short, self.budget) {
+                (None, _) => return Ok(self.existing(index)),
+                (Some(bytes), Some(budget)) if wait && budget.wait_for(bytes) => {}
+                _ => return Ok(None),
             }
-            (Err(TryLockError::Poisoned(poisoned)), _) => poisoned.into_inner(),
-        };
-        // In order, whatever the order of the requests: were a later arena to take the last of the
-        // budget, whoever waits for the tensors in order would wait for ever.
-        while *reserved <= index {
-            let Some(arena) = self.arenas.get(*reserved) else { return Ok(None) };
-            let Some(buffer) = self.reserve(arena.len, wait)? else { return Ok(None) };
-            *arena.buffer.lock().unwrap_or_else(|e| e.into_inner()) = Some(Arc::new(buffer));
-            *reserved += 1;
         }
-        Ok(self.existing(index))
     }
 
     fn existing(&self, index: usize) -> Option<Arc<HostBuffer>> {
         self.arenas.get(index)?.buffer.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
-    fn reserve(&self, bytes: u64, wait: bool) -> Result<Option<HostBuffer>, SinkError> {
+    /// Memory for an arena, or `None` when the budget has no room for it now.
+    fn reserve(&self, bytes: u64) -> Result<Option<HostBuffer>, SinkError> {
         let lease = match self.budget {
             None => None,
             Some(budget) if bytes > budget.limit() => {
                 return Err(OverBudget { bytes, budget: budget.limit() }.into());
             }
-            Some(budget) => match budget.take(bytes, wait) {
+            Some(budget) => match budget.take(bytes) {
                 None => return Ok(None),
                 lease => lease,
             },

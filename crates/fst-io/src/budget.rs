@@ -59,27 +59,32 @@ impl Budget {
         self.state().waiting
     }
 
-    /// Takes `bytes`; waits for them if `wait` is true. `None` when there are too few now (not
-    /// waiting), when the budget was [closed](Self::close), or when it is smaller than `bytes`.
-    pub fn take(&self, bytes: u64, wait: bool) -> Option<Lease> {
-        if bytes > self.0.limit {
-            return None;
-        }
+    /// Takes `bytes`. `None` when there are too few now, or when the budget was
+    /// [closed](Self::close).
+    pub fn take(&self, bytes: u64) -> Option<Lease> {
         let mut state = self.state();
-        while !state.closed && state.used > self.0.limit - bytes {
-            if !wait {
-                return None;
-            }
-            state.waiting += 1;
-            state = self.0.freed.wait(state).unwrap_or_else(|e| e.into_inner());
-            state.waiting -= 1;
-        }
-        if state.closed {
+        if state.closed || !self.has_room(&state, bytes) {
             return None;
         }
         state.used += bytes;
         state.peak = state.peak.max(state.used);
         Some(Lease { budget: self.clone(), bytes })
+    }
+
+    /// Waits until `bytes` can be [taken](Self::take), by whoever is first; false when they never
+    /// can, since the budget is smaller or was closed.
+    pub fn wait_for(&self, bytes: u64) -> bool {
+        let mut state = self.state();
+        state.waiting += 1;
+        while !state.closed && bytes <= self.0.limit && !self.has_room(&state, bytes) {
+            state = self.0.freed.wait(state).unwrap_or_else(|e| e.into_inner());
+        }
+        state.waiting -= 1;
+        !state.closed && bytes <= self.0.limit
+    }
+
+    fn has_room(&self, state: &State, bytes: u64) -> bool {
+        self.0.limit.checked_sub(bytes).is_some_and(|most| state.used <= most)
     }
 
     /// Refuses all further requests, those that wait included.
@@ -105,35 +110,33 @@ mod tests {
     #[test]
     fn bytes_are_limited_and_come_back() {
         let budget = Budget::new(10);
-        let six = budget.take(6, false).unwrap();
-        assert!(budget.take(5, false).is_none());
-        assert!(budget.take(11, true).is_none(), "more than there will ever be");
-        let four = budget.take(4, false).unwrap();
+        let six = budget.take(6).unwrap();
+        assert!(budget.take(5).is_none());
+        assert!(!budget.wait_for(11), "more than there will ever be");
+        let four = budget.take(4).unwrap();
         drop(six);
+        assert!(budget.wait_for(6));
         assert_eq!((budget.used(), budget.peak()), (4, 10));
         drop(four);
     }
 
     #[test]
     fn waiters_are_woken_by_returns_and_by_the_end() {
+        let wait_while = |budget: &Budget, act: &dyn Fn()| {
+            thread::scope(|scope| {
+                let waiter = scope.spawn(|| budget.wait_for(3));
+                while budget.waiting() == 0 {
+                    thread::sleep(Duration::from_millis(1));
+                }
+                act();
+                waiter.join().unwrap()
+            })
+        };
         let budget = Budget::new(10);
-        let all = budget.take(10, false).unwrap();
-        thread::scope(|scope| {
-            let waiter = scope.spawn(|| budget.take(3, true).is_some());
-            while budget.waiting() == 0 {
-                thread::sleep(Duration::from_millis(1));
-            }
-            drop(all);
-            assert!(waiter.join().unwrap());
-        });
-        let _all = budget.take(10, false).unwrap();
-        thread::scope(|scope| {
-            let waiter = scope.spawn(|| budget.take(3, true).is_none());
-            while budget.waiting() == 0 {
-                thread::sleep(Duration::from_millis(1));
-            }
-            budget.close();
-            assert!(waiter.join().unwrap());
-        });
+        let all = std::cell::RefCell::new(budget.take(10));
+        assert!(wait_while(&budget, &|| drop(all.take())));
+        let _all = budget.take(10).unwrap();
+        assert!(!wait_while(&budget, &|| budget.close()));
+        assert!(budget.take(0).is_none(), "closed for good");
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::error::Result;
+use crate::error::{DeviceError, Error};
 
 /// A memory that tensors can be loaded into.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -37,6 +37,18 @@ impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
             Kind::Host => f.write_str("host"),
+        }
+    }
+}
+
+impl FromStr for Device {
+    type Err = Error;
+
+    /// Parses `host`, or `cuda:N`.
+    fn from_str(name: &str) -> Result<Self, Error> {
+        match name {
+            "host" => Ok(Self::host()),
+            _ => Err(DeviceError::Unknown { name: name.to_owned() }.into()),
         }
     }
 }

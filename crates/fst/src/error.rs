@@ -127,7 +127,10 @@ fn in_tensor(tensor: Option<&str>) -> String {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DeviceError {
-    /// CUDA.
-    #[error("{0}")]
-    Cuda(String),
+    /// The name is no device's.
+    #[error("unknown device {name:?}: expected host or cuda:N")]
+    Unknown {
+        /// The name given.
+        name: String,
+    },
 }

@@ -1,6 +1,7 @@
 //! Loads into host memory.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::ops::Range;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use fst_format::Checkpoint;
@@ -32,7 +33,7 @@ pub(crate) struct HostLoad {
     plan: ReadPlan,
     layout: Layout,
     /// For each arena of the layout, its extents.
-    arena_extents: Vec<std::ops::Range<u32>>,
+    arena_extents: Vec<Range<u32>>,
     /// Those that are moved or converted: the items of its work, in order.
     transformed: Vec<usize>,
     transform: TransformPlan,
@@ -85,11 +86,13 @@ impl HostLoad {
         let io = |e: fst_io::Error| locate(e, &items);
         let plan = ReadPlan::new(extents, limits).map_err(|e| io(e.into()))?;
         let layout = Layout::new(&plan, arena);
-        let mut arena_extents = vec![u32::MAX..0; layout.arenas().len()];
+        // Arenas take segments in order, and segments extents.
+        let mut arena_extents: Vec<Range<u32>> = Vec::new();
         for (segment, place) in plan.segments().iter().zip(layout.places()) {
-            let extents = &mut arena_extents[place.arena];
-            extents.start = extents.start.min(segment.extents.start);
-            extents.end = extents.end.max(segment.extents.end);
+            match arena_extents.get_mut(place.arena) {
+                Some(extents) => extents.end = segment.extents.end,
+                None => arena_extents.push(segment.extents.clone()),
+            }
         }
         let limits = Limits { block: SCRATCH_BLOCK, segment: u64::MAX, ..limits };
         let transform = TransformPlan::new(&works, limits, arena).map_err(io)?;
@@ -146,7 +149,8 @@ impl HostLoad {
         }
         let mut reads = Vec::new();
         if !self.placed.is_empty() {
-            let on_arena = |arena: usize, buffer: SharedBuffer| self.hand_out(arena, &buffer, deliver);
+            let on_arena =
+                |arena: usize, buffer: SharedBuffer| self.hand_out(arena, &buffer, deliver);
             let sink = InPlace::new(&self.plan, &self.layout, budget, &on_arena);
             let control = watch.next();
             let stats = fst_io::read(&self.files, &self.plan, &sink, options, &control);
@@ -207,7 +211,6 @@ impl HostLoad {
 pub(crate) struct Watch {
     flag: Arc<AtomicBool>,
     controls: Mutex<Vec<Arc<Control>>>,
-    extra: AtomicU64,
 }
 
 impl Watch {
@@ -224,7 +227,7 @@ impl Watch {
     /// Bytes that have been read so far.
     pub(crate) fn bytes(&self) -> u64 {
         let controls = self.controls.lock().unwrap_or_else(|e| e.into_inner());
-        controls.iter().map(|c| c.landed_bytes()).sum::<u64>() + self.extra.load(Relaxed)
+        controls.iter().map(|control| control.landed_bytes()).sum()
     }
 }
 

@@ -43,9 +43,9 @@ mod stream;
 mod tensor;
 mod transform;
 
-pub use device::{Device, UnknownDevice};
+pub use device::Device;
 pub use doctor::{Doctor, HugePages, PathReport};
-pub use error::{Error, Result};
+pub use error::{DeviceError, Error, Result};
 pub use fst_format::{Checkpoint, Dtype, Element, Shard as ShardFile, Slice, TensorInfo};
 pub use fst_io::{DirectIo, Engine, ResolvedEngine};
 pub use loader::Loader;

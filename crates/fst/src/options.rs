@@ -96,7 +96,7 @@ pub(crate) fn cast_type(dtype: Dtype) -> Option<CastType> {
         Dtype::F64 => CastType::F64,
         Dtype::F32 => CastType::F32,
         Dtype::F16 => CastType::F16,
-        Dtype::BF16 => CastType::Bf16,
+        Dtype::BF16 => CastType::BF16,
         Dtype::F8E4M3 => CastType::F8E4M3,
         Dtype::F8E5M2 => CastType::F8E5M2,
         Dtype::F8E8M0 => CastType::F8E8M0,
@@ -146,9 +146,8 @@ impl Selection {
     pub(crate) fn resolve(&self, checkpoint: &Checkpoint) -> Result<Vec<Item>> {
         let mut slices: HashMap<&str, Slice> = HashMap::with_capacity(self.slices.len());
         for (name, dim, range) in &self.slices {
-            let info = checkpoint
-                .get(name)
-                .ok_or_else(|| Error::UnknownTensor { name: name.clone() })?;
+            let info =
+                checkpoint.get(name).ok_or_else(|| Error::UnknownTensor { name: name.clone() })?;
             let slice = info
                 .slice(*dim, range.clone())
                 .map_err(|source| Error::Slice { tensor: name.clone(), source })?;

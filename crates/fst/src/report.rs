@@ -105,14 +105,15 @@ impl LoadReport {
                 self.stages.push(Stage { name, seconds: time.as_secs_f64(), bytes });
             }
         }
-        let parts: [(&'static str, fn(&ReadStats) -> Duration); 4] = [
-            ("read.issue", |read| read.issue),
-            ("read.wait", |read| read.wait),
-            ("read.reserve", |read| read.reserve),
-            ("read.deliver", |read| read.deliver),
-        ];
-        for (name, part) in parts {
-            let seconds = reads.iter().map(part).sum::<Duration>().as_secs_f64();
+        let total = |part: fn(&ReadStats) -> Duration| -> f64 {
+            reads.iter().map(part).sum::<Duration>().as_secs_f64()
+        };
+        for (name, seconds) in [
+            ("read.issue", total(|read| read.issue)),
+            ("read.wait", total(|read| read.wait)),
+            ("read.reserve", total(|read| read.reserve)),
+            ("read.deliver", total(|read| read.deliver)),
+        ] {
             self.stages.push(Stage { name, seconds, bytes: 0 });
         }
         for read in reads {

@@ -101,11 +101,7 @@ impl Tensor {
     pub fn as_slice<T: Element>(&self) -> Result<&[T]> {
         let tensor = || self.name().to_owned();
         if T::DTYPE != self.dtype {
-            return Err(Error::WrongDtype {
-                tensor: tensor(),
-                asked: T::DTYPE,
-                found: self.dtype,
-            });
+            return Err(Error::WrongDtype { tensor: tensor(), asked: T::DTYPE, found: self.dtype });
         }
         bytemuck::try_cast_slice(self.bytes()?)
             .ok()

@@ -95,13 +95,20 @@ impl TransformPlan {
     }
 }
 
+/// An element of which a part has arrived.
+#[derive(Debug, Default)]
+struct Torn {
+    bytes: [u8; 8],
+    seen: usize,
+}
+
 /// Carries a [`TransformPlan`] out, block by block, from any thread.
 pub(crate) struct Transform<'a> {
     plan: &'a TransformPlan,
     arenas: Arenas<'a>,
-    /// Elements that lie across two blocks, by work and position: the bytes seen, and how many.
-    /// Only tensors that their file leaves misaligned have any.
-    torn: Mutex<HashMap<(u32, u64), ([u8; 8], usize)>>,
+    /// Elements that lie across two blocks, by work and position. Only tensors that their file
+    /// leaves misaligned have any.
+    torn: Mutex<HashMap<(u32, u64), Torn>>,
 }
 
 impl<'a> Transform<'a> {
@@ -154,13 +161,7 @@ impl<'a> Transform<'a> {
 
     /// Moves the wanted parts of `bytes`, which start at byte `at` of the tensor; says how many
     /// source bytes were wanted.
-    fn scatter(
-        &self,
-        owner: u32,
-        work: &Work,
-        at: u64,
-        bytes: &[u8],
-    ) -> Result<u64, SinkError> {
+    fn scatter(&self, owner: u32, work: &Work, at: u64, bytes: &[u8]) -> Result<u64, SinkError> {
         let Runs { first, len, stride, count } = work.runs;
         let end = at + bytes.len() as u64;
         let mut moved = 0;
@@ -229,14 +230,14 @@ impl<'a> Transform<'a> {
         let size = from.size();
         let element = position / size as u64;
         let mut torn = self.torn.lock().unwrap_or_else(|e| e.into_inner());
-        let (bytes, seen) = torn.entry((owner, element)).or_default();
+        let whole = torn.entry((owner, element)).or_default();
         let offset = (position % size as u64) as usize;
-        bytes[offset..offset + part.len()].copy_from_slice(part);
-        *seen += part.len();
-        if *seen < size {
+        whole.bytes[offset..offset + part.len()].copy_from_slice(part);
+        whole.seen += part.len();
+        if whole.seen < size {
             return Ok(());
         }
-        let whole = *bytes;
+        let whole = whole.bytes;
         torn.remove(&(owner, element));
         drop(torn);
         self.write(dest, element * to.size() as u64, to.size(), |out| {
