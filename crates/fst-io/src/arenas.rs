@@ -77,25 +77,29 @@ impl<'a> Arenas<'a> {
             return Ok(Some(buffer));
         }
         loop {
+            let seen = self.budget.map(Budget::generation);
             let mut reserved = self.reserved.lock().unwrap_or_else(|e| e.into_inner());
             // In order, whatever the order of the requests: were a later arena to take the last of
             // the budget, whoever waits for the tensors in order would wait for ever.
-            let short = loop {
-                if *reserved > index {
-                    break None;
-                }
+            while *reserved <= index {
                 let Some(arena) = self.arenas.get(*reserved) else { return Ok(None) };
-                let Some(buffer) = self.reserve(arena.len)? else { break Some(arena.len) };
+                let Some(buffer) = self.reserve(arena.len)? else { break };
                 *arena.buffer.lock().unwrap_or_else(|e| e.into_inner()) = Some(Arc::new(buffer));
                 *reserved += 1;
-            };
+            }
+            if *reserved > index {
+                return Ok(self.existing(index));
+            }
             // Nobody waits for the budget with the lock held: others need it to find arenas that
-            // are there, and filling those is what frees memory.
+            // are there, and filling those is what frees memory. What another takes meanwhile may
+            // be the very arena asked for, so any change is a reason to look again.
             drop(reserved);
-            match (short, self.budget) {
-                (None, _) => return Ok(self.existing(index)),
-                (Some(bytes), Some(budget)) if wait && budget.wait_for(bytes) => {}
-                _ => return Ok(None),
+            let again = match (self.budget, seen) {
+                (Some(budget), Some(seen)) if wait => budget.wait_past(seen),
+                _ => false,
+            };
+            if !again {
+                return Ok(None);
             }
         }
     }

@@ -10,7 +10,7 @@ pub struct Budget(Arc<Inner>);
 struct Inner {
     limit: u64,
     state: Mutex<State>,
-    freed: Condvar,
+    changed: Condvar,
 }
 
 #[derive(Debug, Default)]
@@ -18,6 +18,7 @@ struct State {
     used: u64,
     peak: u64,
     waiting: usize,
+    generation: u64,
     closed: bool,
 }
 
@@ -32,7 +33,7 @@ impl Budget {
     /// A budget of `limit` bytes, all free.
     pub fn new(limit: u64) -> Self {
         let state = Mutex::default();
-        Self(Arc::new(Inner { limit, state, freed: Condvar::new() }))
+        Self(Arc::new(Inner { limit, state, changed: Condvar::new() }))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -62,42 +63,61 @@ impl Budget {
     /// Takes `bytes`. `None` when there are too few now, or when the budget was
     /// [closed](Self::close).
     pub fn take(&self, bytes: u64) -> Option<Lease> {
-        let mut state = self.state();
-        if state.closed || !self.has_room(&state, bytes) {
-            return None;
-        }
-        state.used += bytes;
-        state.peak = state.peak.max(state.used);
-        Some(Lease { budget: self.clone(), bytes })
+        let mut taken = false;
+        self.change(|state| {
+            let most = self.0.limit.checked_sub(bytes);
+            taken = !state.closed && most.is_some_and(|most| state.used <= most);
+            if taken {
+                state.used += bytes;
+                state.peak = state.peak.max(state.used);
+            }
+            taken
+        });
+        taken.then(|| Lease { budget: self.clone(), bytes })
     }
 
-    /// Waits until `bytes` can be [taken](Self::take), by whoever is first; false when they never
-    /// can, since the budget is smaller or was closed.
-    pub fn wait_for(&self, bytes: u64) -> bool {
+    /// A number that changes whenever something is taken, comes back, or the budget is closed.
+    pub fn generation(&self) -> u64 {
+        self.state().generation
+    }
+
+    /// Waits until the [generation](Self::generation) is no longer `seen`; false when the budget
+    /// is closed. Whoever finds too little looks at the generation first, then asks, then waits.
+    pub fn wait_past(&self, seen: u64) -> bool {
         let mut state = self.state();
         state.waiting += 1;
-        while !state.closed && bytes <= self.0.limit && !self.has_room(&state, bytes) {
-            state = self.0.freed.wait(state).unwrap_or_else(|e| e.into_inner());
+        while !state.closed && state.generation == seen {
+            state = self.0.changed.wait(state).unwrap_or_else(|e| e.into_inner());
         }
         state.waiting -= 1;
-        !state.closed && bytes <= self.0.limit
+        !state.closed
     }
 
-    fn has_room(&self, state: &State, bytes: u64) -> bool {
-        self.0.limit.checked_sub(bytes).is_some_and(|most| state.used <= most)
+    /// Changes the state, and tells those who wait if `change` says that it did.
+    fn change(&self, change: impl FnOnce(&mut State) -> bool) {
+        let mut state = self.state();
+        if change(&mut state) {
+            state.generation += 1;
+            drop(state);
+            self.0.changed.notify_all();
+        }
     }
 
     /// Refuses all further requests, those that wait included.
     pub fn close(&self) {
-        self.state().closed = true;
-        self.0.freed.notify_all();
+        self.change(|state| {
+            state.closed = true;
+            true
+        });
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.budget.state().used -= self.bytes;
-        self.budget.0.freed.notify_all();
+        self.budget.change(|state| {
+            state.used -= self.bytes;
+            true
+        });
     }
 }
 
@@ -112,10 +132,10 @@ mod tests {
         let budget = Budget::new(10);
         let six = budget.take(6).unwrap();
         assert!(budget.take(5).is_none());
-        assert!(!budget.wait_for(11), "more than there will ever be");
+        assert!(budget.take(11).is_none(), "more than there will ever be");
         let four = budget.take(4).unwrap();
         drop(six);
-        assert!(budget.wait_for(6));
+        assert!(budget.take(7).is_none());
         assert_eq!((budget.used(), budget.peak()), (4, 10));
         drop(four);
     }
@@ -124,7 +144,8 @@ mod tests {
     fn waiters_are_woken_by_returns_and_by_the_end() {
         let wait_while = |budget: &Budget, act: &dyn Fn()| {
             thread::scope(|scope| {
-                let waiter = scope.spawn(|| budget.wait_for(3));
+                let seen = budget.generation();
+                let waiter = scope.spawn(move || budget.wait_past(seen));
                 while budget.waiting() == 0 {
                     thread::sleep(Duration::from_millis(1));
                 }
@@ -135,7 +156,7 @@ mod tests {
         let budget = Budget::new(10);
         let all = std::cell::RefCell::new(budget.take(10));
         assert!(wait_while(&budget, &|| drop(all.take())));
-        let _all = budget.take(10).unwrap();
+        assert!(wait_while(&budget, &|| drop(all.replace(budget.take(10)))), "takers, too");
         assert!(!wait_while(&budget, &|| budget.close()));
         assert!(budget.take(0).is_none(), "closed for good");
     }
