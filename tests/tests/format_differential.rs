@@ -12,26 +12,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use fst_format::{Decoded, Header, HeaderDecoder, HeaderError, MAX_HEADER_LEN};
 use safetensors::SafeTensors;
 
-/// A small seeded generator (splitmix64): enough for picking mutations.
-struct Rng(u64);
+#[path = "format_support/rng.rs"]
+mod rng;
 
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() % n.max(1) as u64) as usize
-    }
-
-    fn pick<'a, T: ?Sized>(&mut self, from: &[&'a T]) -> &'a T {
-        from[self.below(from.len())]
-    }
-}
+use rng::Rng;
 
 /// A file of this header with `data_len` bytes behind it.
 fn file(json: &[u8], data_len: usize) -> Vec<u8> {
@@ -272,11 +256,7 @@ struct Spans {
 
 /// Finds the spans by one pass over text that is known to be JSON.
 fn spans(json: &[u8]) -> Spans {
-    let mut spans = Spans {
-        numbers: vec![],
-        values: vec![],
-        members: vec![],
-    };
+    let mut spans = Spans { numbers: vec![], values: vec![], members: vec![] };
     value(json, skip_space(json, 0), &mut spans);
     return spans;
 
@@ -311,10 +291,7 @@ fn spans(json: &[u8]) -> Spans {
                 at + 1
             }
             first => {
-                let len = json[at..]
-                    .iter()
-                    .take_while(|b| !b",]} \n".contains(b))
-                    .count();
+                let len = json[at..].iter().take_while(|b| !b",]} \n".contains(b)).count();
                 if first == b'-' || first.is_ascii_digit() {
                     spans.numbers.push((at, at + len));
                 }
@@ -338,13 +315,17 @@ fn replace(json: &mut Vec<u8>, (start, end): (usize, usize), with: &[u8]) {
     json.splice(start..end, with.iter().copied());
 }
 
+fn pick<'a>(rng: &mut Rng, from: &[&'a str]) -> &'a str {
+    from[rng.below(from.len())]
+}
+
 fn number(rng: &mut Rng) -> String {
     if rng.below(4) == 0 {
         // Next to powers of two, where products and sums start to overflow.
         let power = 1u128 << rng.below(66);
         (power + rng.below(3) as u128).saturating_sub(1).to_string()
     } else {
-        rng.pick(NUMBERS).to_owned()
+        pick(rng, NUMBERS).to_owned()
     }
 }
 
@@ -358,12 +339,7 @@ fn mutate(json: &mut Vec<u8>, rng: &mut Rng) {
         }
         1 => {
             let at = rng.below(json.len() + 1);
-            json.insert(
-                at,
-                *b"{}[]\",:0 1\\/\n\t-e.\x00\xff"
-                    .get(rng.below(20))
-                    .unwrap_or(&b' '),
-            );
+            json.insert(at, *b"{}[]\",:0 1\\/\n\t-e.\x00\xff".get(rng.below(20)).unwrap_or(&b' '));
         }
         2 if !json.is_empty() => {
             json.remove(rng.below(json.len()));
@@ -376,11 +352,7 @@ fn mutate(json: &mut Vec<u8>, rng: &mut Rng) {
         }
         5 => {
             let found = spans(json).values;
-            replace(
-                json,
-                found[rng.below(found.len())],
-                rng.pick(VALUES).as_bytes(),
-            );
+            replace(json, found[rng.below(found.len())], pick(rng, VALUES).as_bytes());
         }
         6 => {
             // A member twice, perhaps in another object.
@@ -404,17 +376,20 @@ fn mutate(json: &mut Vec<u8>, rng: &mut Rng) {
             let found = spans(json).members;
             if !found.is_empty() {
                 let (at, _) = found[rng.below(found.len())];
-                let key = rng.pick(&[
-                    "__metadata__",
-                    "dtype",
-                    "shape",
-                    "data_offsets",
-                    "x",
-                    "",
-                    "\\u0064type",
-                    "__metad\\u0061ta__",
-                ]);
-                let member = format!("\"{key}\":{},", rng.pick(VALUES));
+                let key = pick(
+                    rng,
+                    &[
+                        "__metadata__",
+                        "dtype",
+                        "shape",
+                        "data_offsets",
+                        "x",
+                        "",
+                        "\\u0064type",
+                        "__metad\\u0061ta__",
+                    ],
+                );
+                let member = format!("\"{key}\":{},", pick(rng, VALUES));
                 replace(json, (at, at), member.as_bytes());
             }
         }
@@ -428,10 +403,7 @@ fn silence_panics_of_the_official_parser() {
     ONCE.call_once(|| {
         let shown = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
-            if !info
-                .location()
-                .is_some_and(|l| l.file().contains("safetensors-"))
-            {
+            if !info.location().is_some_and(|l| l.file().contains("safetensors-")) {
                 shown(info);
             }
         }));
@@ -447,11 +419,7 @@ fn mutated_headers_are_judged_as_by_the_official_parser() {
     for (json, data_len) in &seeds {
         compare(&file(json.as_bytes(), *data_len), &mut tally);
     }
-    assert_eq!(
-        (tally.accepted, tally.refused),
-        (seeds.len(), 0),
-        "seeds are sound"
-    );
+    assert_eq!((tally.accepted, tally.refused), (seeds.len(), 0), "seeds are sound");
     for round in 0..60_000 {
         let (json, data_len) = &seeds[round % seeds.len()];
         let mut json = json.clone().into_bytes();
@@ -481,10 +449,7 @@ fn mutated_headers_are_judged_as_by_the_official_parser() {
         compare(&file, &mut tally);
     }
     // The mutations must reach both sides, or the comparison says little.
-    assert!(
-        tally.accepted > 5_000 && tally.refused > 20_000,
-        "{tally:?}"
-    );
+    assert!(tally.accepted > 5_000 && tally.refused > 20_000, "{tally:?}");
     assert!(tally.repeated > 100, "{tally:?}");
 }
 
@@ -553,15 +518,9 @@ fn sums_that_pass_u64_are_refused() {
         u64::MAX
     );
     let refused = Header::parse(json.as_bytes(), 0).unwrap_err();
-    assert!(
-        matches!(refused, HeaderError::Truncated { .. }),
-        "{refused}"
-    );
+    assert!(matches!(refused, HeaderError::Truncated { .. }), "{refused}");
     let refused = Header::parse(json.as_bytes(), u64::MAX).unwrap_err();
-    assert!(
-        matches!(refused, HeaderError::FileTooLong { .. }),
-        "{refused}"
-    );
+    assert!(matches!(refused, HeaderError::FileTooLong { .. }), "{refused}");
 }
 
 #[test]
@@ -598,16 +557,7 @@ fn header_lengths_are_judged_as_by_the_official_parser() {
     for len in 0..8 {
         compare(&vec![0; len], &mut tally);
     }
-    for claimed in [
-        0,
-        1,
-        2,
-        3,
-        MAX_HEADER_LEN,
-        MAX_HEADER_LEN + 1,
-        u64::MAX - 7,
-        u64::MAX,
-    ] {
+    for claimed in [0, 1, 2, 3, MAX_HEADER_LEN, MAX_HEADER_LEN + 1, u64::MAX - 7, u64::MAX] {
         let mut bytes = claimed.to_le_bytes().to_vec();
         bytes.extend_from_slice(b"{}");
         compare(&bytes, &mut tally);
@@ -659,20 +609,12 @@ fn errors_name_the_tensor_the_bytes_and_the_rule() {
     };
     for (json, data_len, expected) in [
         (
-            format!(
-                "{{{},{}}}",
-                t("a", "U8", "[4]", 0, 4),
-                t("b", "U8", "[4]", 6, 10)
-            ),
+            format!("{{{},{}}}", t("a", "U8", "[4]", 0, 4), t("b", "U8", "[4]", 6, 10)),
             10,
             r#"tensor "b" at bytes @6..@10: bytes @4..@6 before it belong to no tensor"#,
         ),
         (
-            format!(
-                "{{{},{}}}",
-                t("a", "U8", "[4]", 0, 4),
-                t("b", "U8", "[4]", 2, 6)
-            ),
+            format!("{{{},{}}}", t("a", "U8", "[4]", 0, 4), t("b", "U8", "[4]", 2, 6)),
             6,
             r#"tensor "b" at bytes @2..@6 overlaps tensor "a" at bytes @0..@4"#,
         ),
@@ -701,11 +643,7 @@ fn errors_name_the_tensor_the_bytes_and_the_rule() {
             4,
             r#"tensor "a": data_offsets [4, 0] end before they begin"#,
         ),
-        (
-            format!("{{{}}}", t("a", "F16 ", "[4]", 0, 8)),
-            8,
-            r#"tensor "a": unknown dtype "F16 ""#,
-        ),
+        (format!("{{{}}}", t("a", "F16 ", "[4]", 0, 8)), 8, r#"tensor "a": unknown dtype "F16 ""#),
         (
             r#"{"a":{"dtype":"U8","data_offsets":[0,1]}}"#.to_owned(),
             1,
@@ -733,11 +671,7 @@ fn errors_name_the_tensor_the_bytes_and_the_rule() {
         ),
     ] {
         let error = Header::parse(json.as_bytes(), data_len).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            in_file(expected, 8 + json.len()),
-            "{json}"
-        );
+        assert_eq!(error.to_string(), in_file(expected, 8 + json.len()), "{json}");
     }
     let error = Header::parse(b"{\"a\xff\"}", 0).unwrap_err();
     assert_eq!(error.to_string(), "header is not UTF-8 at byte 11");

@@ -44,11 +44,7 @@ fn tensor() -> impl Strategy<Value = Tensor> {
             }
             let bits = shape.iter().product::<usize>() * dtype.bits() as usize;
             let bytes = (0..bits / 8).map(|i| fill.wrapping_add(i as u8)).collect();
-            Tensor {
-                dtype,
-                shape,
-                bytes,
-            }
+            Tensor { dtype, shape, bytes }
         },
     )
 }
@@ -191,8 +187,7 @@ fn declared(dtype: Dtype, shape: &[usize]) -> TensorInfo {
     let mut file = File::create(&path).unwrap();
     let header = layout.header_bytes().unwrap();
     file.write_all(&header).unwrap();
-    file.set_len(header.len() as u64 + layout.data_len())
-        .unwrap();
+    file.set_len(header.len() as u64 + layout.data_len()).unwrap();
     Checkpoint::open(path).unwrap().get("t").unwrap().clone()
 }
 
@@ -273,19 +268,12 @@ fn slices_outside_of_the_tensor_are_refused() {
     #[expect(clippy::reversed_empty_ranges)]
     for range in [0..4, 4..4, 2..1, usize::MAX..usize::MAX, 0..usize::MAX] {
         let error = tensor.slice(1, range.clone()).unwrap_err();
-        let expected = SliceError::OutOfRange {
-            tensor: "t".into(),
-            dim: 1,
-            range: range.clone(),
-            len: 3,
-        };
+        let expected =
+            SliceError::OutOfRange { tensor: "t".into(), dim: 1, range: range.clone(), len: 3 };
         assert_eq!(error, expected);
     }
     let scalar = declared(Dtype::F32, &[]);
-    assert!(matches!(
-        scalar.slice(0, 0..0),
-        Err(SliceError::NoSuchDim { rank: 0, .. })
-    ));
+    assert!(matches!(scalar.slice(0, 0..0), Err(SliceError::NoSuchDim { rank: 0, .. })));
 }
 
 #[test]
