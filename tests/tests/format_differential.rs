@@ -12,26 +12,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use fst_format::{Decoded, Header, HeaderDecoder, HeaderError, MAX_HEADER_LEN};
 use safetensors::SafeTensors;
 
-/// A small seeded generator (splitmix64): enough for picking mutations.
-struct Rng(u64);
+#[path = "format_support/rng.rs"]
+mod rng;
 
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() % n.max(1) as u64) as usize
-    }
-
-    fn pick<'a, T: ?Sized>(&mut self, from: &[&'a T]) -> &'a T {
-        from[self.below(from.len())]
-    }
-}
+use rng::Rng;
 
 /// A file of this header with `data_len` bytes behind it.
 fn file(json: &[u8], data_len: usize) -> Vec<u8> {
@@ -331,13 +315,17 @@ fn replace(json: &mut Vec<u8>, (start, end): (usize, usize), with: &[u8]) {
     json.splice(start..end, with.iter().copied());
 }
 
+fn pick<'a>(rng: &mut Rng, from: &[&'a str]) -> &'a str {
+    from[rng.below(from.len())]
+}
+
 fn number(rng: &mut Rng) -> String {
     if rng.below(4) == 0 {
         // Next to powers of two, where products and sums start to overflow.
         let power = 1u128 << rng.below(66);
         (power + rng.below(3) as u128).saturating_sub(1).to_string()
     } else {
-        rng.pick(NUMBERS).to_owned()
+        pick(rng, NUMBERS).to_owned()
     }
 }
 
@@ -364,7 +352,7 @@ fn mutate(json: &mut Vec<u8>, rng: &mut Rng) {
         }
         5 => {
             let found = spans(json).values;
-            replace(json, found[rng.below(found.len())], rng.pick(VALUES).as_bytes());
+            replace(json, found[rng.below(found.len())], pick(rng, VALUES).as_bytes());
         }
         6 => {
             // A member twice, perhaps in another object.
@@ -388,17 +376,20 @@ fn mutate(json: &mut Vec<u8>, rng: &mut Rng) {
             let found = spans(json).members;
             if !found.is_empty() {
                 let (at, _) = found[rng.below(found.len())];
-                let key = rng.pick(&[
-                    "__metadata__",
-                    "dtype",
-                    "shape",
-                    "data_offsets",
-                    "x",
-                    "",
-                    "\\u0064type",
-                    "__metad\\u0061ta__",
-                ]);
-                let member = format!("\"{key}\":{},", rng.pick(VALUES));
+                let key = pick(
+                    rng,
+                    &[
+                        "__metadata__",
+                        "dtype",
+                        "shape",
+                        "data_offsets",
+                        "x",
+                        "",
+                        "\\u0064type",
+                        "__metad\\u0061ta__",
+                    ],
+                );
+                let member = format!("\"{key}\":{},", pick(rng, VALUES));
                 replace(json, (at, at), member.as_bytes());
             }
         }

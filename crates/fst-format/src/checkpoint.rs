@@ -4,9 +4,8 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -133,20 +132,10 @@ impl Checkpoint {
                 metadata.insert(key.clone(), value.clone());
             }
         }
-        let byte_len = shards
-            .iter()
-            .fold(0u64, |sum, s| sum.saturating_add(s.header.data_len()));
-        let inner = Inner {
-            files,
-            tensors,
-            by_name,
-            metadata,
-            byte_len,
-            open_time: Duration::ZERO,
-        };
-        Ok(Checkpoint {
-            inner: Arc::new(inner),
-        })
+        let byte_len = shards.iter().fold(0u64, |sum, s| sum.saturating_add(s.header.data_len()));
+        let open_time = Duration::ZERO;
+        let inner = Inner { files, tensors, by_name, metadata, byte_len, open_time };
+        Ok(Checkpoint { inner: Arc::new(inner) })
     }
 
     /// Checks that every tensor of the weight map is where the map says.
@@ -233,10 +222,7 @@ impl Shard {
     }
 
     /// Length of the file in bytes.
-    #[expect(
-        clippy::len_without_is_empty,
-        reason = "a shard has at least eight bytes"
-    )]
+    #[expect(clippy::len_without_is_empty, reason = "a shard has at least eight bytes")]
     #[must_use]
     pub fn len(&self) -> u64 {
         self.file_metadata.len()
@@ -270,10 +256,7 @@ impl Shard {
 
 impl fmt::Debug for Shard {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Shard")
-            .field("path", &self.path)
-            .field("header", &self.header)
-            .finish()
+        f.debug_struct("Shard").field("path", &self.path).field("header", &self.header).finish()
     }
 }
 
@@ -290,9 +273,7 @@ pub struct TensorInfo {
 
 impl TensorInfo {
     fn entry(&self) -> HeaderTensor<'_> {
-        self.files.shards[self.shard as usize]
-            .header
-            .entry_at(self.index as usize)
+        self.files.shards[self.shard as usize].header.entry_at(self.index as usize)
     }
 
     /// Its name.
@@ -383,10 +364,8 @@ fn add_sources(
     sources: &mut Vec<Source>,
     indices: &mut Vec<IndexSource>,
 ) -> Result<(), Error> {
-    let stat = std::fs::metadata(path).map_err(|source| Error::Open {
-        path: path.to_owned(),
-        source,
-    })?;
+    let stat =
+        std::fs::metadata(path).map_err(|source| Error::Open { path: path.to_owned(), source })?;
     let choice = if stat.is_dir() {
         folder::choose(path)?
     } else if is_index(path) {
@@ -400,28 +379,13 @@ fn add_sources(
         }
         Choice::Index(path) => {
             let index = Index::parse(&read_index(&path)?, &path)?;
-            let folder = path
-                .parent()
-                .map_or(Cow::Owned(PathBuf::new()), Cow::Borrowed);
+            let folder = path.parent().map_or(Cow::Owned(PathBuf::new()), Cow::Borrowed);
             let first_shard = sources.len();
-            sources.extend(
-                index
-                    .files
-                    .iter()
-                    .enumerate()
-                    .map(|(file, (name, _))| Source {
-                        path: folder.join(name),
-                        index: Some(NamedBy {
-                            index: indices.len(),
-                            file,
-                        }),
-                    }),
-            );
-            indices.push(IndexSource {
-                path,
-                index,
-                first_shard,
-            });
+            sources.extend(index.files.iter().enumerate().map(|(file, (name, _))| Source {
+                path: folder.join(name),
+                index: Some(NamedBy { index: indices.len(), file }),
+            }));
+            indices.push(IndexSource { path, index, first_shard });
         }
     }
     Ok(())
@@ -429,72 +393,56 @@ fn add_sources(
 
 /// Whether a file is an index by its name: `*.index.json` or `index.json`.
 fn is_index(path: &Path) -> bool {
-    let name = path
-        .file_name()
-        .map_or_else(Cow::default, |name| name.to_string_lossy());
+    let name = path.file_name().map_or_else(Cow::default, |name| name.to_string_lossy());
     name.ends_with(".index.json") || name == "index.json"
 }
 
 /// Opens a regular file. The check before opening keeps a named pipe from blocking for ever, the
 /// metadata is that of the file that was opened.
 fn open_file(path: &Path) -> Result<(File, std::fs::Metadata), Error> {
-    let open_error = |source| Error::Open {
-        path: path.to_owned(),
-        source,
-    };
-    let not_a_file = || Error::NotAFile {
-        path: path.to_owned(),
-    };
+    let open_error = |source| Error::Open { path: path.to_owned(), source };
+    let not_a_file = || Error::NotAFile { path: path.to_owned() };
     if !std::fs::metadata(path).map_err(open_error)?.is_file() {
         return Err(not_a_file());
     }
     let file = File::open(path).map_err(open_error)?;
     let metadata = file.metadata().map_err(open_error)?;
-    if metadata.is_file() {
-        Ok((file, metadata))
-    } else {
-        Err(not_a_file())
-    }
+    if metadata.is_file() { Ok((file, metadata)) } else { Err(not_a_file()) }
 }
 
 fn read_index(path: &Path) -> Result<Vec<u8>, Error> {
     let (file, metadata) = open_file(path)?;
     let len = metadata.len();
     if len > MAX_INDEX_LEN {
-        return Err(Error::IndexTooLarge {
-            index: path.to_owned(),
-            len,
-            max: MAX_INDEX_LEN,
-        });
+        return Err(Error::IndexTooLarge { index: path.to_owned(), len, max: MAX_INDEX_LEN });
     }
     let mut bytes = Vec::new();
     read_onto(&file, path, &mut bytes, 0..len)?;
     Ok(bytes)
 }
 
-/// Appends the bytes of `range`, which starts where `bytes` ends.
+/// Appends the bytes of `range`, which starts where `bytes` ends and the file was last read.
+///
+/// Not `read_exact_at` into a resized vector: zeroing megabytes first costs as much as copying them.
 fn read_onto(
-    file: &File,
+    mut file: &File,
     path: &Path,
     bytes: &mut Vec<u8>,
     range: Range<u64>,
 ) -> Result<(), Error> {
-    let have = bytes.len();
-    bytes.resize(have + (range.end - range.start) as usize, 0);
-    file.read_exact_at(&mut bytes[have..], range.start)
-        .map_err(|source| Error::Read {
-            path: path.to_owned(),
-            range,
-            source,
-        })
+    let len = range.end - range.start;
+    bytes.reserve_exact(len as usize);
+    let source = match file.by_ref().take(len).read_to_end(bytes) {
+        Ok(read) if read as u64 == len => return Ok(()),
+        Ok(_) => io::ErrorKind::UnexpectedEof.into(),
+        Err(source) => source,
+    };
+    Err(Error::Read { path: path.to_owned(), range, source })
 }
 
 fn read_shard(path: &Path) -> Result<Shard, Error> {
     let (file, file_metadata) = open_file(path)?;
-    let header_error = |source| Error::Header {
-        path: path.to_owned(),
-        source,
-    };
+    let header_error = |source| Error::Header { path: path.to_owned(), source };
     let decoder = HeaderDecoder::new(file_metadata.len()).map_err(header_error)?;
     let mut bytes = Vec::new();
     let header = loop {
@@ -503,11 +451,7 @@ fn read_shard(path: &Path) -> Result<Shard, Error> {
             Decoded::Header(header) => break header,
         }
     };
-    Ok(Shard {
-        path: path.to_owned(),
-        file_metadata,
-        header,
-    })
+    Ok(Shard { path: path.to_owned(), file_metadata, header })
 }
 
 /// Reads all headers, several at once where there are several. Of several errors, the one of the
@@ -515,24 +459,13 @@ fn read_shard(path: &Path) -> Result<Shard, Error> {
 fn read_shards(sources: &[Source], indices: &[IndexSource]) -> Result<Vec<Shard>, Error> {
     let read = |source: &Source| {
         read_shard(&source.path).map_err(|error| match (error, &source.index) {
-            (
-                Error::Open {
-                    path,
-                    source: cause,
-                },
-                Some(by),
-            ) if cause.kind() == io::ErrorKind::NotFound => {
-                let IndexSource {
-                    path: index,
-                    index: Index { files, .. },
-                    ..
-                } = &indices[by.index];
+            (Error::Open { path, source: cause }, Some(by))
+                if cause.kind() == io::ErrorKind::NotFound =>
+            {
+                let IndexSource { path: index, index: Index { files, .. }, .. } =
+                    &indices[by.index];
                 let tensor = files[by.file].1.clone();
-                Error::MissingShard {
-                    index: index.clone(),
-                    shard: path,
-                    tensor,
-                }
+                Error::MissingShard { index: index.clone(), shard: path, tensor }
             }
             (error, _) => error,
         })

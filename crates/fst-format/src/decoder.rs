@@ -67,17 +67,11 @@ impl HeaderDecoder {
         };
         let len = u64::from_le_bytes(*len_bytes);
         if len > MAX_HEADER_LEN {
-            return Err(HeaderError::TooLarge {
-                len,
-                max: MAX_HEADER_LEN,
-            });
+            return Err(HeaderError::TooLarge { len, max: MAX_HEADER_LEN });
         }
         let end = PREFIX_LEN + len;
         let Some(data_len) = self.file_len.checked_sub(end) else {
-            return Err(HeaderError::PastEnd {
-                range: PREFIX_LEN..end,
-                file_len: self.file_len,
-            });
+            return Err(HeaderError::PastEnd { range: PREFIX_LEN..end, file_len: self.file_len });
         };
         match rest.get(..len as usize) {
             Some(json) => Header::parse(json, data_len).map(Decoded::Header),

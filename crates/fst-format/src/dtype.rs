@@ -109,15 +109,9 @@ impl Dtype {
     /// The product is taken from the left, as the official parser takes it: `[0, huge, huge]` is
     /// an empty tensor, `[huge, huge, 0]` an overflow.
     pub(crate) fn byte_len(self, shape: &[usize]) -> Option<Result<u64, u64>> {
-        let elements = shape
-            .iter()
-            .try_fold(1u64, |n, &dim| n.checked_mul(dim as u64))?;
+        let elements = shape.iter().try_fold(1u64, |n, &dim| n.checked_mul(dim as u64))?;
         let bits = elements.checked_mul(u64::from(self.bits()))?;
-        Some(if bits % 8 == 0 {
-            Ok(bits / 8)
-        } else {
-            Err(bits)
-        })
+        Some(if bits % 8 == 0 { Ok(bits / 8) } else { Err(bits) })
     }
 }
 
@@ -132,9 +126,7 @@ impl FromStr for Dtype {
 
     /// Reads the exact safetensors name, such as `BF16` or `F8_E4M3`.
     fn from_str(name: &str) -> Result<Self, UnknownDtype> {
-        Dtype::from_name(name).ok_or_else(|| UnknownDtype {
-            name: name.to_owned(),
-        })
+        Dtype::from_name(name).ok_or_else(|| UnknownDtype { name: name.to_owned() })
     }
 }
 
@@ -155,15 +147,9 @@ mod tests {
     fn names_widths_and_order_are_the_official_ones() {
         // `Dtype` of the official crate has no list of its variants; its deserializer names them
         // all in the message of an unknown one.
-        let message = serde_json::from_str::<safetensors::Dtype>("\"?\"")
-            .unwrap_err()
-            .to_string();
-        let official: Vec<&str> = message
-            .split('`')
-            .skip(1)
-            .step_by(2)
-            .filter(|name| *name != "?")
-            .collect();
+        let message = serde_json::from_str::<safetensors::Dtype>("\"?\"").unwrap_err().to_string();
+        let official: Vec<&str> =
+            message.split('`').skip(1).step_by(2).filter(|name| *name != "?").collect();
         let ours: Vec<&str> = Dtype::ALL.iter().map(|d| d.as_str()).collect();
         assert_eq!(ours, official);
         for dtype in Dtype::ALL {
@@ -176,10 +162,7 @@ mod tests {
     #[test]
     fn other_spellings_are_refused() {
         for name in ["", "bf16", "BF16 ", "bfloat16", "F8E4M3"] {
-            assert_eq!(
-                name.parse::<Dtype>(),
-                Err(UnknownDtype { name: name.into() })
-            );
+            assert_eq!(name.parse::<Dtype>(), Err(UnknownDtype { name: name.into() }));
         }
     }
 

@@ -149,10 +149,7 @@ mod tests {
         }
         let packed = [Dtype::F4, Dtype::F6E2M3, Dtype::F6E3M2];
         for dtype in Dtype::ALL.iter().filter(|d| !packed.contains(d)) {
-            assert!(
-                LAYOUTS.iter().any(|(d, ..)| d == dtype),
-                "{dtype} has no element type"
-            );
+            assert!(LAYOUTS.iter().any(|(d, ..)| d == dtype), "{dtype} has no element type");
         }
     }
 
@@ -160,10 +157,7 @@ mod tests {
     fn any_byte_is_a_boolean() {
         let bytes = [0u8, 1, 2, 255];
         let bools: &[Bool8] = bytemuck::cast_slice(&bytes);
-        assert_eq!(
-            bools.iter().map(|b| b.get()).collect::<Vec<_>>(),
-            [false, true, true, true]
-        );
+        assert_eq!(bools.iter().map(|b| b.get()).collect::<Vec<_>>(), [false, true, true, true]);
         assert_eq!(bools[2], Bool8::from(true));
     }
 }

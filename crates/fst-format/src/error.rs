@@ -216,11 +216,7 @@ impl JsonError {
     /// Byte offset in `text` of the line and column that the error names.
     pub(crate) fn offset_in(&self, text: &str) -> u64 {
         let lines_before = self.0.line().saturating_sub(1);
-        let line_start: usize = text
-            .split_inclusive('\n')
-            .take(lines_before)
-            .map(str::len)
-            .sum();
+        let line_start: usize = text.split_inclusive('\n').take(lines_before).map(str::len).sum();
         (line_start + self.0.column()).min(text.len()) as u64
     }
 }

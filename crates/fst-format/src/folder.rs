@@ -35,18 +35,10 @@ pub(crate) fn choose(folder: &Path) -> Result<Choice, Error> {
     if index.is_file() {
         return Ok(Choice::Index(index));
     }
-    let open_error = |source| Error::Open {
-        path: folder.to_owned(),
-        source,
-    };
+    let open_error = |source| Error::Open { path: folder.to_owned(), source };
     let mut names = Vec::new();
     for item in std::fs::read_dir(folder).map_err(open_error)? {
-        names.push(
-            item.map_err(open_error)?
-                .file_name()
-                .to_string_lossy()
-                .into_owned(),
-        );
+        names.push(item.map_err(open_error)?.file_name().to_string_lossy().into_owned());
     }
     names.sort_unstable();
     choose_among(folder, names)
@@ -65,17 +57,12 @@ fn choose_among(folder: &Path, names: Vec<String>) -> Result<Choice, Error> {
     match (&indices[..], &files[..]) {
         ([index], _) => return Ok(Choice::Index(folder.join(index))),
         ([], []) => {
-            return Err(Error::NoCheckpoint {
-                folder: folder.to_owned(),
-            });
+            return Err(Error::NoCheckpoint { folder: folder.to_owned() });
         }
         ([], [file]) => return Ok(Choice::Files(vec![folder.join(file)])),
         ([], _) => {}
         _ => {
-            return Err(Error::Ambiguous {
-                folder: folder.to_owned(),
-                files: indices,
-            });
+            return Err(Error::Ambiguous { folder: folder.to_owned(), files: indices });
         }
     }
 
@@ -87,10 +74,7 @@ fn choose_among(folder: &Path, names: Vec<String>) -> Result<Choice, Error> {
                 numbers.push((n.number, file));
             }
             _ => {
-                return Err(Error::Ambiguous {
-                    folder: folder.to_owned(),
-                    files,
-                });
+                return Err(Error::Ambiguous { folder: folder.to_owned(), files });
             }
         }
     }
@@ -102,42 +86,23 @@ fn choose_among(folder: &Path, names: Vec<String>) -> Result<Choice, Error> {
             return Err(incomplete(folder, &files[0], expected));
         }
         if number < expected {
-            return Err(Error::Ambiguous {
-                folder: folder.to_owned(),
-                files,
-            });
+            return Err(Error::Ambiguous { folder: folder.to_owned(), files });
         }
     }
     if (numbers.len() as u64) < total {
         return Err(incomplete(folder, &files[0], numbers.len() as u64 + 1));
     }
     if numbers.len() as u64 > total {
-        return Err(Error::Ambiguous {
-            folder: folder.to_owned(),
-            files,
-        });
+        return Err(Error::Ambiguous { folder: folder.to_owned(), files });
     }
-    Ok(Choice::Files(
-        numbers
-            .into_iter()
-            .map(|(_, file)| folder.join(file))
-            .collect(),
-    ))
+    Ok(Choice::Files(numbers.into_iter().map(|(_, file)| folder.join(file)).collect()))
 }
 
 fn incomplete(folder: &Path, sibling: &str, number: u64) -> Error {
     let missing = Numbered::parse(sibling).map_or_else(String::new, |n| {
-        format!(
-            "{}-{number:0width$}-of-{}.safetensors",
-            n.prefix,
-            n.of_text,
-            width = n.width
-        )
+        format!("{}-{number:0width$}-of-{}.safetensors", n.prefix, n.of_text, width = n.width)
     });
-    Error::IncompleteSet {
-        folder: folder.to_owned(),
-        missing,
-    }
+    Error::IncompleteSet { folder: folder.to_owned(), missing }
 }
 
 /// The parts of `PREFIX-00001-of-00003.safetensors`.
@@ -180,28 +145,16 @@ mod tests {
                 Choice::Files(files) => files,
                 Choice::Index(index) => vec![index],
             };
-            paths
-                .iter()
-                .map(|p| p.file_name().unwrap().to_str().unwrap().to_owned())
-                .collect()
+            paths.iter().map(|p| p.file_name().unwrap().to_str().unwrap().to_owned()).collect()
         })
     }
 
     #[test]
     fn only_files_and_only_indices_are_taken() {
-        assert_eq!(
-            among(&["a.safetensors", "config.json"]).unwrap(),
-            ["a.safetensors"]
-        );
+        assert_eq!(among(&["a.safetensors", "config.json"]).unwrap(), ["a.safetensors"]);
         let index = "diffusion.safetensors.index.json";
-        assert_eq!(
-            among(&["a.safetensors", index, "b.safetensors"]).unwrap(),
-            [index]
-        );
-        assert!(matches!(
-            among(&["config.json"]),
-            Err(Error::NoCheckpoint { .. })
-        ));
+        assert_eq!(among(&["a.safetensors", index, "b.safetensors"]).unwrap(), [index]);
+        assert!(matches!(among(&["config.json"]), Err(Error::NoCheckpoint { .. })));
         // An index of another format says nothing about safetensors files.
         assert!(matches!(
             among(&["pytorch_model.bin.index.json"]),
@@ -211,15 +164,11 @@ mod tests {
 
     #[test]
     fn complete_numbered_sets_are_taken_in_order() {
-        let set: Vec<String> = (1..=11)
-            .map(|i| format!("m-{i:05}-of-00011.safetensors"))
-            .collect();
+        let set: Vec<String> = (1..=11).map(|i| format!("m-{i:05}-of-00011.safetensors")).collect();
         let names: Vec<&str> = set.iter().map(String::as_str).collect();
         assert_eq!(among(&names).unwrap(), set);
         // Unpadded numbers sort wrongly as text.
-        let set: Vec<String> = (1..=11)
-            .map(|i| format!("m-{i}-of-11.safetensors"))
-            .collect();
+        let set: Vec<String> = (1..=11).map(|i| format!("m-{i}-of-11.safetensors")).collect();
         let names: Vec<&str> = set.iter().map(String::as_str).collect();
         assert_eq!(among(&names).unwrap(), set);
     }
@@ -227,10 +176,8 @@ mod tests {
     #[test]
     fn incomplete_sets_name_the_missing_file() {
         for (have, missing) in [(&[1, 3][..], 2), (&[1, 2], 3), (&[2, 3], 1)] {
-            let set: Vec<String> = have
-                .iter()
-                .map(|i| format!("m-{i:05}-of-00003.safetensors"))
-                .collect();
+            let set: Vec<String> =
+                have.iter().map(|i| format!("m-{i:05}-of-00003.safetensors")).collect();
             let names: Vec<&str> = set.iter().map(String::as_str).collect();
             match among(&names) {
                 Err(Error::IncompleteSet { missing: found, .. }) => {
@@ -245,28 +192,15 @@ mod tests {
     fn unrelated_files_are_refused() {
         for names in [
             &["a.safetensors", "b.safetensors"][..],
-            &[
-                "m-00001-of-00002.safetensors",
-                "m-00002-of-00002.safetensors",
-                "c.safetensors",
-            ],
-            &[
-                "m-00001-of-00002.safetensors",
-                "n-00002-of-00002.safetensors",
-            ],
-            &[
-                "m-00001-of-00002.safetensors",
-                "m-00001-of-00003.safetensors",
-            ],
+            &["m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors", "c.safetensors"],
+            &["m-00001-of-00002.safetensors", "n-00002-of-00002.safetensors"],
+            &["m-00001-of-00002.safetensors", "m-00001-of-00003.safetensors"],
             &["m-1-of-2.safetensors", "m-01-of-2.safetensors"],
             &["m-0-of-2.safetensors", "m-1-of-2.safetensors"],
             &["m-1-of-1.safetensors", "m-2-of-1.safetensors"],
             &["a.safetensors.index.json", "b.safetensors.index.json"],
         ] {
-            assert!(
-                matches!(among(names), Err(Error::Ambiguous { .. })),
-                "{names:?}"
-            );
+            assert!(matches!(among(names), Err(Error::Ambiguous { .. })), "{names:?}");
         }
     }
 }

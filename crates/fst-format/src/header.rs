@@ -40,10 +40,7 @@ impl Header {
     /// eight bytes before `json`.
     pub fn parse(json: &[u8], data_len: u64) -> Result<Header, HeaderError> {
         if json.len() as u64 > MAX_HEADER_LEN {
-            return Err(HeaderError::TooLarge {
-                len: json.len() as u64,
-                max: MAX_HEADER_LEN,
-            });
+            return Err(HeaderError::TooLarge { len: json.len() as u64, max: MAX_HEADER_LEN });
         }
         let data_start = PREFIX_LEN + json.len() as u64;
         let text = str::from_utf8(json).map_err(|error| HeaderError::NotUtf8 {
@@ -60,20 +57,12 @@ impl Header {
         entries.names.shrink_to_fit();
         entries.dims.shrink_to_fit();
         entries.tensors.shrink_to_fit();
-        Ok(Header {
-            entries,
-            table,
-            data_start,
-            data_len,
-        })
+        Ok(Header { entries, table, data_start, data_len })
     }
 
     /// The tensors in the order of their bytes.
     pub fn tensors(&self) -> impl ExactSizeIterator<Item = HeaderTensor<'_>> + Clone {
-        self.entries.tensors.iter().map(|entry| HeaderTensor {
-            header: self,
-            entry,
-        })
+        self.entries.tensors.iter().map(|entry| HeaderTensor { header: self, entry })
     }
 
     /// The tensor of this name.
@@ -85,10 +74,7 @@ impl Header {
     /// The tensor at this place in [`Header::tensors`].
     #[must_use]
     pub fn tensor(&self, index: usize) -> Option<HeaderTensor<'_>> {
-        self.entries.tensors.get(index).map(|entry| HeaderTensor {
-            header: self,
-            entry,
-        })
+        self.entries.tensors.get(index).map(|entry| HeaderTensor { header: self, entry })
     }
 
     /// The place in [`Header::tensors`] of the tensor of this name.
@@ -103,10 +89,7 @@ impl Header {
     }
 
     pub(crate) fn entry_at(&self, index: usize) -> HeaderTensor<'_> {
-        HeaderTensor {
-            header: self,
-            entry: &self.entries.tensors[index],
-        }
+        HeaderTensor { header: self, entry: &self.entries.tensors[index] }
     }
 
     /// Number of tensors.
@@ -212,24 +195,14 @@ fn check_coverage(entries: &Entries, data_start: u64, data_len: u64) -> Result<(
     };
     let mut covered = 0;
     for (index, entry) in entries.tensors.iter().enumerate() {
-        let &Entry {
-            begin, end, dtype, ..
-        } = entry;
+        let &Entry { begin, end, dtype, .. } = entry;
         if end < begin {
-            return Err(HeaderError::NegativeRange {
-                tensor: name(entry),
-                begin,
-                end,
-            });
+            return Err(HeaderError::NegativeRange { tensor: name(entry), begin, end });
         }
         let range = in_file(begin, end);
         if begin > covered {
             let hole = in_file(covered, begin);
-            return Err(HeaderError::Hole {
-                tensor: name(entry),
-                range,
-                hole,
-            });
+            return Err(HeaderError::Hole { tensor: name(entry), range, hole });
         }
         if begin < covered {
             // `covered` is above zero only behind another tensor.
@@ -248,44 +221,23 @@ fn check_coverage(entries: &Entries, data_start: u64, data_len: u64) -> Result<(
             Some(Ok(expected)) => expected,
             Some(Err(bits)) => {
                 let (tensor, shape) = (name(entry), shape.to_vec());
-                return Err(HeaderError::PartialByte {
-                    tensor,
-                    dtype,
-                    shape,
-                    bits,
-                });
+                return Err(HeaderError::PartialByte { tensor, dtype, shape, bits });
             }
             None => {
                 let (tensor, shape) = (name(entry), shape.to_vec());
-                return Err(HeaderError::SizeOverflow {
-                    tensor,
-                    dtype,
-                    shape,
-                });
+                return Err(HeaderError::SizeOverflow { tensor, dtype, shape });
             }
         };
         if end - begin != expected {
             let (tensor, shape) = (name(entry), shape.to_vec());
-            return Err(HeaderError::WrongSize {
-                tensor,
-                dtype,
-                shape,
-                range,
-                expected,
-            });
+            return Err(HeaderError::WrongSize { tensor, dtype, shape, range, expected });
         }
         if end > data_len {
-            return Err(HeaderError::Truncated {
-                tensor: name(entry),
-                range,
-                file_len,
-            });
+            return Err(HeaderError::Truncated { tensor: name(entry), range, file_len });
         }
     }
     if covered != data_len {
-        return Err(HeaderError::TrailingBytes {
-            range: in_file(covered, data_len),
-        });
+        return Err(HeaderError::TrailingBytes { range: in_file(covered, data_len) });
     }
     Ok(())
 }
@@ -297,9 +249,7 @@ fn index_names(entries: &Entries) -> Result<NameTable, HeaderError> {
     for index in 0..entries.tensors.len() as u32 {
         table
             .insert(index, name_of)
-            .map_err(|_| HeaderError::RepeatedTensor {
-                tensor: name_of(index).to_owned(),
-            })?;
+            .map_err(|_| HeaderError::RepeatedTensor { tensor: name_of(index).to_owned() })?;
     }
     Ok(table)
 }

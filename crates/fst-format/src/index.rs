@@ -38,16 +38,10 @@ impl Index {
         })?;
         let mut map = WeightMap::default();
         let mut json = serde_json::Deserializer::from_str(text);
-        json.deserialize_map(TopLevel(&mut map))
-            .and_then(|()| json.end())
-            .map_err(|error| {
-                let source = JsonError::new(error);
-                Error::IndexJson {
-                    index: index(),
-                    offset: source.offset_in(text),
-                    source,
-                }
-            })?;
+        json.deserialize_map(TopLevel(&mut map)).and_then(|()| json.end()).map_err(|error| {
+            let source = JsonError::new(error);
+            Error::IndexJson { index: index(), offset: source.offset_in(text), source }
+        })?;
         map.resolve(path)
     }
 }
@@ -68,12 +62,9 @@ impl WeightMap<'_> {
         }
         let mut table = NameTable::with_capacity(self.tensors.len());
         for (i, (name, _)) in self.tensors.iter().enumerate() {
-            table
-                .insert(i as u32, |i| &self.tensors[i as usize].0)
-                .map_err(|_| Error::RepeatedInIndex {
-                    index: index(),
-                    tensor: name.clone().into_owned(),
-                })?;
+            table.insert(i as u32, |i| &self.tensors[i as usize].0).map_err(|_| {
+                Error::RepeatedInIndex { index: index(), tensor: name.clone().into_owned() }
+            })?;
         }
 
         let mut first_tensor = vec![None; self.entries.len()];
@@ -90,30 +81,20 @@ impl WeightMap<'_> {
                 tensor: tensor.to_owned(),
                 entry: entry.clone().into_owned(),
             })?;
-            files
-                .entry(file.clone())
-                .or_insert_with(|| tensor.to_owned());
+            files.entry(file.clone()).or_insert_with(|| tensor.to_owned());
             paths.push(file);
         }
-        let order: BTreeMap<&Path, usize> = files
-            .keys()
-            .enumerate()
-            .map(|(i, file)| (file.as_path(), i))
-            .collect();
-        let places: Vec<usize> = paths
-            .iter()
-            .map(|file| order.get(file.as_path()).copied().unwrap_or(0))
-            .collect();
+        let order: BTreeMap<&Path, usize> =
+            files.keys().enumerate().map(|(i, file)| (file.as_path(), i)).collect();
+        let places: Vec<usize> =
+            paths.iter().map(|file| order.get(file.as_path()).copied().unwrap_or(0)).collect();
         let tensors = self
             .tensors
             .into_iter()
             .map(|(name, entry)| (name.into_owned(), places[entry]))
             .collect();
         drop(order);
-        Ok(Index {
-            files: files.into_iter().collect(),
-            tensors,
-        })
+        Ok(Index { files: files.into_iter().collect(), tensors })
     }
 }
 
@@ -158,11 +139,7 @@ impl<'de> Visitor<'de> for TopLevel<'_, 'de> {
                 map.next_value::<IgnoredAny>()?;
             }
         }
-        if seen {
-            Ok(())
-        } else {
-            Err(de::Error::missing_field("weight_map"))
-        }
+        if seen { Ok(()) } else { Err(de::Error::missing_field("weight_map")) }
     }
 }
 
@@ -268,15 +245,8 @@ mod tests {
     fn files_are_sorted_and_counted_once() {
         let json = br#"{"weight_map": {"x": "b", "y": "./a", "z": "b", "w": "a"}, "other": [1]}"#;
         let index = Index::parse(json, Path::new("i")).unwrap();
-        assert_eq!(
-            index.files,
-            [("a".into(), "y".to_owned()), ("b".into(), "x".to_owned())]
-        );
-        let tensors: Vec<_> = index
-            .tensors
-            .iter()
-            .map(|(n, f)| (n.as_str(), *f))
-            .collect();
+        assert_eq!(index.files, [("a".into(), "y".to_owned()), ("b".into(), "x".to_owned())]);
+        let tensors: Vec<_> = index.tensors.iter().map(|(n, f)| (n.as_str(), *f)).collect();
         assert_eq!(tensors, [("x", 1), ("y", 0), ("z", 1), ("w", 0)]);
     }
 }

@@ -73,9 +73,7 @@ pub(crate) fn parse(text: &str, offset: u64) -> Result<Entries, HeaderError> {
         failure: None,
     };
     let mut json = serde_json::Deserializer::from_str(text);
-    let outcome = json
-        .deserialize_map(TopLevel(&mut state))
-        .and_then(|()| json.end());
+    let outcome = json.deserialize_map(TopLevel(&mut state)).and_then(|()| json.end());
     match outcome {
         Ok(()) => Ok(state.entries),
         Err(error) => Err(state.failure.take().unwrap_or_else(|| {
@@ -224,11 +222,7 @@ impl<'de> Visitor<'de> for TensorEntry<'_> {
         let (Some(dtype), Some(dims), Some(offsets)) = (dtype, dims, offsets) else {
             let tensor = state.name().to_owned();
             let present = [dtype.is_some(), dims.is_some(), offsets.is_some()];
-            let field = if !present[0] {
-                FIELDS[0]
-            } else {
-                FIELDS[1 + usize::from(present[1])]
-            };
+            let field = if !present[0] { FIELDS[0] } else { FIELDS[1 + usize::from(present[1])] };
             return Err(state.fail(HeaderError::MissingField { tensor, field }));
         };
         push(state, dtype, dims, offsets);
@@ -238,12 +232,8 @@ impl<'de> Visitor<'de> for TensorEntry<'_> {
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
         let state = self.0;
         let short = |n| de::Error::invalid_length(n, &"three fields");
-        let dtype = seq
-            .next_element_seed(DtypeName(state))?
-            .ok_or_else(|| short(0))?;
-        let dims = seq
-            .next_element_seed(Shape(state))?
-            .ok_or_else(|| short(1))?;
+        let dtype = seq.next_element_seed(DtypeName(state))?.ok_or_else(|| short(0))?;
+        let dims = seq.next_element_seed(Shape(state))?.ok_or_else(|| short(1))?;
         let offsets = seq.next_element::<(u64, u64)>()?.ok_or_else(|| short(2))?;
         push(state, dtype, dims, offsets);
         Ok(())
@@ -319,10 +309,7 @@ impl<'de> Visitor<'de> for DtypeName<'_> {
     fn visit_str<E: de::Error>(self, name: &str) -> Result<Dtype, E> {
         Dtype::from_name(name).ok_or_else(|| {
             let tensor = self.0.name().to_owned();
-            self.0.fail(HeaderError::UnknownDtype {
-                tensor,
-                dtype: name.to_owned(),
-            })
+            self.0.fail(HeaderError::UnknownDtype { tensor, dtype: name.to_owned() })
         })
     }
 

@@ -1,7 +1,34 @@
 //! The safetensors format: dtypes, header parsing and validation, sharded checkpoints, slices as
 //! byte runs, and writing files.
 //!
-//! This crate knows nothing of I/O engines or devices.
+//! A safetensors file is the length of its header (eight bytes, little-endian), the header (JSON),
+//! and the tensors' bytes one after another. Large models are several such files and an index.
+//!
+//! ```text
+//! paths --Checkpoint::open--> Checkpoint: shards, tensors --TensorInfo::slice--> Slice: byte runs
+//!            |  reads 8 bytes + header of each file
+//!            v
+//!         HeaderDecoder: "these bytes, please" ... Header (exists only if sound)
+//!
+//! declarations --Layout--> header --Writer--> file,  write_index --> model.safetensors.index.json
+//! ```
+//!
+//! ```no_run
+//! let checkpoint = fst_format::Checkpoint::open("Llama-2-7b-hf")?; // folder, index.json or file
+//! for tensor in checkpoint.tensors() {
+//!     let file = checkpoint.shards()[tensor.shard()].path();
+//!     println!("{} {} {:?}", tensor.name(), tensor.dtype(), tensor.shape());
+//!     println!("  {} {:?}", file.display(), tensor.file_range());
+//! }
+//! # Ok::<(), fst_format::Error>(())
+//! ```
+//!
+//! Files are not to be trusted. [`Header`] accepts what the official parser 0.8.0 accepts, but for
+//! tensor names that appear twice, and refuses all else with an error that names the tensor, the
+//! bytes and the rule; nothing in here panics on input or follows an index out of its folder.
+//!
+//! This crate does not load tensors: it reads headers, and knows nothing of I/O engines or devices.
+//! Its public types contain types of `bytemuck` and `half` ([`element`]) and of no other crate.
 #![forbid(unsafe_code)]
 
 mod checkpoint;

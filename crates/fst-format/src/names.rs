@@ -21,9 +21,7 @@ pub(crate) struct NameTable {
 impl NameTable {
     /// An empty table with room for `capacity` names.
     pub(crate) fn with_capacity(capacity: usize) -> Self {
-        Self {
-            indices: HashTable::with_capacity(capacity),
-        }
+        Self { indices: HashTable::with_capacity(capacity) }
     }
 
     /// Adds `index` under its name, or returns the index that has the same name already.
@@ -50,8 +48,6 @@ impl NameTable {
 
     /// The index of `name`.
     pub(crate) fn get<'n>(&self, name: &str, name_of: impl Fn(u32) -> &'n str) -> Option<u32> {
-        self.indices
-            .find(HASHER.hash_one(name), |&index| name_of(index) == name)
-            .copied()
+        self.indices.find(HASHER.hash_one(name), |&index| name_of(index) == name).copied()
     }
 }

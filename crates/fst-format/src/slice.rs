@@ -106,39 +106,18 @@ impl Slice {
         let mut shape: Box<[usize]> = tensor.shape().into();
         let rank = shape.len();
         let Some(slot) = shape.get_mut(dim) else {
-            return Err(SliceError::NoSuchDim {
-                tensor: name(),
-                dim,
-                rank,
-            });
+            return Err(SliceError::NoSuchDim { tensor: name(), dim, rank });
         };
         let len = *slot;
         if range.start > range.end || range.end > len {
-            return Err(SliceError::OutOfRange {
-                tensor: name(),
-                dim,
-                range,
-                len,
-            });
+            return Err(SliceError::OutOfRange { tensor: name(), dim, range, len });
         }
         *slot = range.len();
         let runs = byte_runs(tensor.dtype(), tensor.shape(), dim, &range).map_err(|bit| {
             let (dtype, range) = (tensor.dtype(), range.clone());
-            SliceError::PartialByte {
-                tensor: name(),
-                dtype,
-                dim,
-                range,
-                bit,
-            }
+            SliceError::PartialByte { tensor: name(), dtype, dim, range, bit }
         })?;
-        Ok(Slice {
-            tensor: tensor.clone(),
-            dim,
-            range,
-            shape,
-            runs,
-        })
+        Ok(Slice { tensor: tensor.clone(), dim, range, shape, runs })
     }
 
     /// The tensor that this is a part of.
@@ -203,38 +182,18 @@ fn byte_runs(dtype: Dtype, shape: &[usize], dim: usize, range: &Range<usize>) ->
     let len = range.len() as u64 * step;
     let runs = if len == row {
         // Every row ends where the next begins.
-        Runs {
-            first: 0,
-            len: outer * row,
-            stride: outer * row,
-            count: 1,
-        }
+        Runs { first: 0, len: outer * row, stride: outer * row, count: 1 }
     } else {
         let stride = if outer == 1 { len } else { row };
-        Runs {
-            first: range.start as u64 * step,
-            len,
-            stride,
-            count: outer,
-        }
+        Runs { first: range.start as u64 * step, len, stride, count: outer }
     };
     // The first cuts are at the start and end of the first run, then at the start of the second.
     let cuts = [runs.first, runs.first + runs.len, runs.first + runs.stride];
     if let Some(&bit) = cuts.iter().find(|&&bit| bit % 8 != 0) {
         return Err(bit);
     }
-    let Runs {
-        first,
-        len,
-        stride,
-        count,
-    } = runs;
-    Ok(Runs {
-        first: first / 8,
-        len: len / 8,
-        stride: stride / 8,
-        count,
-    })
+    let Runs { first, len, stride, count } = runs;
+    Ok(Runs { first: first / 8, len: len / 8, stride: stride / 8, count })
 }
 
 impl Runs {
@@ -247,10 +206,7 @@ impl Runs {
     /// The runs as byte ranges from the start of the tensor, in order.
     #[must_use]
     pub fn iter(&self) -> RunsIter {
-        RunsIter {
-            runs: *self,
-            next: 0,
-        }
+        RunsIter { runs: *self, next: 0 }
     }
 }
 
@@ -309,14 +265,7 @@ mod tests {
 
     #[test]
     fn contiguous_slices_are_one_run() {
-        let one = |first, len| {
-            Ok(Runs {
-                first,
-                len,
-                stride: len,
-                count: 1,
-            })
-        };
+        let one = |first, len| Ok(Runs { first, len, stride: len, count: 1 });
         assert_eq!(runs(Dtype::F32, &[4, 5], 0, 1..3), one(20, 40));
         assert_eq!(runs(Dtype::F32, &[4, 5], 1, 0..5), one(0, 80));
         assert_eq!(runs(Dtype::F32, &[1, 1, 5, 2], 2, 1..3), one(8, 16));
@@ -325,12 +274,7 @@ mod tests {
 
     #[test]
     fn inner_slices_are_strided() {
-        let expected = Runs {
-            first: 2,
-            len: 4,
-            stride: 10,
-            count: 4,
-        };
+        let expected = Runs { first: 2, len: 4, stride: 10, count: 4 };
         assert_eq!(runs(Dtype::BF16, &[2, 2, 5], 2, 1..3), Ok(expected));
         let ranges: Vec<_> = expected.iter().collect();
         assert_eq!(ranges, [2..6, 12..16, 22..26, 32..36]);
@@ -340,16 +284,11 @@ mod tests {
     #[test]
     fn empty_slices_have_no_runs_and_overflow_nothing() {
         let huge = usize::MAX;
-        for (shape, dim, range) in [
-            (&[3, 4][..], 0, 2..2),
-            (&[3, 0], 0, 0..3),
-            (&[0, huge, huge], 1, 1..huge),
-        ] {
+        for (shape, dim, range) in
+            [(&[3, 4][..], 0, 2..2), (&[3, 0], 0, 0..3), (&[0, huge, huge], 1, 1..huge)]
+        {
             let runs = runs(Dtype::F64, shape, dim, range).unwrap();
-            assert_eq!(
-                (runs.count, runs.byte_len(), runs.iter().count()),
-                (0, 0, 0)
-            );
+            assert_eq!((runs.count, runs.byte_len(), runs.iter().count()), (0, 0, 0));
         }
         // An odd cut of nothing cuts nothing.
         assert_eq!(runs(Dtype::F4, &[4], 0, 1..1), Ok(Runs::default()));
@@ -357,12 +296,7 @@ mod tests {
 
     #[test]
     fn packed_elements_are_cut_on_bytes_only() {
-        let two = Runs {
-            first: 1,
-            len: 1,
-            stride: 2,
-            count: 3,
-        };
+        let two = Runs { first: 1, len: 1, stride: 2, count: 3 };
         assert_eq!(runs(Dtype::F4, &[3, 4], 1, 2..4), Ok(two));
         assert_eq!(runs(Dtype::F4, &[3, 4], 1, 1..3), Err(4));
         assert_eq!(runs(Dtype::F4, &[3, 4], 1, 0..1), Err(4));

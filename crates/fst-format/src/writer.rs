@@ -199,42 +199,20 @@ impl Layout {
         let len = match dtype.byte_len(&shape) {
             Some(Ok(len)) => len,
             Some(Err(bits)) => {
-                return Err(WriteError::PartialByte {
-                    tensor: name,
-                    dtype,
-                    shape,
-                    bits,
-                });
+                return Err(WriteError::PartialByte { tensor: name, dtype, shape, bits });
             }
             None => {
-                return Err(WriteError::SizeOverflow {
-                    tensor: name,
-                    dtype,
-                    shape,
-                });
+                return Err(WriteError::SizeOverflow { tensor: name, dtype, shape });
             }
         };
         let begin = self.data_len;
         let Some(end) = begin.checked_add(len) else {
-            return Err(WriteError::SizeOverflow {
-                tensor: name,
-                dtype,
-                shape,
-            });
+            return Err(WriteError::SizeOverflow { tensor: name, dtype, shape });
         };
-        self.tensors.push(Declared {
-            name,
-            dtype,
-            shape,
-            begin,
-            end,
-        });
+        self.tensors.push(Declared { name, dtype, shape, begin, end });
         let position = self.tensors.len() as u32 - 1;
         let tensors = &self.tensors;
-        let taken = self
-            .names
-            .insert(position, |i| &tensors[i as usize].name)
-            .is_err();
+        let taken = self.names.insert(position, |i| &tensors[i as usize].name).is_err();
         if taken && let Some(Declared { name, .. }) = self.tensors.pop() {
             return Err(WriteError::RepeatedTensor { tensor: name });
         }
@@ -261,14 +239,7 @@ impl Layout {
             to_json(&mut bytes, &self.metadata)?;
             separator = b',';
         }
-        for Declared {
-            name,
-            dtype,
-            shape,
-            begin,
-            end,
-        } in &self.tensors
-        {
+        for Declared { name, dtype, shape, begin, end } in &self.tensors {
             bytes.push(separator);
             separator = b',';
             to_json(&mut bytes, name)?;
@@ -297,13 +268,7 @@ impl Layout {
     /// [`WriteError::HeaderTooLarge`] and failures of `out`.
     pub fn write_to<W: Write>(self, mut out: W) -> Result<Writer<W>, WriteError> {
         out.write_all(&self.header_bytes()?)?;
-        Ok(Writer {
-            out,
-            tensors: self.tensors,
-            data_len: self.data_len,
-            written: 0,
-            current: 0,
-        })
+        Ok(Writer { out, tensors: self.tensors, data_len: self.data_len, written: 0, current: 0 })
     }
 }
 
@@ -346,25 +311,16 @@ impl<W: Write> Writer<W> {
     /// output.
     pub fn write_tensor(&mut self, bytes: &[u8]) -> Result<(), WriteError> {
         let Some(tensor) = self.tensors.get(self.current) else {
-            return Err(WriteError::Excess {
-                declared: self.data_len,
-            });
+            return Err(WriteError::Excess { declared: self.data_len });
         };
         let name = || tensor.name.clone();
         let (expected, written) = (tensor.end - tensor.begin, self.written - tensor.begin);
         if written > 0 {
-            return Err(WriteError::Begun {
-                tensor: name(),
-                written,
-            });
+            return Err(WriteError::Begun { tensor: name(), written });
         }
         let found = bytes.len() as u64;
         if found != expected {
-            return Err(WriteError::WrongLength {
-                tensor: name(),
-                expected,
-                found,
-            });
+            return Err(WriteError::WrongLength { tensor: name(), expected, found });
         }
         self.out.write_all(bytes)?;
         self.written += expected;
@@ -388,11 +344,7 @@ impl<W: Write> Writer<W> {
             let unfinished = self.tensors.iter().find(|tensor| tensor.end > self.written);
             let tensor = unfinished.map_or_else(String::new, |tensor| tensor.name.clone());
             let (written, declared) = (self.written, self.data_len);
-            return Err(WriteError::Unfinished {
-                tensor,
-                written,
-                declared,
-            });
+            return Err(WriteError::Unfinished { tensor, written, declared });
         }
         self.out.flush()?;
         Ok(self.out)
@@ -404,9 +356,7 @@ impl<W: Write> Write for Writer<W> {
     /// declared.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if bytes.len() as u64 > self.data_len - self.written {
-            let error = WriteError::Excess {
-                declared: self.data_len,
-            };
+            let error = WriteError::Excess { declared: self.data_len };
             return Err(io::Error::new(io::ErrorKind::InvalidInput, error));
         }
         let n = self.out.write(bytes)?;
@@ -466,14 +416,10 @@ where
         }
         sorted.insert(tensor, file.into());
     }
-    let index = Index {
-        metadata: Metadata { total_size },
-        weight_map: sorted,
-    };
+    let index = Index { metadata: Metadata { total_size }, weight_map: sorted };
     let path = folder.as_ref().join("model.safetensors.index.json");
-    let written = serde_json::to_vec_pretty(&index)
-        .map_err(io::Error::from)
-        .and_then(|mut text| {
+    let written =
+        serde_json::to_vec_pretty(&index).map_err(io::Error::from).and_then(|mut text| {
             text.push(b'\n');
             fs::write(&path, text)
         });
@@ -509,10 +455,7 @@ mod tests {
         let mut layout = two();
         for alignment in [100_000_009, u64::MAX] {
             layout.align_data(alignment);
-            assert!(matches!(
-                layout.header_bytes(),
-                Err(WriteError::HeaderTooLarge { .. })
-            ));
+            assert!(matches!(layout.header_bytes(), Err(WriteError::HeaderTooLarge { .. })));
         }
         layout.align_data(100_000_008);
         assert!(layout.header_bytes().is_ok());
@@ -523,34 +466,20 @@ mod tests {
         let mut writer = two().write_to(Vec::new()).unwrap();
         assert!(matches!(
             writer.write_tensor(&[0; 4]),
-            Err(WriteError::WrongLength {
-                expected: 3,
-                found: 4,
-                ..
-            })
+            Err(WriteError::WrongLength { expected: 3, found: 4, .. })
         ));
         writer.write_all(&[1]).unwrap();
-        assert!(matches!(
-            writer.write_tensor(&[0; 2]),
-            Err(WriteError::Begun { .. })
-        ));
+        assert!(matches!(writer.write_tensor(&[0; 2]), Err(WriteError::Begun { .. })));
         writer.write_all(&[2, 3]).unwrap();
         assert_eq!(writer.written(), 3);
         // The empty tensor is a tensor too.
         assert!(matches!(
             writer.write_tensor(&[4, 5, 6, 7]),
-            Err(WriteError::WrongLength {
-                expected: 0,
-                found: 4,
-                ..
-            })
+            Err(WriteError::WrongLength { expected: 0, found: 4, .. })
         ));
         writer.write_tensor(&[]).unwrap();
         writer.write_tensor(&[4, 5, 6, 7]).unwrap();
-        assert!(matches!(
-            writer.write_tensor(&[]),
-            Err(WriteError::Excess { declared: 7 })
-        ));
+        assert!(matches!(writer.write_tensor(&[]), Err(WriteError::Excess { declared: 7 })));
         let error = writer.write_all(&[0]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
         let file = writer.finish().unwrap();
@@ -574,11 +503,7 @@ mod tests {
         let mut writer = two().write_to(Vec::new()).unwrap();
         writer.write_all(&[0; 5]).unwrap();
         match writer.finish() {
-            Err(WriteError::Unfinished {
-                tensor,
-                written: 5,
-                declared: 7,
-            }) => {
+            Err(WriteError::Unfinished { tensor, written: 5, declared: 7 }) => {
                 assert_eq!(tensor, "b");
             }
             other => panic!("{other:?}"),

@@ -32,7 +32,7 @@ pub enum Error {
         name: String,
     },
     /// A slice does not fit its tensor.
-    #[error("tensor {tensor:?}: {source}")]
+    #[error("{source}")]
     Slice {
         /// The tensor.
         tensor: String,
