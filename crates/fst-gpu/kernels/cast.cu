@@ -16,8 +16,10 @@ namespace fst {
 struct FST_NAME(Cast, FST_FROM, FST_TO) {
     using From = FST_FROM;
     using To = FST_TO;
-    static constexpr bool copies = false;
     FST_FN u64 apply(u64 bits) { return To::from_f32(From::to_f32(bits)); }
+    template <int I, int O> FST_FN void vector(const u32 (&in)[I], u32 (&out)[O]) {
+        Vectors<From, To>::convert(in, out);
+    }
 };
 } // namespace fst
 

@@ -15,8 +15,11 @@ template <int SIZE> struct Raw {
 template <int SIZE> struct Copy {
     using From = Raw<SIZE>;
     using To = Raw<SIZE>;
-    static constexpr bool copies = true;
     FST_FN u64 apply(u64 bits) { return bits; }
+    template <int WORDS> FST_FN void vector(const u32 (&in)[WORDS], u32 (&out)[WORDS]) {
+        FST_UNROLL
+        for (int w = 0; w < WORDS; ++w) out[w] = in[w];
+    }
 };
 
 FST_FN void gather(const Job &job, const Team &team) {

@@ -89,6 +89,18 @@ template <int WORDS> FST_FN void load_unaligned(u32 (&w)[WORDS], u64 p) {
     }
 }
 
+// Every byte of the result is the top bit, eight times, of the byte of `w` that a nibble of `which`
+// names, plus 8.
+FST_FN u32 spread_top_bits(u32 w, u32 which) {
+#ifdef FST_HOST
+    return host_spread_top_bits(w, which);
+#else
+    u32 result;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(result) : "r"(w), "r"(which));
+    return result;
+#endif
+}
+
 // One element of SIZE bytes at any address.
 template <int SIZE> FST_FN u64 load_element(u64 p) {
     if (SIZE == 1 || p % SIZE != 0) {

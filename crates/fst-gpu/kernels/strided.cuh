@@ -57,26 +57,8 @@ template <class F, class T> struct Vector {
     static constexpr u64 out_align = out_bytes < 16 ? out_bytes : 16;
 };
 
-template <int SIZE, int WORDS> FST_FN u64 get(const u32 (&w)[WORDS], int i) {
-    if constexpr (SIZE == 1) return (w[i / 4] >> (8 * (i % 4))) & 0xFF;
-    if constexpr (SIZE == 2) return (w[i / 2] >> (16 * (i % 2))) & 0xFFFF;
-    if constexpr (SIZE == 4) return w[i];
-    if constexpr (SIZE == 8) return w[2 * i] | static_cast<u64>(w[2 * i + 1]) << 32;
-    return 0;
-}
-
-template <int SIZE, int WORDS> FST_FN void put(u32 (&w)[WORDS], int i, u64 bits) {
-    if constexpr (SIZE == 1) w[i / 4] |= static_cast<u32>(bits) << (8 * (i % 4));
-    if constexpr (SIZE == 2) w[i / 2] |= static_cast<u32>(bits) << (16 * (i % 2));
-    if constexpr (SIZE == 4) w[i] = static_cast<u32>(bits);
-    if constexpr (SIZE == 8) {
-        w[2 * i] = static_cast<u32>(bits);
-        w[2 * i + 1] = static_cast<u32>(bits >> 32);
-    }
-}
-
-// `Op` has types `From` and `To` and `apply`, from the bits of one to the bits of the other, or
-// `copies` where there is nothing to do.
+// `Op` has types `From` and `To`, `apply` from the bits of one to the bits of the other, and `vector`
+// that does so for all elements of a vector; its result is zeroed before.
 template <class Op>
 FST_FN void run_vectors(u64 src, u64 dst, u64 total, u64 per_row, u64 pitch, const Team &team) {
     using F = typename Op::From;
@@ -113,15 +95,9 @@ FST_FN void run_vectors(u64 src, u64 dst, u64 total, u64 per_row, u64 pitch, con
         for (int u = 0; u < V::unroll; ++u) {
             const u64 item = first + u * team.unit;
             if (item < total) {
-                if constexpr (Op::copies) {
-                    store_aligned(dst + item * V::out_bytes, in[u]);
-                } else {
-                    u32 out[out_words] = {};
-                    FST_UNROLL
-                    for (int i = 0; i < V::elements; ++i)
-                        put<T::size>(out, i, Op::apply(get<F::size>(in[u], i)));
-                    store_aligned(dst + item * V::out_bytes, out);
-                }
+                u32 out[out_words] = {};
+                Op::vector(in[u], out);
+                store_aligned(dst + item * V::out_bytes, out);
             }
         }
     }

@@ -78,6 +78,16 @@ static inline void host_store(unsigned long long p, const unsigned *words, unsig
     std::memcpy(reinterpret_cast<void *>(p), words, bytes);
 }
 
+static inline unsigned host_spread_top_bits(unsigned w, unsigned which) {
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) {
+        const unsigned byte = (which >> (4 * i)) & 7; // 4 to 7 would be of a word of zeros
+        const bool set = byte < 4 && (w >> (8 * byte + 7)) & 1;
+        result |= set ? 0xFFu << (8 * i) : 0;
+    }
+    return result;
+}
+
 using HostFunction = void (*)(const unsigned *grid, const unsigned *block, void **params);
 
 struct HostKernel {
