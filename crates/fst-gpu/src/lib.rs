@@ -4,3 +4,4 @@
 //! absence is an error value, never a panic or a link failure.
 
 pub mod cast;
+pub mod kernel;

