@@ -1,0 +1,7 @@
+//! What the `fst` program is made of, as a library for this workspace's tests and benchmarks.
+//!
+//! It makes checkpoints that look like published ones: [`models`] knows their tensors. It follows
+//! the needs of the program and has no stable interface; programs that load checkpoints depend on
+//! the crate `fst`.
+
+pub mod models;
