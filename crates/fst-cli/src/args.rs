@@ -1,0 +1,146 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::builder::{PossibleValue, PossibleValuesParser};
+use clap::{Args, Parser, Subcommand};
+use fst::{Dtype, Engine};
+use fst_cli::models::MODELS;
+
+use crate::device::DeviceArg;
+use crate::slice::SliceArg;
+
+/// Loads safetensors checkpoints as fast as the hardware allows.
+#[derive(Debug, Parser)]
+#[command(name = "fst", version, propagate_version = true, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Load a checkpoint into memory and report how fast it went
+    ///
+    /// Without PATH this is a demonstration: it makes a checkpoint of 1 GB with the shapes of
+    /// Llama 2 in a temporary folder, loads it, and removes it.
+    Load(LoadArgs),
+    /// Show what a checkpoint holds; reads headers only
+    Inspect(InspectArgs),
+    /// Print the SHA-256 of each tensor's bytes, read through an engine
+    Sum(SumArgs),
+    /// Make a checkpoint with a published model's tensor names, shapes and order
+    Synth(SynthArgs),
+    /// Show what this machine offers and how a checkpoint would be read here
+    Doctor(DoctorArgs),
+}
+
+/// How to read and where to.
+#[derive(Debug, Args)]
+pub(crate) struct Reading {
+    /// Where tensors go: `host`, or `cuda:N` for an NVIDIA GPU
+    #[arg(long, value_name = "DEVICE", default_value = "host")]
+    pub(crate) device: DeviceArg,
+    /// How files are read: auto, uring, pread, mmap or gds
+    #[arg(long, value_name = "ENGINE", default_value = "auto")]
+    pub(crate) engine: Engine,
+    /// Load only tensors whose name matches this glob; may be repeated
+    #[arg(long, value_name = "GLOB")]
+    pub(crate) select: Vec<String>,
+    /// Do not show progress; it is shown only on a terminal anyway
+    #[arg(long)]
+    pub(crate) no_progress: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LoadArgs {
+    /// A .safetensors file, an index.json, or a folder that holds either
+    #[arg(value_name = "PATH")]
+    pub(crate) paths: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) reading: Reading,
+    /// Convert tensors of a floating-point dtype to this one, such as BF16 or F32
+    #[arg(long, value_name = "DTYPE")]
+    pub(crate) dtype: Option<Dtype>,
+    /// Print one JSON document instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// A .safetensors file, an index.json, or a folder that holds either
+    #[arg(value_name = "PATH", required = true)]
+    pub(crate) paths: Vec<PathBuf>,
+    /// List every tensor, also where there are many
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// Print one JSON document instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SumArgs {
+    /// A .safetensors file, an index.json, or a folder that holds either
+    #[arg(value_name = "PATH", required = true)]
+    pub(crate) paths: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) reading: Reading,
+    /// Read only START..END of dimension DIM of the tensor NAME; may be repeated
+    #[arg(long, value_name = "NAME:DIM:START..END")]
+    pub(crate) slice: Vec<SliceArg>,
+    /// Print one JSON document instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SynthArgs {
+    /// The folder to make; it must not hold a checkpoint yet
+    #[arg(value_name = "DIR")]
+    pub(crate) folder: PathBuf,
+    /// The model to imitate
+    #[arg(long, value_name = "NAME", value_parser = model_names(), ignore_case = true)]
+    pub(crate) model: String,
+    /// Keep only the first N layers
+    #[arg(long, value_name = "N")]
+    pub(crate) layers: Option<usize>,
+    /// Cut the checkpoint into N files of about the same size instead of as published
+    #[arg(long, value_name = "N")]
+    pub(crate) shards: Option<usize>,
+    /// Give tensors of a floating-point dtype this one
+    #[arg(long, value_name = "DTYPE")]
+    pub(crate) dtype: Option<Dtype>,
+    /// Choose other values; the same seed gives the same bytes
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Divide every dimension of 64 or more by N: all tensors of a large model on a small disk
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) shrink: u16,
+    /// Print one JSON document instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Do not show progress; it is shown only on a terminal anyway
+    #[arg(long)]
+    pub(crate) no_progress: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// A file, index or folder to judge: how would it be read?
+    #[arg(value_name = "PATH")]
+    pub(crate) path: Option<PathBuf>,
+    /// Print one JSON document instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// The models by name, so that help and errors list them.
+fn model_names() -> PossibleValuesParser {
+    PossibleValuesParser::new(
+        MODELS
+            .iter()
+            .map(|model| PossibleValue::new(model.name()).aliases(model.aliases().iter().copied())),
+    )
+}

@@ -1,0 +1,227 @@
+//! `fst inspect`: what a checkpoint holds, from its headers.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use fst::{Checkpoint, Dtype};
+use serde::Serialize;
+
+use crate::args::InspectArgs;
+use crate::failure::Failure;
+use crate::reading;
+use crate::text::{self, Align, HEADING, Table, counted, styled, summarize, visible};
+
+/// More tensors than this are summarized unless all are asked for.
+const LISTED: usize = 50;
+
+/// The longest metadata value shown to people, in characters.
+const METADATA_SHOWN: usize = 100;
+
+#[derive(Serialize)]
+struct Report<'c> {
+    tensors: Vec<TensorReport<'c>>,
+    dtypes: Vec<DtypeReport>,
+    files: Vec<FileReport<'c>>,
+    metadata: &'c BTreeMap<String, String>,
+    total: Total,
+}
+
+#[derive(Serialize)]
+struct TensorReport<'c> {
+    name: &'c str,
+    dtype: &'static str,
+    shape: &'c [usize],
+    bytes: u64,
+    /// Position in `files`.
+    file: usize,
+    /// From the start of the file.
+    offset: u64,
+}
+
+#[derive(Serialize)]
+struct DtypeReport {
+    dtype: &'static str,
+    tensors: u64,
+    elements: u64,
+    bytes: u64,
+}
+
+#[derive(Serialize)]
+struct FileReport<'c> {
+    path: String,
+    /// Length of the file, header included.
+    bytes: u64,
+    tensors: u64,
+    data_start: u64,
+    metadata: &'c BTreeMap<String, String>,
+}
+
+#[derive(Serialize)]
+struct Total {
+    tensors: u64,
+    elements: u64,
+    bytes: u64,
+    files: u64,
+}
+
+pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
+    let checkpoint = reading::open(&args.paths)?;
+    let report = Report::of(&checkpoint);
+    if args.json {
+        text::print_json(&report).map_err(Failure::output)
+    } else {
+        text::print(&report.render(&args.paths, args.all)).map_err(Failure::output)
+    }
+}
+
+impl<'c> Report<'c> {
+    fn of(checkpoint: &'c Checkpoint) -> Self {
+        let mut dtypes: BTreeMap<Dtype, DtypeReport> = BTreeMap::new();
+        for tensor in checkpoint.tensors() {
+            let dtype = tensor.dtype();
+            let sums = dtypes.entry(dtype).or_insert_with(|| DtypeReport {
+                dtype: dtype.as_str(),
+                tensors: 0,
+                elements: 0,
+                bytes: 0,
+            });
+            sums.tensors += 1;
+            sums.elements += tensor.elements();
+            sums.bytes += tensor.byte_len();
+        }
+        // The dtype that fills the checkpoint comes first.
+        let mut dtypes: Vec<DtypeReport> = dtypes.into_values().collect();
+        dtypes.sort_by_key(|sums| std::cmp::Reverse(sums.bytes));
+        let files: Vec<FileReport<'c>> = checkpoint
+            .shards()
+            .iter()
+            .map(|shard| FileReport {
+                path: shard.path().display().to_string(),
+                bytes: shard.len(),
+                tensors: shard.header().len() as u64,
+                data_start: shard.data_start(),
+                metadata: shard.metadata(),
+            })
+            .collect();
+        let tensors: Vec<TensorReport<'c>> = checkpoint
+            .tensors()
+            .iter()
+            .map(|tensor| TensorReport {
+                name: tensor.name(),
+                dtype: tensor.dtype().as_str(),
+                shape: tensor.shape(),
+                bytes: tensor.byte_len(),
+                file: tensor.shard(),
+                offset: tensor.file_range().start,
+            })
+            .collect();
+        let total = Total {
+            tensors: tensors.len() as u64,
+            elements: dtypes.iter().map(|sums| sums.elements).sum(),
+            bytes: dtypes.iter().map(|sums| sums.bytes).sum(),
+            files: files.len() as u64,
+        };
+        Report { tensors, dtypes, files, metadata: checkpoint.metadata(), total }
+    }
+
+    fn render(&self, paths: &[PathBuf], all: bool) -> String {
+        let mut out = String::new();
+        let names: Vec<String> =
+            paths.iter().map(|path| visible(&path.display().to_string())).collect();
+        out += &format!("{}\n", styled(HEADING, names.join(" ")));
+        let Total { tensors, elements, bytes, files } = self.total;
+        out += &format!(
+            "  {}, {} elements, {} in {}\n",
+            counted(tensors, "tensor"),
+            text::count(elements),
+            text::bytes(bytes),
+            counted(files, "file")
+        );
+        out += &section("Dtypes", &self.dtype_table());
+        out += &section("Files", &self.file_table());
+        if !self.metadata.is_empty() {
+            out += &section("Metadata", &self.metadata_table());
+        }
+        if all || self.tensors.len() <= LISTED {
+            out += &section("Tensors", &self.tensor_table());
+        } else {
+            out += &section("Tensors by name (--all lists each)", &self.pattern_table());
+        }
+        out
+    }
+
+    fn dtype_table(&self) -> Table {
+        let mut table = Table::new(&[Align::Left, Align::Right, Align::Right, Align::Right]);
+        for sums in &self.dtypes {
+            table.row([
+                sums.dtype.to_owned(),
+                counted(sums.tensors, "tensor"),
+                format!("{} elements", text::count(sums.elements)),
+                text::bytes(sums.bytes),
+            ]);
+        }
+        table
+    }
+
+    fn file_table(&self) -> Table {
+        let mut table = Table::new(&[Align::Left, Align::Right, Align::Right]);
+        for file in &self.files {
+            let tensors = counted(file.tensors, "tensor");
+            table.row([visible(&file.path), tensors, text::bytes(file.bytes)]);
+        }
+        table
+    }
+
+    fn metadata_table(&self) -> Table {
+        let mut table = Table::new(&[Align::Left, Align::Left]);
+        for (key, value) in self.metadata {
+            let mut shown = visible(&value.chars().take(METADATA_SHOWN).collect::<String>());
+            if value.chars().nth(METADATA_SHOWN).is_some() {
+                shown.push_str("...");
+            }
+            table.row([visible(key), shown]);
+        }
+        table
+    }
+
+    fn tensor_table(&self) -> Table {
+        let mut table = Table::new(&[Align::Left, Align::Left, Align::Left, Align::Right]);
+        for tensor in &self.tensors {
+            table.row([
+                visible(tensor.name),
+                tensor.dtype.to_owned(),
+                shape(tensor.shape),
+                text::bytes(tensor.bytes),
+            ]);
+        }
+        table
+    }
+
+    fn pattern_table(&self) -> Table {
+        let mut table =
+            Table::new(&[Align::Left, Align::Right, Align::Left, Align::Left, Align::Right]);
+        let named = self
+            .tensors
+            .iter()
+            .map(|tensor| (tensor.name, (tensor.dtype, tensor.shape, tensor.bytes)));
+        for pattern in summarize(named) {
+            let (dtype, dims, bytes) = pattern.key;
+            table.row([
+                visible(&pattern.name),
+                format!("{} x", text::count(pattern.count)),
+                dtype.to_owned(),
+                shape(dims),
+                text::bytes(bytes.saturating_mul(pattern.count)),
+            ]);
+        }
+        table
+    }
+}
+
+fn section(title: &str, table: &Table) -> String {
+    format!("\n{}\n{}", styled(HEADING, title), table.render())
+}
+
+fn shape(dims: &[usize]) -> String {
+    format!("[{}]", dims.iter().map(usize::to_string).collect::<Vec<_>>().join(", "))
+}

@@ -1,0 +1,212 @@
+//! `fst load`: a checkpoint into memory, and how fast that went. Without a path, a demonstration.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use fst::{LoadReport, Stage};
+use fst_cli::models::Model;
+use fst_cli::synth::{Recipe, SynthError, Watch};
+use rustix::fs::{Advice, fadvise};
+use serde::ser::{Serialize, SerializeMap, Serializer};
+
+use crate::args::LoadArgs;
+use crate::failure::Failure;
+use crate::interrupt::{self, TemporaryFolder};
+use crate::progress::Progress;
+use crate::reading;
+use crate::text::{self, Align, FAINT, HEADING, RESULT, Table, counted, styled, visible};
+
+/// What the demonstration loads: the shapes of Llama 2, cut to about 1 GB.
+const DEMO_MODEL: &str = "llama-2-7b";
+const DEMO_LAYERS: usize = 1;
+const DEMO_FILES: usize = 2;
+
+#[derive(serde::Serialize)]
+struct Report<'r> {
+    tensors: usize,
+    bytes: u64,
+    seconds: f64,
+    gb_per_s: f64,
+    engine: &'static str,
+    device: String,
+    stages: Stages<'r>,
+    engine_asked: &'static str,
+    engine_reason: &'r str,
+    /// Bytes wanted from the files, and read from them with the gaps that were read over.
+    bytes_asked: u64,
+    bytes_read: u64,
+    /// Bytes of the files in the page cache before; null where the system does not tell.
+    resident_bytes: Option<u64>,
+    workers: usize,
+    block_bytes: u64,
+}
+
+/// The stages as an object in the order in which they happened.
+struct Stages<'r>(&'r [Stage]);
+
+impl Serialize for Stages<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(serde::Serialize)]
+        struct Figures {
+            seconds: f64,
+            bytes: u64,
+        }
+        let mut map = serializer.serialize_map(Some(self.0.len()))?;
+        for &Stage { name, seconds, bytes, .. } in self.0 {
+            map.serialize_entry(name, &Figures { seconds, bytes })?;
+        }
+        map.end()
+    }
+}
+
+pub(crate) fn run(args: &LoadArgs) -> Result<(), Failure> {
+    if !args.paths.is_empty() {
+        return load(args, &args.paths);
+    }
+    let folder = TemporaryFolder::new().map_err(|error| {
+        let what = format!("no place for the demonstration: {error}");
+        Failure::at(&std::env::temp_dir(), what)
+    })?;
+    let path = folder.path().join(DEMO_MODEL);
+    make_demo(args, &path)?;
+    load(args, &[path])?;
+    if !args.json {
+        let hint = "That was a demonstration; fst load PATH loads a checkpoint of yours.";
+        text::print(&format!("\n{}\n", styled(FAINT, hint))).map_err(Failure::output)?;
+    }
+    Ok(())
+}
+
+fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
+    let checkpoint = reading::open(paths)?;
+    let mut loader = reading::loader(&args.reading)?;
+    if let Some(dtype) = args.dtype {
+        loader = loader.dtype(dtype);
+    }
+    let progress = Progress::new("loading", 0, !args.reading.no_progress);
+    let bar = progress.bar();
+    let loader = loader.on_progress(move |progress| {
+        bar.set_length(progress.bytes_total);
+        bar.set_position(progress.bytes_done);
+    });
+    let tensors =
+        loader.load(&checkpoint).map_err(|error| reading::failure(paths, &checkpoint, &error))?;
+    drop(progress);
+    let report = tensors.report();
+    if args.json {
+        return text::print_json(&Report::of(report)).map_err(Failure::output);
+    }
+    text::print(&render(report, paths)).map_err(Failure::output)
+}
+
+impl<'r> Report<'r> {
+    fn of(report: &'r LoadReport) -> Self {
+        Self {
+            tensors: report.tensors,
+            bytes: report.bytes,
+            seconds: report.seconds,
+            gb_per_s: report.gb_per_s(),
+            engine: report.engine.used.as_str(),
+            device: report.device.to_string(),
+            stages: Stages(&report.stages),
+            engine_asked: report.engine.asked.as_str(),
+            engine_reason: &report.engine.reason,
+            bytes_asked: report.bytes_asked,
+            bytes_read: report.bytes_read,
+            resident_bytes: report.resident_bytes,
+            workers: report.workers,
+            block_bytes: report.block_bytes,
+        }
+    }
+}
+
+fn render(report: &LoadReport, paths: &[PathBuf]) -> String {
+    let paths: Vec<String> =
+        paths.iter().map(|path| visible(&path.display().to_string())).collect();
+    let mut out = format!("{}\n", styled(HEADING, paths.join(" ")));
+    out += &format!(
+        "  {}, {} on {} in {}: {}\n\n",
+        counted(report.tensors as u64, "tensor"),
+        text::bytes(report.bytes),
+        report.device,
+        text::seconds(report.seconds),
+        styled(RESULT, text::rate(report.gb_per_s()))
+    );
+    let mut facts = Table::new(&[Align::Left, Align::Left]);
+    facts.row(["engine".into(), format!("{}: {}", report.engine.used, report.engine.reason)]);
+    facts.row([
+        "read".into(),
+        format!(
+            "{} in blocks of up to {} by {}",
+            text::bytes(report.bytes_read),
+            text::bytes(report.block_bytes),
+            counted(report.workers as u64, "thread")
+        ),
+    ]);
+    let asked = text::bytes(report.bytes_asked);
+    if asked != text::bytes(report.bytes_read) {
+        facts.row(["asked".into(), format!("{asked} of these")]);
+    }
+    if let Some(resident) = report.resident_bytes {
+        let share = match resident {
+            0 => "nothing was in the page cache before".to_owned(),
+            _ => format!("{} were in the page cache before", text::bytes(resident)),
+        };
+        facts.row(["cached".into(), share]);
+    }
+    out += &facts.render();
+    out += &format!("\n{}\n{}", styled(HEADING, "Stages"), stage_table(&report.stages).render());
+    out
+}
+
+fn stage_table(stages: &[Stage]) -> Table {
+    let mut table = Table::new(&[Align::Left, Align::Right, Align::Right, Align::Right]);
+    for stage in stages {
+        // The parts of a stage have its name and a dot before their own. Their times are added up
+        // over threads, so that a rate of theirs would mean nothing.
+        let (name, part) = match stage.name.split_once('.') {
+            Some((_, part)) => (format!("  {part}"), true),
+            None => (stage.name.to_owned(), false),
+        };
+        let bytes = if stage.bytes > 0 { text::bytes(stage.bytes) } else { String::new() };
+        let rate = if stage.bytes > 0 && !part {
+            text::rate(stage.bytes as f64 / stage.seconds / 1e9)
+        } else {
+            String::new()
+        };
+        let time = text::seconds(stage.seconds);
+        table.row([name, if part { format!("({time})") } else { time }, bytes, rate]);
+    }
+    table
+}
+
+/// Makes the demonstration's checkpoint and takes it out of the page cache, so that the load shows
+/// what storage gives.
+fn make_demo(args: &LoadArgs, path: &Path) -> Result<(), Failure> {
+    let model = Model::find(DEMO_MODEL)
+        .ok_or_else(|| Failure::usage(format!("unknown model {DEMO_MODEL}")))?;
+    let recipe = Recipe::new(model).layers(DEMO_LAYERS).shards(DEMO_FILES);
+    let plan = recipe.plan().map_err(Failure::usage)?;
+    let bytes = plan.iter().map(|shard| shard.bytes()).sum();
+    if !args.json {
+        let size = text::bytes(bytes);
+        let line = format!("Making a checkpoint of {size} with the shapes of Llama 2 ...");
+        text::print(&format!("{}\n\n", styled(FAINT, line))).map_err(Failure::output)?;
+    }
+    let progress = Progress::new("writing", bytes, !args.reading.no_progress);
+    let count = |bytes| progress.add(bytes);
+    let watch = Watch { progress: Some(&count), cancelled: Some(interrupt::flag()) };
+    let written = recipe.write(path, &watch).map_err(|error| match error {
+        SynthError::Cancelled { .. } => Failure::Interrupted,
+        error => Failure::of(error),
+    })?;
+    for file in &written.files {
+        // Where this fails, the load is as correct and only faster.
+        if let Ok(file) = File::open(file)
+            && file.sync_all().is_ok()
+        {
+            let _ = fadvise(&file, 0, None, Advice::DontNeed);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,120 @@
+//! `fst sum`: the SHA-256 of each tensor's bytes as an engine read them.
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::sync::mpsc::{Receiver, sync_channel};
+
+use fst::{Checkpoint, Error, Loader, Tensor};
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+
+use crate::args::SumArgs;
+use crate::failure::Failure;
+use crate::progress::Progress;
+use crate::reading;
+use crate::text::{self, visible};
+
+/// Memory for tensors on their way from the reader to the hash, unless one tensor needs more.
+const MEMORY_BUDGET: u64 = 1 << 30;
+
+#[derive(Serialize)]
+struct Report {
+    tensors: Vec<Sum>,
+}
+
+#[derive(Serialize)]
+struct Sum {
+    name: String,
+    dtype: &'static str,
+    shape: Vec<usize>,
+    sha256: String,
+}
+
+pub(crate) fn run(args: &SumArgs) -> Result<(), Failure> {
+    let checkpoint = reading::open(&args.paths)?;
+    let mut loader = reading::loader(&args.reading)?;
+    for slice in &args.slice {
+        loader = loader.slice(&slice.name, slice.dim, slice.range.clone());
+    }
+    // Of a selection it shows what was summed, without an end.
+    let all = args.slice.is_empty() && args.reading.select.is_empty();
+    let total = if all { checkpoint.byte_len() } else { 0 };
+    let progress = Progress::new("summing", total, !args.reading.no_progress);
+    let sums = sums(&loader, &checkpoint, &progress)
+        .map_err(|error| reading::failure(&args.paths, &checkpoint, &error))?;
+    drop(progress);
+    let report = Report { tensors: in_order(sums, &checkpoint) };
+    if args.json {
+        return text::print_json(&report).map_err(Failure::output);
+    }
+    let lines =
+        report.tensors.iter().map(|sum| format!("{}  {}\n", sum.sha256, visible(&sum.name)));
+    text::print(&lines.collect::<String>()).map_err(Failure::output)
+}
+
+/// Reads and hashes all tensors, in no particular order. Hashing is slower than reading, so each
+/// core hashes, and memory stays within a budget.
+fn sums(loader: &Loader, checkpoint: &Checkpoint, progress: &Progress) -> Result<Vec<Sum>, Error> {
+    let stream = match loader.clone().memory_budget(MEMORY_BUDGET).stream(checkpoint) {
+        Err(Error::Budget { needed, .. }) => {
+            loader.clone().memory_budget(needed).stream(checkpoint)?
+        }
+        stream => stream?,
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let (send, receive) = sync_channel::<Tensor>(threads);
+    let receive = Mutex::new(receive);
+    std::thread::scope(|scope| {
+        let hashers: Vec<_> =
+            (0..threads).map(|_| scope.spawn(|| hash_received(&receive))).collect();
+        for tensor in stream {
+            let tensor = tensor?;
+            progress.add(tensor.byte_len() as u64);
+            // The receivers are there until `send` is dropped.
+            let _ = send.send(tensor);
+        }
+        drop(send);
+        let mut sums = Vec::new();
+        for hasher in hashers {
+            match hasher.join() {
+                Ok(part) => sums.extend(part?),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        Ok(sums)
+    })
+}
+
+fn hash_received(receive: &Mutex<Receiver<Tensor>>) -> Result<Vec<Sum>, Error> {
+    let mut sums = Vec::new();
+    let mut failed = None;
+    loop {
+        let next = receive.lock().unwrap_or_else(|poison| poison.into_inner()).recv();
+        let Ok(tensor) = next else { break };
+        // After a failure tensors are only taken, so that the sender does not wait for ever.
+        if failed.is_none() {
+            match sum(&tensor) {
+                Ok(sum) => sums.push(sum),
+                Err(error) => failed = Some(error),
+            }
+        }
+    }
+    failed.map_or(Ok(sums), Err)
+}
+
+fn sum(tensor: &Tensor) -> Result<Sum, Error> {
+    let digest = Sha256::digest(tensor.bytes()?);
+    Ok(Sum {
+        name: tensor.name().to_owned(),
+        dtype: tensor.dtype().as_str(),
+        shape: tensor.shape().to_vec(),
+        sha256: digest.iter().map(|byte| format!("{byte:02x}")).collect(),
+    })
+}
+
+/// The sums in the checkpoint's order of tensors.
+fn in_order(sums: Vec<Sum>, checkpoint: &Checkpoint) -> Vec<Sum> {
+    let mut by_name: HashMap<String, Sum> =
+        sums.into_iter().map(|sum| (sum.name.clone(), sum)).collect();
+    checkpoint.tensors().iter().filter_map(|tensor| by_name.remove(tensor.name())).collect()
+}

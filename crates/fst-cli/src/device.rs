@@ -1,0 +1,46 @@
+//! `--device`: the name is checked with the command line, the device is looked for when it is used.
+
+use std::str::FromStr;
+
+use fst::Device;
+
+use crate::failure::Failure;
+
+/// The name of a device, of a form that there is.
+#[derive(Clone, Debug)]
+pub(crate) struct DeviceArg(String);
+
+impl FromStr for DeviceArg {
+    type Err = &'static str;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        let ordinal = name.strip_prefix("cuda:");
+        if name == "host" || ordinal.is_some_and(|ordinal| ordinal.parse::<u32>().is_ok()) {
+            Ok(Self(name.to_owned()))
+        } else {
+            Err("expected host, or cuda:N with the number of a GPU")
+        }
+    }
+}
+
+impl DeviceArg {
+    /// The device, if this machine has it.
+    pub(crate) fn open(&self) -> Result<Device, Failure> {
+        self.0.parse().map_err(|error: fst::Error| Failure::Failed(format!("{}: {error}", self.0)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_devices_have_such_names() {
+        for name in ["host", "cuda:0", "cuda:15"] {
+            assert!(name.parse::<DeviceArg>().is_ok(), "{name}");
+        }
+        for name in ["", "cpu", "cuda", "cuda:", "cuda:-1", "cuda:x", "cuda:0:0", "CUDA:0"] {
+            assert!(name.parse::<DeviceArg>().is_err(), "{name}");
+        }
+    }
+}

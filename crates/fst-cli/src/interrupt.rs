@@ -1,0 +1,84 @@
+//! Ctrl-C: the first one asks the work to stop, a second one ends the program at once. Temporary
+//! folders are removed either way.
+
+use std::path::{Path, PathBuf};
+use std::process;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard};
+
+/// Set by the first ctrl-C.
+static STOP: AtomicBool = AtomicBool::new(false);
+
+/// What to do at the first ctrl-C, and what to remove at the second.
+static ON_STOP: Mutex<Actions> = Mutex::new(Actions { cancel: Vec::new(), folders: Vec::new() });
+
+struct Actions {
+    cancel: Vec<Box<dyn Fn() + Send>>,
+    folders: Vec<PathBuf>,
+}
+
+fn actions() -> MutexGuard<'static, Actions> {
+    ON_STOP.lock().unwrap_or_else(|poison| poison.into_inner())
+}
+
+/// Catches ctrl-C and the signals that ask a program to end. Without it, as where a sandbox forbids
+/// handlers, they end the program as they always do.
+pub(crate) fn catch() {
+    let _ = ctrlc::set_handler(|| {
+        if STOP.swap(true, Ordering::SeqCst) {
+            for folder in &actions().folders {
+                let _ = std::fs::remove_dir_all(folder);
+            }
+            process::exit(130);
+        }
+        for cancel in &actions().cancel {
+            cancel();
+        }
+    });
+}
+
+/// Whether the user has asked to stop.
+pub(crate) fn requested() -> bool {
+    STOP.load(Ordering::SeqCst)
+}
+
+/// The flag behind [`requested`], for work that looks at it itself.
+pub(crate) fn flag() -> &'static AtomicBool {
+    &STOP
+}
+
+/// Calls `cancel` at the first ctrl-C, or now if that was before.
+pub(crate) fn on_stop(cancel: impl Fn() + Send + 'static) {
+    let mut actions = actions();
+    if requested() {
+        cancel();
+    }
+    actions.cancel.push(Box::new(cancel));
+}
+
+/// A temporary folder that is removed when it goes out of scope, and at a second ctrl-C.
+#[derive(Debug)]
+pub(crate) struct TemporaryFolder {
+    folder: tempfile::TempDir,
+}
+
+impl TemporaryFolder {
+    /// Makes a folder in the system's place for temporary files.
+    pub(crate) fn new() -> std::io::Result<Self> {
+        let folder = tempfile::Builder::new().prefix("fst-").tempdir()?;
+        actions().folders.push(folder.path().to_owned());
+        Ok(Self { folder })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.folder.path()
+    }
+}
+
+impl Drop for TemporaryFolder {
+    fn drop(&mut self) {
+        // The folder itself goes with `TempDir`.
+        let path = self.folder.path();
+        actions().folders.retain(|folder| folder != path);
+    }
+}

@@ -1,0 +1,46 @@
+//! The progress bar on standard error: shown to people at a terminal, never in the way of a script.
+
+use std::io::{IsTerminal, stderr};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// A bar that counts bytes. Removed from the screen when dropped.
+#[derive(Debug)]
+pub(crate) struct Progress {
+    bar: ProgressBar,
+}
+
+impl Progress {
+    /// A bar for `bytes` of `doing`, hidden where nobody watches.
+    pub(crate) fn new(doing: &'static str, bytes: u64, wanted: bool) -> Self {
+        let target = if wanted && stderr().is_terminal() {
+            ProgressDrawTarget::stderr()
+        } else {
+            ProgressDrawTarget::hidden()
+        };
+        let bar = ProgressBar::with_draw_target(Some(bytes), target).with_message(doing);
+        // Only a mistake in the template makes this fail; the plain bar does as well.
+        if let Ok(style) = ProgressStyle::with_template(
+            "{msg} {bar:40} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} {eta}",
+        ) {
+            bar.set_style(style);
+        }
+        Self { bar }
+    }
+
+    /// Counts more bytes.
+    pub(crate) fn add(&self, bytes: u64) {
+        self.bar.inc(bytes);
+    }
+
+    /// The bar itself, for closures that outlive this value's borrows.
+    pub(crate) fn bar(&self) -> ProgressBar {
+        self.bar.clone()
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}

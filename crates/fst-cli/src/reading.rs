@@ -1,0 +1,42 @@
+//! What `load` and `sum` have in common: a loader made of the command line and stopped by ctrl-C.
+
+use std::path::{Path, PathBuf};
+
+use fst::{CancelToken, Checkpoint, Error, Loader};
+
+use crate::args::Reading;
+use crate::failure::Failure;
+use crate::interrupt;
+
+/// A loader that does what the command line says.
+pub(crate) fn loader(reading: &Reading) -> Result<Loader, Failure> {
+    let cancel = CancelToken::new();
+    let mut loader =
+        Loader::new().device(reading.device.open()?).engine(reading.engine).cancel(cancel.clone());
+    for glob in &reading.select {
+        loader = loader.select(glob);
+    }
+    interrupt::on_stop(move || cancel.cancel());
+    Ok(loader)
+}
+
+/// Opens the checkpoint that `paths` name together.
+pub(crate) fn open(paths: &[PathBuf]) -> Result<Checkpoint, Failure> {
+    Checkpoint::open_all(paths).map_err(Failure::of)
+}
+
+/// Why a load of `checkpoint` failed. Errors about a file start with its path; the others are about
+/// what was asked of the checkpoint, and get the path that it was opened by.
+pub(crate) fn failure(paths: &[PathBuf], checkpoint: &Checkpoint, error: &Error) -> Failure {
+    if matches!(error, Error::Cancelled) {
+        return Failure::Interrupted;
+    }
+    let message = error.to_string();
+    let about = |path: &Path| message.starts_with(&format!("{}: ", path.display()));
+    match paths.first() {
+        Some(path) if !checkpoint.shards().iter().any(|shard| about(shard.path())) => {
+            Failure::at(path, message)
+        }
+        _ => Failure::of(message),
+    }
+}

@@ -1,0 +1,89 @@
+//! Runs the program, and makes the checkpoints it is run on.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// The program under test with these arguments, not yet started.
+pub(crate) fn fst<I: IntoIterator<Item: AsRef<std::ffi::OsStr>>>(args: I) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_fst"));
+    command.args(args).stdin(Stdio::null());
+    command
+}
+
+/// How a run ended.
+pub(crate) struct Run {
+    pub(crate) status: i32,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+impl Run {
+    fn of(output: Output) -> Self {
+        Self {
+            status: output.status.code().expect("the program ended by itself"),
+            stdout: String::from_utf8(output.stdout).unwrap(),
+            stderr: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+
+    /// The one JSON document on standard output; nothing was said on standard error.
+    pub(crate) fn json(&self) -> Value {
+        assert_eq!((self.status, self.stderr.as_str()), (0, ""), "{}", self.stdout);
+        serde_json::from_str(&self.stdout).expect("one JSON document")
+    }
+
+    /// What follows `error: ` in the one line on standard error of a run that failed.
+    pub(crate) fn error(&self) -> &str {
+        assert_eq!((self.status, self.stdout.as_str()), (1, ""), "{}", self.stderr);
+        let line = self.stderr.strip_suffix('\n').expect("a whole line");
+        assert!(!line.contains('\n'), "one line, not {line:?}");
+        line.strip_prefix("error: ").expect("a line that starts with `error: `")
+    }
+}
+
+/// Runs the program to its end.
+pub(crate) fn run<I: IntoIterator<Item: AsRef<std::ffi::OsStr>>>(args: I) -> Run {
+    Run::of(fst(args).output().unwrap())
+}
+
+/// A folder for checkpoints, removed at the end of the test.
+pub(crate) struct Folder(TempDir);
+
+impl Folder {
+    pub(crate) fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    pub(crate) fn join(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// Makes a checkpoint with `fst synth` and these further arguments.
+    pub(crate) fn synth(&self, name: &str, args: &[&str]) -> PathBuf {
+        let path = self.join(name);
+        let run = run([&["synth", path.to_str().unwrap()], args].concat());
+        assert_eq!((run.status, run.stderr.as_str()), (0, ""));
+        path
+    }
+}
+
+/// Names in a folder, sorted.
+pub(crate) fn names_in(folder: &Path) -> Vec<String> {
+    let mut names: Vec<String> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+/// Writes a safetensors file with this header text and data.
+pub(crate) fn write_raw(path: &Path, header: &str, data: &[u8]) {
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend_from_slice(header.as_bytes());
+    bytes.extend_from_slice(data);
+    std::fs::write(path, bytes).unwrap();
+}

@@ -1,0 +1,83 @@
+//! `fst inspect` against the official parser.
+
+use std::collections::BTreeMap;
+
+use safetensors::SafeTensors;
+
+use crate::fixture::{Folder, run, write_raw};
+
+#[test]
+fn json_says_what_the_official_parser_says() {
+    let folder = Folder::new();
+    let args = ["--model", "deepseek-v3", "--layers", "4", "--shrink", "64", "--shards", "3"];
+    let path = folder.synth("checkpoint", &args);
+    let json = run(["inspect", path.to_str().unwrap(), "--json"]).json();
+
+    let files = json["files"].as_array().unwrap();
+    assert_eq!(files.len(), 3);
+    let mut official = BTreeMap::new();
+    for (index, file) in files.iter().enumerate() {
+        let bytes = std::fs::read(file["path"].as_str().unwrap()).unwrap();
+        assert_eq!(file["bytes"], bytes.len());
+        let (header_len, header) = SafeTensors::read_metadata(&bytes).unwrap();
+        assert_eq!(file["data_start"], header_len + 8);
+        assert_eq!(file["metadata"], serde_json::json!(header.metadata()));
+        for (name, info) in header.tensors() {
+            let (start, end) = info.data_offsets;
+            official.insert(
+                name,
+                serde_json::json!({
+                    "dtype": info.dtype.to_string(), "shape": info.shape, "bytes": end - start,
+                    "file": index, "offset": header_len + 8 + start,
+                }),
+            );
+        }
+    }
+    let mut ours = BTreeMap::new();
+    for tensor in json["tensors"].as_array().unwrap() {
+        let mut tensor = tensor.clone();
+        let name = tensor.as_object_mut().unwrap().remove("name").unwrap();
+        ours.insert(name.as_str().unwrap().to_owned(), tensor);
+    }
+    assert_eq!(ours, official);
+
+    let total = |key: &str| -> u64 {
+        json["dtypes"].as_array().unwrap().iter().map(|d| d[key].as_u64().unwrap()).sum()
+    };
+    assert_eq!(json["total"]["tensors"], official.len());
+    assert_eq!(json["total"]["tensors"], total("tensors"));
+    assert_eq!(json["total"]["bytes"], total("bytes"));
+    assert_eq!(json["total"]["elements"], total("elements"));
+    assert_eq!(json["total"]["files"], 3);
+}
+
+#[test]
+fn many_tensors_are_summarized_and_all_lists_them() {
+    let folder = Folder::new();
+    let path =
+        folder.synth("moe", &["--model", "qwen3-30b-a3b", "--layers", "2", "--shrink", "512"]);
+    let path = path.to_str().unwrap();
+    let summary = run(["inspect", path]).stdout;
+    assert!(
+        summary.contains("model.layers.{0..1}.mlp.experts.{0..127}.up_proj.weight"),
+        "{summary}"
+    );
+    assert!(summary.lines().count() < 40, "{summary}");
+    let all = run(["inspect", path, "--all"]).stdout;
+    assert!(all.contains("model.layers.1.mlp.experts.127.up_proj.weight"));
+    assert!(all.lines().count() > 700);
+}
+
+#[test]
+fn metadata_is_shown() {
+    let folder = Folder::new();
+    let path = folder.join("x.safetensors");
+    write_raw(&path, r#"{"__metadata__":{"made by":"a test","long":"LONG"}}"#
+        .replace("LONG", &"x".repeat(500)).as_str(), &[]);
+    let text = run(["inspect", path.to_str().unwrap()]).stdout;
+    assert!(text.contains("made by") && text.contains("a test"), "{text}");
+    assert!(text.contains("xxx...") && !text.contains(&"x".repeat(200)), "{text}");
+    let json = run(["inspect", path.to_str().unwrap(), "--json"]).json();
+    assert_eq!(json["metadata"]["made by"], "a test");
+    assert_eq!(json["metadata"]["long"], "x".repeat(500));
+}

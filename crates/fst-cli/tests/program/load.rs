@@ -1,0 +1,134 @@
+//! `fst load`: what it reports, and the demonstration.
+
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use crate::fixture::{Folder, fst, names_in, run};
+
+#[test]
+fn json_has_what_scripts_rely_on() {
+    let folder = Folder::new();
+    let args = ["--model", "llama-2-7b", "--layers", "2", "--shrink", "32", "--shards", "2"];
+    let path = folder.synth("c", &args);
+    let path = path.to_str().unwrap();
+    let total = run(["inspect", path, "--json"]).json()["total"].clone();
+    for engine in ["auto", "uring", "pread", "mmap"] {
+        let json = run(["load", path, "--engine", engine, "--json"]).json();
+        assert_eq!(json["tensors"], total["tensors"]);
+        assert_eq!(json["bytes"], total["bytes"]);
+        assert_eq!(json["device"], "host");
+        assert_eq!(json["engine_asked"], engine);
+        assert!(["uring", "pread", "mmap"].contains(&json["engine"].as_str().unwrap()));
+        let seconds = json["seconds"].as_f64().unwrap();
+        let rate = json["gb_per_s"].as_f64().unwrap();
+        let expected = json["bytes"].as_f64().unwrap() / 1e9 / seconds;
+        assert!(seconds > 0.0 && (rate / expected - 1.0).abs() < 1e-6, "{json}");
+        let stages = json["stages"].as_object().unwrap();
+        assert_eq!(stages["read"]["bytes"], json["bytes_read"]);
+        assert!(stages["read"]["seconds"].as_f64().unwrap() <= seconds);
+    }
+    // Engines that always work are used when asked for.
+    for engine in ["pread", "mmap"] {
+        let json = run(["load", path, "--engine", engine, "--json"]).json();
+        assert_eq!(json["engine"], engine);
+    }
+}
+
+#[test]
+fn select_loads_what_matches_and_no_more() {
+    let folder = Folder::new();
+    let path = folder.synth("c", &["--model", "llama-2-7b", "--layers", "3", "--shrink", "32"]);
+    let path = path.to_str().unwrap();
+    let select = ["--select", "*.1.*", "--select", "*norm*"];
+    let json = run([&["load", path, "--json"], &select[..]].concat()).json();
+    // Ten tensors of layer 1, two norms of each other layer, the final one.
+    assert_eq!(json["tensors"], 10 + 2 * 2 + 1);
+    let all = run(["load", path, "--json"]).json();
+    assert!(json["bytes_read"].as_u64() < all["bytes_read"].as_u64());
+
+    let none = run(["load", path, "--select", "nothing*"]);
+    assert!(none.error().starts_with(&format!("{path}: ")), "{}", none.stderr);
+    assert!(none.error().contains("nothing*"));
+}
+
+#[test]
+fn dtype_changes_the_size() {
+    let folder = Folder::new();
+    let path = folder.synth("c", &["--model", "falcon-40b", "--layers", "1", "--shrink", "64"]);
+    let path = path.to_str().unwrap();
+    let plain = run(["load", path, "--json"]).json();
+    let wide = run(["load", path, "--json", "--dtype", "F32"]).json();
+    assert_eq!(wide["bytes"].as_u64(), plain["bytes"].as_u64().map(|bytes| 2 * bytes));
+    assert_eq!(wide["bytes_asked"], plain["bytes_asked"]);
+}
+
+#[test]
+fn text_reports_size_rate_engine_and_stages() {
+    let folder = Folder::new();
+    let path = folder.synth("c", &["--model", "gpt2", "--layers", "1", "--shrink", "16"]);
+    let run = run(["load", path.to_str().unwrap()]);
+    assert_eq!((run.status, run.stderr.as_str()), (0, ""));
+    for part in ["17 tensors", "on host in", "GB/s", "engine", "Stages", "read"] {
+        assert!(run.stdout.contains(part), "no {part} in {}", run.stdout);
+    }
+    assert!(!run.stdout.contains('\u{1b}'), "colours in a pipe");
+}
+
+#[test]
+fn what_cannot_be_done_here_is_an_error() {
+    let folder = Folder::new();
+    let path = folder.synth("c", &["--model", "gpt2", "--layers", "0", "--shrink", "64"]);
+    let path = path.to_str().unwrap();
+    let gds = run(["load", path, "--engine", "gds"]);
+    assert!(gds.error().starts_with(&format!("{path}: ")), "{}", gds.stderr);
+    // No machine has as many.
+    let cuda = run(["load", path, "--device", "cuda:4000"]);
+    assert!(cuda.error().contains("cuda:4000"), "{}", cuda.stderr);
+}
+
+#[test]
+fn a_file_cut_short_is_an_error_that_names_it() {
+    let folder = Folder::new();
+    let path = folder.synth("c", &["--model", "gpt2", "--layers", "0", "--shrink", "16"]);
+    let file = path.join("model.safetensors");
+    let len = std::fs::metadata(&file).unwrap().len();
+    std::fs::File::options().write(true).open(&file).unwrap().set_len(len - 1).unwrap();
+    let run = run(["load", path.to_str().unwrap()]);
+    assert!(run.error().starts_with(file.to_str().unwrap()), "{}", run.stderr);
+}
+
+#[test]
+fn the_demonstration_loads_a_gigabyte_and_cleans_up() {
+    let folder = Folder::new();
+    let temporary = folder.join("tmp");
+    std::fs::create_dir(&temporary).unwrap();
+    let output = fst(["load", "--json"]).env("TMPDIR", &temporary).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!((900_000_000..1_100_000_000).contains(&json["bytes"].as_u64().unwrap()), "{json}");
+    assert!(names_in(&temporary).is_empty());
+}
+
+#[test]
+fn ctrl_c_ends_the_demonstration_and_cleans_up() {
+    let folder = Folder::new();
+    let temporary = folder.join("tmp");
+    std::fs::create_dir(&temporary).unwrap();
+    let child = fst(["load"])
+        .env("TMPDIR", &temporary)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while names_in(&temporary).is_empty() {
+        assert!(Instant::now() < deadline, "nothing was written");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130));
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
+    assert!(names_in(&temporary).is_empty(), "{:?}", names_in(&temporary));
+}

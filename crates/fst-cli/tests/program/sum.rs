@@ -1,0 +1,196 @@
+//! `fst sum` against SHA-256 of what the official reader gives.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use crate::fixture::{Folder, names_in, run};
+
+const ENGINES: [&str; 4] = ["auto", "uring", "pread", "mmap"];
+
+fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Name, dtype, shape and sum of each tensor in a folder's files, as the official reader has them.
+fn official(folder: &Path) -> BTreeMap<String, Value> {
+    let mut sums = BTreeMap::new();
+    for name in names_in(folder).iter().filter(|name| name.ends_with(".safetensors")) {
+        let bytes = std::fs::read(folder.join(name)).unwrap();
+        for (name, view) in SafeTensors::deserialize(&bytes).unwrap().tensors() {
+            let sum = json!({
+                "name": name, "dtype": view.dtype().to_string(), "shape": view.shape(),
+                "sha256": sha256(view.data()),
+            });
+            sums.insert(name, sum);
+        }
+    }
+    sums
+}
+
+/// The same as `fst sum --json` has them.
+fn ours(args: &[&str]) -> BTreeMap<String, Value> {
+    let json = run([&["sum", "--json"], args].concat()).json();
+    let sums = json["tensors"].as_array().unwrap();
+    let by_name: BTreeMap<String, Value> =
+        sums.iter().map(|sum| (sum["name"].as_str().unwrap().to_owned(), sum.clone())).collect();
+    assert_eq!(by_name.len(), sums.len());
+    by_name
+}
+
+#[test]
+fn every_model_through_every_engine() {
+    let folder = Folder::new();
+    for model in fst_cli::models::MODELS {
+        let args = ["--model", model.name(), "--layers", "1", "--shrink", "40", "--shards", "2"];
+        let path = folder.synth(model.name(), &args);
+        let official = official(&path);
+        assert_eq!(official.len(), model.first_layers(1).len());
+        for engine in ENGINES {
+            let ours = ours(&[path.to_str().unwrap(), "--engine", engine]);
+            assert!(ours == official, "{} through {engine}", model.name());
+        }
+    }
+}
+
+#[test]
+fn mixtures_of_experts_with_all_their_small_tensors() {
+    let folder = Folder::new();
+    for (model, layers, tensors) in [("deepseek-v3", "4", 1621), ("qwen3-30b-a3b", "48", 18_867)] {
+        let args = ["--model", model, "--layers", layers, "--shrink", "64", "--shards", "3"];
+        let path = folder.synth(model, &args);
+        let official = official(&path);
+        assert_eq!(official.len(), tensors);
+        for engine in ENGINES {
+            let ours = ours(&[path.to_str().unwrap(), "--engine", engine]);
+            assert!(ours == official, "{model} through {engine}");
+        }
+    }
+}
+
+#[test]
+fn real_shapes_in_more_than_one_block() {
+    let folder = Folder::new();
+    let path = folder.synth("gpt2", &["--model", "gpt2", "--layers", "1"]);
+    let official = official(&path);
+    for engine in ENGINES {
+        assert!(ours(&[path.to_str().unwrap(), "--engine", engine]) == official, "{engine}");
+    }
+}
+
+#[test]
+fn files_of_the_official_writer_with_odd_sizes() {
+    let folder = Folder::new();
+    let path = folder.join("odd");
+    std::fs::create_dir(&path).unwrap();
+    let data: Vec<u8> =
+        (0..30_000u32).map(|i| i.wrapping_mul(2_654_435_761).to_be_bytes()[0]).collect();
+    let view = |dtype, shape: &[usize], len| TensorView::new(dtype, shape.to_vec(), &data[..len]);
+    let tensors = [
+        ("scalar", view(Dtype::F64, &[], 8)),
+        ("empty", view(Dtype::F32, &[3, 0], 0)),
+        ("odd", view(Dtype::U8, &[4097], 4097)),
+        ("small", view(Dtype::I8, &[3], 3)),
+        ("half", view(Dtype::BF16, &[5, 1001], 10_010)),
+        ("packed", view(Dtype::F4, &[2, 3], 3)),
+        ("a name with spaces: and colons", view(Dtype::I64, &[7], 56)),
+    ];
+    let tensors = tensors.map(|(name, view)| (name, view.unwrap()));
+    safetensors::serialize_to_file(tensors, None, &path.join("model.safetensors")).unwrap();
+    let official = official(&path);
+    assert_eq!(official.len(), 7);
+    for engine in ENGINES {
+        assert_eq!(ours(&[path.to_str().unwrap(), "--engine", engine]), official, "{engine}");
+    }
+}
+
+#[test]
+fn text_has_a_line_per_tensor_in_the_order_of_the_file() {
+    let folder = Folder::new();
+    let path = folder.synth("c", &["--model", "gpt2", "--layers", "1", "--shrink", "64"]);
+    let text = run(["sum", path.to_str().unwrap()]).stdout;
+    let bytes = std::fs::read(path.join("model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let mut views = file.tensors();
+    views.sort_by_key(|(_, view)| view.data().as_ptr());
+    let expected: String =
+        views.iter().map(|(name, view)| format!("{}  {name}\n", sha256(view.data()))).collect();
+    assert_eq!(text, expected);
+}
+
+/// The slow way: element by element.
+fn slice(view: &TensorView<'_>, dim: usize, range: std::ops::Range<usize>) -> Vec<u8> {
+    let width = view.dtype().bitsize() / 8;
+    let inner: usize = view.shape()[dim + 1..].iter().product();
+    let mut bytes = Vec::new();
+    for (index, element) in view.data().chunks(width).enumerate() {
+        if range.contains(&(index / inner % view.shape()[dim])) {
+            bytes.extend_from_slice(element);
+        }
+    }
+    bytes
+}
+
+#[test]
+fn slices_are_those_of_the_official_bytes() {
+    let folder = Folder::new();
+    let path = folder.synth("c", &["--model", "gpt2", "--layers", "1", "--shrink", "8"]);
+    let bytes = std::fs::read(path.join("model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let whole = official(&path);
+    let cuts = [
+        ("wte.weight", 0, 7..5000),
+        ("wpe.weight", 1, 3..50),
+        ("h.0.mlp.c_fc.weight", 1, 0..1),
+        ("h.0.attn.bias", 2, 100..128),
+        ("h.0.ln_1.weight", 0, 5..5),
+    ];
+    let mut expected = whole.clone();
+    let mut args = vec![path.to_str().unwrap().to_owned()];
+    for (name, dim, range) in cuts {
+        let view = file.tensor(name).unwrap();
+        let mut shape = view.shape().to_vec();
+        shape[dim] = range.len();
+        let entry = expected.get_mut(name).unwrap();
+        entry["shape"] = json!(shape);
+        entry["sha256"] = json!(sha256(&slice(&view, dim, range.clone())));
+        args.extend(["--slice".into(), format!("{name}:{dim}:{}..{}", range.start, range.end)]);
+    }
+    for engine in ENGINES {
+        let mut args: Vec<&str> = args.iter().map(String::as_str).collect();
+        args.extend(["--engine", engine]);
+        assert_eq!(ours(&args), expected, "{engine}");
+    }
+}
+
+#[test]
+fn slices_that_do_not_exist_are_errors() {
+    let folder = Folder::new();
+    let path = folder.synth("c", &["--model", "gpt2", "--layers", "0", "--shrink", "64"]);
+    let path = path.to_str().unwrap();
+    for slice in ["nope:0:0..1", "wte.weight:2:0..1", "wte.weight:0:0..99999999"] {
+        let run = run(["sum", path, "--slice", slice]);
+        let name = slice.split(':').next().unwrap();
+        let error = run.error();
+        assert!(error.starts_with(&format!("{path}: ")) && error.contains(name), "{error}");
+    }
+}
+
+#[test]
+fn a_changed_byte_changes_the_sum() {
+    let folder = Folder::new();
+    let path = folder.synth("c", &["--model", "gpt2", "--layers", "0", "--shrink", "64"]);
+    let before = ours(&[path.to_str().unwrap()]);
+    let file = path.join("model.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    let (header_len, header) = SafeTensors::read_metadata(&bytes).unwrap();
+    bytes[8 + header_len + header.info("wpe.weight").unwrap().data_offsets.0 + 100] ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+    let after = ours(&[path.to_str().unwrap()]);
+    for (name, sum) in &before {
+        assert_eq!(after[name] == *sum, name != "wpe.weight", "{name}");
+    }
+}

@@ -1,0 +1,107 @@
+//! Exit statuses, the error line, and what happens when a reader goes away.
+
+use std::io::{BufRead, BufReader};
+use std::process::Stdio;
+
+use crate::fixture::{Folder, fst, run, write_raw};
+
+#[test]
+fn help_and_version_succeed() {
+    for args in [&["--help"][..], &["--version"], &["load", "--help"], &["help", "sum"]] {
+        let run = run(args);
+        assert_eq!((run.status, run.stderr.as_str()), (0, ""), "{args:?}");
+        assert!(!run.stdout.is_empty());
+    }
+}
+
+#[test]
+fn wrong_usage_is_status_2() {
+    for args in [
+        &[][..],
+        &["fly"],
+        &["inspect"],
+        &["sum"],
+        &["inspect", "x", "--device", "host"],
+        &["load", "x", "--engine", "steam"],
+        &["load", "x", "--dtype", "bf17"],
+        &["load", "x", "--device", "cuda:many"],
+        &["sum", "x", "--slice", "name:0"],
+        &["synth", "x", "--model", "gpt-5"],
+        &["synth", "x", "--model", "gpt2", "--shards", "0"],
+        &["synth", "x", "--model", "gpt2", "--dtype", "I8"],
+        &["synth", "x", "--model", "gpt2", "--shrink", "0"],
+        &["synth", "x"],
+    ] {
+        let run = run(args);
+        assert_eq!((run.status, run.stdout.as_str()), (2, ""), "{args:?}");
+        assert!(run.stderr.contains("rror: ") || run.stderr.contains("Usage"), "{}", run.stderr);
+    }
+}
+
+#[test]
+fn bad_input_is_status_1_and_one_line_that_names_it() {
+    let folder = Folder::new();
+    let missing = folder.join("missing.safetensors");
+    let short = folder.join("short.safetensors");
+    std::fs::write(&short, [1, 2, 3]).unwrap();
+    let hole = folder.join("hole.safetensors");
+    write_raw(&hole, r#"{"a b":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}"#, &[0, 0]);
+    let empty = folder.join("empty");
+    std::fs::create_dir(&empty).unwrap();
+    for command in ["inspect", "sum", "load"] {
+        for path in [&missing, &short, &hole, &empty] {
+            for json in [&[][..], &["--json"]] {
+                let run = run([&[command, path.to_str().unwrap()], json].concat());
+                let error = run.error();
+                assert!(error.starts_with(&format!("{}: ", path.display())), "{error}");
+            }
+        }
+    }
+    let run = run(["inspect", hole.to_str().unwrap()]);
+    assert!(run.error().contains("a b"), "{}", run.stderr);
+}
+
+#[test]
+fn names_cannot_break_the_error_line_or_steer_the_terminal() {
+    let folder = Folder::new();
+    let path = folder.join("evil\n\u{1b}[31m.safetensors");
+    write_raw(&path, r#"{"x\ny":{"dtype":"U9","shape":[],"data_offsets":[0,1]}}"#, &[0]);
+    let run_on = run([std::ffi::OsStr::new("inspect"), path.as_os_str()]);
+    let error = run_on.error();
+    assert!(!error.contains('\u{1b}'), "{error:?}");
+
+    write_raw(&path, r#"{"x\u001b]y":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}"#, &[0]);
+    let run = run([std::ffi::OsStr::new("inspect"), path.as_os_str()]);
+    assert_eq!(run.status, 0, "{}", run.stderr);
+    assert!(run.stdout.chars().all(|c| c == '\n' || !c.is_control()), "{:?}", run.stdout);
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let folder = Folder::new();
+    // More than a pipe holds.
+    let path =
+        folder.synth("moe", &["--model", "qwen3-30b-a3b", "--layers", "6", "--shrink", "512"]);
+    let mut child = fst(["inspect", path.to_str().unwrap(), "--all"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    let mut lines = BufReader::new(child.stdout.take().unwrap());
+    lines.read_line(&mut line).unwrap();
+    drop(lines);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
+}
+
+#[test]
+fn a_full_standard_output_is_an_error() {
+    let folder = Folder::new();
+    let path = folder.synth("gpt2", &["--model", "gpt2", "--layers", "1", "--shrink", "64"]);
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let output = fst(["inspect", path.to_str().unwrap()]).stdout(full).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8(output.stderr).unwrap().starts_with("error: standard output: "));
+}
