@@ -1,3 +1,24 @@
 //! Ranks, process groups, shard specifications, which rank reads which bytes, and the exchange.
 //!
 //! This crate knows nothing of the I/O engines' internals.
+
+mod error;
+mod load;
+mod partition;
+mod plan;
+mod rank;
+mod resolved;
+mod schedule;
+mod shard;
+mod tensor;
+mod topology;
+
+pub use error::{PlanError, ShardError};
+pub use load::{Prediction, RankLoad};
+pub use partition::{Choice, Costs};
+pub use plan::{ClassPlan, DEFAULT_BUDGET, Digest, Plan, Planner};
+pub use rank::{DirectRead, Output, RankPlan, Round};
+pub use schedule::{Buffers, LineKind, Piece};
+pub use shard::{KeptPart, Remainder, Shard, Split};
+pub use tensor::{Geometry, Strided, TensorDesc};
+pub use topology::{Links, Place, Storage, Topology};

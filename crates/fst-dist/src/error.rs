@@ -1,0 +1,212 @@
+//! The ways in which a specification, a plan, a group or an exchange can fail.
+
+use std::ops::Range;
+
+/// A shard specification that does not fit its tensor.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ShardError {
+    /// The tensor has no such dimension.
+    #[error("dimension {dim} of a tensor with {dims}")]
+    #[non_exhaustive]
+    Dim {
+        /// The dimension asked for.
+        dim: usize,
+        /// How many there are.
+        dims: usize,
+    },
+    /// The dimension does not divide by the world size and the rule refuses a remainder.
+    #[error("dimension {dim}: {extent} does not divide by {world} ranks")]
+    #[non_exhaustive]
+    NotDivisible {
+        /// The dimension.
+        dim: usize,
+        /// What there is to divide.
+        extent: u64,
+        /// The world size.
+        world: u64,
+    },
+    /// The dimension is no multiple of the elements that stay together.
+    #[error("dimension {dim}: {extent} is no multiple of {unit}")]
+    #[non_exhaustive]
+    Unit {
+        /// The dimension.
+        dim: usize,
+        /// Its extent, or that of a section.
+        extent: u64,
+        /// Elements that stay together.
+        unit: u64,
+    },
+    /// Fewer heads than ranks, and the ranks do not divide by the heads.
+    #[error("dimension {dim}: {heads} heads cannot be shared evenly by {world} ranks")]
+    #[non_exhaustive]
+    Heads {
+        /// The dimension.
+        dim: usize,
+        /// Heads there are.
+        heads: u64,
+        /// The world size.
+        world: u64,
+    },
+    /// Sections that do not add up to the dimension.
+    #[error("dimension {dim}: sections add up to {total}, the extent is {extent}")]
+    #[non_exhaustive]
+    Sections {
+        /// The dimension.
+        dim: usize,
+        /// Its extent.
+        extent: u64,
+        /// Sum of the sections.
+        total: u64,
+    },
+    /// A cut of sub-byte elements that falls within a byte.
+    #[error("dimension {dim}: index {index} of {bits}-bit elements does not fall on a byte")]
+    #[non_exhaustive]
+    Bits {
+        /// The dimension.
+        dim: usize,
+        /// The index of the cut.
+        index: u64,
+        /// Bits of an element.
+        bits: u64,
+    },
+    /// A rank that the world does not have.
+    #[error("rank {rank} in a world of {world}")]
+    #[non_exhaustive]
+    Rank {
+        /// The rank named.
+        rank: u32,
+        /// The world size.
+        world: u32,
+    },
+    /// Not one list of ranges for each rank.
+    #[error("{lists} lists of ranges for {world} ranks")]
+    #[non_exhaustive]
+    RangeLists {
+        /// Lists given.
+        lists: usize,
+        /// The world size.
+        world: u32,
+    },
+    /// A range that leaves the dimension or runs backwards.
+    #[error("dimension {dim}: range {range:?} of rank {rank} leaves the extent {extent}")]
+    #[non_exhaustive]
+    Range {
+        /// The dimension.
+        dim: usize,
+        /// The rank whose list holds the range.
+        rank: u32,
+        /// The range.
+        range: Range<u64>,
+        /// The dimension's extent.
+        extent: u64,
+    },
+    /// Two ranges of one rank overlap.
+    #[error("dimension {dim}: range {range:?} of rank {rank} overlaps another")]
+    #[non_exhaustive]
+    Overlap {
+        /// The dimension.
+        dim: usize,
+        /// The rank whose list holds the range.
+        rank: u32,
+        /// The later of the two ranges.
+        range: Range<u64>,
+    },
+    /// Shape and element width overflow 64 bits.
+    #[error("the shape overflows 64 bits")]
+    Overflow,
+}
+
+/// A plan that cannot be made.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PlanError {
+    /// A tensor's specification does not fit it.
+    #[error("tensor {tensor}: {source}")]
+    #[non_exhaustive]
+    Shard {
+        /// The tensor's name.
+        tensor: String,
+        /// What does not fit.
+        source: ShardError,
+    },
+    /// A tensor's byte range is not what its shape asks for.
+    #[error(
+        "tensor {tensor}: bytes {range:?} of file {shard}, while its shape asks for {expected:?} bytes"
+    )]
+    #[non_exhaustive]
+    ByteLength {
+        /// The tensor's name.
+        tensor: String,
+        /// The file, as an index into the checkpoint's list.
+        shard: u32,
+        /// The byte range in the file.
+        range: Range<u64>,
+        /// Bytes that the shape asks for, if that is a whole number of bytes below 2^64.
+        expected: Option<u64>,
+    },
+    /// A member of a fused tensor that does not go with the others.
+    #[error("tensor {tensor} does not fit into the fused tensor {output}: {what} differs")]
+    #[non_exhaustive]
+    Fuse {
+        /// The member's name.
+        tensor: String,
+        /// The fused tensor's name.
+        output: String,
+        /// What differs from the first member: the dtype's width, the dimension or the shape.
+        what: &'static str,
+    },
+    /// The positions of a fused tensor's members are not 0, 1, 2 and so on.
+    #[error("fused tensor {output}: position {position} is {found} times filled")]
+    #[non_exhaustive]
+    FusePosition {
+        /// The fused tensor's name.
+        output: String,
+        /// The position.
+        position: u32,
+        /// How many tensors claim it.
+        found: u32,
+    },
+    /// More than 2^32 - 2 tensors.
+    #[error("{tensors} tensors are more than a plan can number")]
+    #[non_exhaustive]
+    TooManyTensors {
+        /// How many were given.
+        tensors: usize,
+    },
+    /// A budget in which no block fits.
+    #[error("a staging budget of {budget} bytes per rank; the smallest that works is {smallest}")]
+    #[non_exhaustive]
+    Budget {
+        /// Bytes allowed.
+        budget: u64,
+        /// Bytes needed at least.
+        smallest: u64,
+    },
+    /// A topology without ranks.
+    #[error("no ranks")]
+    NoRanks,
+    /// No rank can read the checkpoint.
+    #[error("no rank has storage to read from")]
+    NoReader,
+    /// A rank that names a storage which is not there.
+    #[error("rank {rank} reads from storage {storage} of {storages}")]
+    #[non_exhaustive]
+    UnknownStorage {
+        /// The rank.
+        rank: u32,
+        /// The storage it names.
+        storage: u32,
+        /// How many there are.
+        storages: usize,
+    },
+    /// A rate that is not a positive number.
+    #[error("{what}: {rate}")]
+    #[non_exhaustive]
+    Rate {
+        /// Which rate.
+        what: &'static str,
+        /// Its value.
+        rate: f64,
+    },
+}
