@@ -129,10 +129,7 @@ impl Plan {
             return (class.kept_by(rank), class.kept);
         }
         let kept = |rank: u32| self.geometry(piece.tensor, rank).kept_in(&piece.range);
-        (
-            kept(rank),
-            team.members.iter().map(|&member| kept(member)).sum(),
-        )
+        (kept(rank), team.members.iter().map(|&member| kept(member)).sum())
     }
 
     /// Predicted seconds at the topology's rates.
@@ -162,10 +159,7 @@ impl Plan {
     #[must_use]
     pub fn predict_everyone_reads_all(&self) -> Prediction {
         let read_direct = self.checkpoint_bytes();
-        let load = RankLoad {
-            read_direct,
-            ..RankLoad::default()
-        };
+        let load = RankLoad { read_direct, ..RankLoad::default() };
         self.predict_loads(&vec![load; self.world() as usize])
     }
 
@@ -174,22 +168,12 @@ impl Plan {
     pub fn predict_broadcast_everything(&self) -> Prediction {
         let world = u64::from(self.world());
         let all = self.checkpoint_bytes();
-        let readers = self
-            .topology
-            .places()
-            .iter()
-            .filter(|place| place.storage.is_some())
-            .count();
+        let readers = self.topology.places().iter().filter(|place| place.storage.is_some()).count();
         let part = all / (readers as u64).max(1);
         let load = |place: &crate::topology::Place| {
             let read_once = if place.storage.is_some() { part } else { 0 };
             let (sent, received) = (read_once * (world - 1), all - read_once);
-            RankLoad {
-                read_once,
-                sent,
-                received,
-                ..RankLoad::default()
-            }
+            RankLoad { read_once, sent, received, ..RankLoad::default() }
         };
         let loads: Vec<RankLoad> = self.topology.places().iter().map(load).collect();
         self.predict_loads(&loads)
@@ -198,10 +182,7 @@ impl Plan {
     /// Bytes of all tensors.
     #[must_use]
     pub fn checkpoint_bytes(&self) -> u64 {
-        self.classes
-            .iter()
-            .map(|class| class.bytes * class.tensors)
-            .sum()
+        self.classes.iter().map(|class| class.bytes * class.tensors).sum()
     }
 
     fn predict_loads(&self, loads: &[RankLoad]) -> Prediction {
@@ -210,11 +191,7 @@ impl Plan {
         let links = self.topology.links();
         let storages = self.topology.storages();
         let mut by_storage = vec![(0u64, 0u64); storages.len()];
-        let mut prediction = Prediction {
-            storage_s: 0.0,
-            read_s: 0.0,
-            link_s: 0.0,
-        };
+        let mut prediction = Prediction { storage_s: 0.0, read_s: 0.0, link_s: 0.0 };
         for ((place, load), near) in self.topology.places().iter().zip(loads).zip(near) {
             if let Some(storage) = place.storage {
                 let sums = &mut by_storage[storage as usize];

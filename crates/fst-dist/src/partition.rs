@@ -65,8 +65,8 @@ pub(crate) struct Class {
 const REQUEST: u64 = 1 << 20;
 
 impl Class {
-    pub(crate) fn new(resolved: Resolved, world: u32, gap: u64) -> Self {
-        let profile = profile(&resolved, world, gap);
+    pub(crate) fn new(resolved: Resolved, gap: u64) -> Self {
+        let profile = profile(&resolved, gap);
         let mut start = 0;
         let mut kept = 0;
         for span in &profile {
@@ -75,15 +75,7 @@ impl Class {
         }
         let bytes = resolved.outer * resolved.row_bytes();
         let (choice, costs) = (Choice::Nothing, Costs::default());
-        Self {
-            resolved,
-            tensors: 0,
-            bytes,
-            profile,
-            kept,
-            choice,
-            costs,
-        }
+        Self { resolved, tensors: 0, bytes, profile, kept, choice, costs }
     }
 
     /// Bytes of one tensor that `rank` keeps.
@@ -104,64 +96,13 @@ impl Class {
     }
 }
 
-fn profile(resolved: &Resolved, world: u32, gap: u64) -> Vec<Span> {
+fn profile(resolved: &Resolved, gap: u64) -> Vec<Span> {
     let mut spans: Vec<Span> = Vec::new();
-    let mut push = |span: Span| match spans.last_mut() {
-        Some(last)
-            if (last.kept, last.read, last.requests) == (span.kept, span.read, span.requests) =>
-        {
-            last.end = span.end;
-        }
-        _ => spans.push(span),
-    };
-    let whole = resolved.outer * resolved.row_bytes();
-    if let Some(ranks) = resolved.keepers() {
-        let mut at = 0;
-        for &rank in ranks {
-            if rank > at {
-                push(Span {
-                    end: rank,
-                    kept: 0,
-                    read: 0,
-                    requests: 0,
-                });
-            }
-            at = rank + 1;
-            push(Span {
-                end: at,
-                kept: whole,
-                read: whole,
-                requests: whole.div_ceil(REQUEST),
-            });
-        }
-        if at < world {
-            push(Span {
-                end: world,
-                kept: 0,
-                read: 0,
-                requests: 0,
-            });
-        }
-        return spans;
-    }
-    if resolved.is_replicated() {
-        push(Span {
-            end: world,
-            kept: whole,
-            read: whole,
-            requests: whole.div_ceil(REQUEST),
-        });
-        return spans;
-    }
     let (rows, row) = (resolved.outer, resolved.row_bytes());
-    for rank in 0..world {
-        let mut span = Span {
-            end: rank + 1,
-            kept: 0,
-            read: 0,
-            requests: 0,
-        };
-        resolved.ranges(rank, |range| {
+    let mut start = 0;
+    for end in resolved.runs() {
+        let mut span = Span { end, kept: 0, read: 0, requests: 0 };
+        resolved.ranges(start, |range| {
             let len = resolved.bytes_along(range.end - range.start);
             if len == 0 || rows == 0 {
                 return;
@@ -171,7 +112,8 @@ fn profile(resolved: &Resolved, world: u32, gap: u64) -> Vec<Span> {
             span.read += read;
             span.requests += requests;
         });
-        push(span);
+        start = end;
+        spans.push(span);
     }
     spans
 }
@@ -256,11 +198,7 @@ impl Model {
             let bytes = class.bytes as f64 * (1.0 - 1.0 / self.team);
             read.max(self.broadcast(bytes, self.near_team, self.team))
         });
-        Costs {
-            direct,
-            once: (self.world > 1.0).then_some(once),
-            once_by_storage,
-        }
+        Costs { direct, once: (self.world > 1.0).then_some(once), once_by_storage }
     }
 }
 
@@ -310,11 +248,7 @@ pub(crate) fn decide(classes: &mut [Class], topology: &Topology, teams: &[Vec<u3
 }
 
 fn once(class: &Class) -> Choice {
-    if class.resolved.is_replicated() {
-        Choice::Broadcast
-    } else {
-        Choice::Scatter
-    }
+    if class.resolved.is_replicated() { Choice::Broadcast } else { Choice::Scatter }
 }
 
 /// The cheapest choice; what moves least bytes unless another is 1% better.
@@ -352,13 +286,7 @@ struct Balance<'a> {
 impl<'a> Balance<'a> {
     fn new(classes: &[Class], rates: &'a [f64]) -> Self {
         let zero = vec![0.0; rates.len() + 1];
-        let mut sums = Self {
-            rates,
-            direct: zero.clone(),
-            kept_once: zero,
-            world: 0.0,
-            team: 0.0,
-        };
+        let mut sums = Self { rates, direct: zero.clone(), kept_once: zero, world: 0.0, team: 0.0 };
         // Differences first: a span costs two additions, however many ranks it has.
         for class in classes {
             let list = match class.choice {
@@ -368,11 +296,7 @@ impl<'a> Balance<'a> {
             };
             let mut start = 0;
             for span in &class.profile {
-                let bytes = if class.choice == Choice::Direct {
-                    span.read
-                } else {
-                    span.kept
-                };
+                let bytes = if class.choice == Choice::Direct { span.read } else { span.kept };
                 let bytes = (bytes * class.tensors) as f64;
                 list[start as usize] += bytes;
                 list[span.end as usize] -= bytes;
@@ -428,20 +352,14 @@ impl<'a> Balance<'a> {
             return None;
         }
         let bytes = |class: &Class| {
-            let span = class
-                .profile
-                .partition_point(|span| span.end as usize <= most);
-            class
-                .profile
-                .get(span)
-                .map_or(0, |span| span.read * class.tensors)
+            let span = class.profile.partition_point(|span| span.end as usize <= most);
+            class.profile.get(span).map_or(0, |span| span.read * class.tensors)
         };
         let direct = |(_, class): &(usize, &Class)| {
             class.choice == Choice::Direct && class.costs.once.is_some() && bytes(class) > 0
         };
         let open = classes.iter().enumerate().filter(direct);
-        open.max_by_key(|(index, class)| (bytes(class), usize::MAX - index))
-            .map(|(index, _)| index)
+        open.max_by_key(|(index, class)| (bytes(class), usize::MAX - index)).map(|(index, _)| index)
     }
 
     fn quotas(&self, teams: &[Vec<u32>]) -> Quotas {
@@ -455,10 +373,7 @@ impl<'a> Balance<'a> {
             }
         }
         let all: Vec<u32> = (0..self.rates.len() as u32).collect();
-        Quotas {
-            world: fill(&all, &load, self.rates, self.world),
-            team,
-        }
+        Quotas { world: fill(&all, &load, self.rates, self.world), team }
     }
 
     /// Predicted seconds of the whole, near enough to compare choices.
@@ -483,11 +398,7 @@ impl<'a> Balance<'a> {
 fn fill(members: &[u32], load: &[f64], rates: &[f64], bytes: f64) -> Vec<f64> {
     let rate = |rank: u32| rates[rank as usize];
     let time = |rank: u32| load[rank as usize] / rate(rank);
-    let mut order: Vec<u32> = members
-        .iter()
-        .copied()
-        .filter(|&rank| rate(rank) > 0.0)
-        .collect();
+    let mut order: Vec<u32> = members.iter().copied().filter(|&rank| rate(rank) > 0.0).collect();
     order.sort_by(|&a, &b| time(a).total_cmp(&time(b)).then(a.cmp(&b)));
     // Raise the level until the next rank joins or the bytes are placed.
     let (mut rates_below, mut placed, mut level) = (0.0, 0.0, 0.0);

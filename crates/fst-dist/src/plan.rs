@@ -33,12 +33,7 @@ impl Planner {
     /// Plans for the ranks of `topology`, each with [`DEFAULT_BUDGET`] bytes of staging.
     #[must_use]
     pub fn new(topology: Topology) -> Self {
-        Self {
-            topology,
-            budget: DEFAULT_BUDGET,
-            gap: None,
-            fingerprint: Vec::new(),
-        }
+        Self { topology, budget: DEFAULT_BUDGET, gap: None, fingerprint: Vec::new() }
     }
 
     /// Staging bytes per rank.
@@ -78,9 +73,7 @@ impl Planner {
         let tensors: Arc<[TensorDesc]> = tensors.into();
         self.topology.check()?;
         if tensors.len() >= u32::MAX as usize - 1 {
-            return Err(PlanError::TooManyTensors {
-                tensors: tensors.len(),
-            });
+            return Err(PlanError::TooManyTensors { tensors: tensors.len() });
         }
         let world = self.topology.world();
         let gap = self.gap.unwrap_or_else(|| self.topology.coalesce_gap());
@@ -103,11 +96,8 @@ impl Planner {
             _ => 0,
         };
         let copies = classes.iter().map(copies).max().unwrap_or(0);
-        let buffers =
-            Buffers::fit(self.budget, world, copies).map_err(|smallest| PlanError::Budget {
-                budget: self.budget,
-                smallest,
-            })?;
+        let buffers = Buffers::fit(self.budget, world, copies)
+            .map_err(|smallest| PlanError::Budget { budget: self.budget, smallest })?;
 
         let mut order: Vec<u32> = (0..tensors.len() as u32).collect();
         order.sort_by_key(|&index| {
@@ -117,26 +107,16 @@ impl Planner {
         let all: Vec<u32> = (0..world).collect();
         let by_world = [(&all[..], quotas.world.clone())];
         let share = |rank: &u32| quotas.team[*rank as usize];
-        let by_team: Vec<(&[u32], Vec<f64>)> = teams
-            .iter()
-            .map(|team| (&team[..], team.iter().map(share).collect()))
-            .collect();
+        let by_team: Vec<(&[u32], Vec<f64>)> =
+            teams.iter().map(|team| (&team[..], team.iter().map(share).collect())).collect();
         let ways = [
             (Choice::Broadcast, LineKind::Broadcast, &by_world[..]),
-            (
-                Choice::BroadcastByStorage,
-                LineKind::Broadcast,
-                &by_team[..],
-            ),
+            (Choice::BroadcastByStorage, LineKind::Broadcast, &by_team[..]),
             (Choice::Scatter, LineKind::Scatter, &by_world[..]),
         ];
         let choice = |index: u32| classes[class_of[index as usize] as usize].choice;
         let lines = ways.map(|(way, kind, teams)| {
-            let of_way = order
-                .iter()
-                .copied()
-                .filter(|&index| choice(index) == way)
-                .collect();
+            let of_way = order.iter().copied().filter(|&index| choice(index) == way).collect();
             Line::new(kind, of_way, &tensors, teams)
         });
         let lines = lines.into_iter().filter(|line| line.total() > 0).collect();
@@ -178,29 +158,16 @@ impl ClassTable {
         let range = tensor.file_range.clone();
         if range.start > range.end || expected != Some(tensor.byte_len()) {
             let (tensor, shard) = (tensor.name.clone(), tensor.shard);
-            return Err(PlanError::ByteLength {
-                tensor,
-                shard,
-                range,
-                expected,
-            });
+            return Err(PlanError::ByteLength { tensor, shard, range, expected });
         }
-        let shard = Shard {
-            kind: spec.kind.clone(),
-            fuse: None,
-        };
+        let shard = Shard { kind: spec.kind.clone(), fuse: None };
         let key = (tensor.bits, tensor.shape.clone(), shard);
         let index = match self.index.get(&key) {
             Some(&index) => index,
             None => {
-                let resolved =
-                    Resolved::new(spec, tensor.bits, &tensor.shape, world).map_err(|source| {
-                        PlanError::Shard {
-                            tensor: tensor.name.clone(),
-                            source,
-                        }
-                    })?;
-                self.classes.push(Class::new(resolved, world, gap));
+                let resolved = Resolved::new(spec, tensor.bits, &tensor.shape, world)
+                    .map_err(|source| PlanError::Shard { tensor: tensor.name.clone(), source })?;
+                self.classes.push(Class::new(resolved, gap));
                 let index = self.classes.len() as u32 - 1;
                 self.index.insert(key, index);
                 index
@@ -243,11 +210,7 @@ fn fuse(
         for position in 0..members.len() as u32 {
             let found = members.iter().filter(|(at, _)| *at == position).count() as u32;
             if found != 1 {
-                return Err(PlanError::FusePosition {
-                    output: output(),
-                    position,
-                    found,
-                });
+                return Err(PlanError::FusePosition { output: output(), position, found });
             }
         }
         let members: Vec<u32> = members.into_iter().map(|(_, tensor)| tensor).collect();
@@ -268,11 +231,7 @@ fn fuse(
             } else {
                 continue;
             };
-            return Err(PlanError::Fuse {
-                tensor: tensor.name.clone(),
-                output: output(),
-                what,
-            });
+            return Err(PlanError::Fuse { tensor: tensor.name.clone(), output: output(), what });
         }
         Ok(Fused { name, members })
     };
@@ -417,20 +376,11 @@ impl Plan {
         let mut dst = 0;
         resolved.ranges(rank, |range| {
             let len = resolved.bytes_along(range.end - range.start);
-            cuts.push(Cut {
-                src: resolved.bytes_along(range.start),
-                len,
-                dst,
-            });
+            cuts.push(Cut { src: resolved.bytes_along(range.start), len, dst });
             dst += len;
         });
         let dst_row = dst + resolved.bytes_along(resolved.padding(rank));
-        Geometry {
-            rows: resolved.outer,
-            src_row: resolved.row_bytes(),
-            dst_row,
-            cuts,
-        }
+        Geometry { rows: resolved.outer, src_row: resolved.row_bytes(), dst_row, cuts }
     }
 
     pub(crate) fn lines(&self) -> &[Line] {
@@ -462,28 +412,18 @@ impl Plan {
         for (tensor, class) in self.tensors.iter().zip(&self.class_of) {
             let range = &tensor.file_range;
             hash.bytes(tensor.name.as_bytes());
-            hash.numbers([
-                u64::from(*class),
-                u64::from(tensor.shard),
-                range.start,
-                range.end,
-            ]);
+            hash.numbers([u64::from(*class), u64::from(tensor.shard), range.start, range.end]);
         }
         for fused in &self.fused {
             hash.bytes(fused.name.as_bytes());
             hash.numbers([fused.members.len() as u64]);
-            fused
-                .members
-                .iter()
-                .for_each(|&member| hash.numbers([u64::from(member)]));
+            fused.members.iter().for_each(|&member| hash.numbers([u64::from(member)]));
         }
         for line in &self.lines {
             hash.numbers([line.kind as u64, line.teams.len() as u64]);
             for team in &line.teams {
                 hash.numbers([team.members.len() as u64]);
-                team.borders
-                    .iter()
-                    .for_each(|&border| hash.numbers([border]));
+                team.borders.iter().for_each(|&border| hash.numbers([border]));
             }
         }
         Digest(hash.0.finalize().into())

@@ -65,13 +65,7 @@ enum Role {
 impl Preset {
     fn of(family: Family) -> Self {
         let (head_dim, experts) = (None, Experts::Linear);
-        Self {
-            family,
-            head_dim,
-            vocab_multiple: 64,
-            fused: false,
-            experts,
-        }
+        Self { family, head_dim, vocab_multiple: 64, fused: false, experts }
     }
 
     /// Llama, Mistral, Qwen, Gemma, Phi-3 and others with `q_proj` ... `down_proj`; also their GPTQ,
@@ -195,16 +189,8 @@ impl Preset {
         world: u32,
     ) -> PresetRules {
         let count = |name: &str| expert(name).map_or(0, |index| index + 1);
-        let experts = tensors
-            .into_iter()
-            .map(|tensor| count(&tensor.name))
-            .max()
-            .unwrap_or(0);
-        PresetRules {
-            preset: self.clone(),
-            experts,
-            world: world.max(1),
-        }
+        let experts = tensors.into_iter().map(|tensor| count(&tensor.name)).max().unwrap_or(0);
+        PresetRules { preset: self.clone(), experts, world: world.max(1) }
     }
 }
 
@@ -286,9 +272,7 @@ impl PresetRules {
         let split = Split::along(dim);
         // Head sizes are in elements of the weight; packed and block-wise companions have others.
         let plain = leaf == "weight" || leaf == "bias";
-        let head = preset
-            .head_dim
-            .filter(|&head| plain && extent.is_multiple_of(head));
+        let head = preset.head_dim.filter(|&head| plain && extent.is_multiple_of(head));
         let sibling = |fused: &str| {
             let prefix = tensor.name.rsplitn(3, '.').nth(2).unwrap_or_default();
             let dot = if prefix.is_empty() { "" } else { "." };
@@ -452,40 +436,16 @@ mod tests {
     fn llama_cuts_columns_and_rows() {
         let llama = Preset::llama();
         let kept = |name: &str, shape: &[u64]| kept(&llama, name, shape, 1, 4);
-        assert_eq!(
-            kept("model.layers.3.self_attn.q_proj.weight", &[32, 16]),
-            [8, 16]
-        );
+        assert_eq!(kept("model.layers.3.self_attn.q_proj.weight", &[32, 16]), [8, 16]);
         assert_eq!(kept("model.layers.3.self_attn.q_proj.bias", &[32]), [8]);
-        assert_eq!(
-            kept("model.layers.3.self_attn.o_proj.weight", &[32, 16]),
-            [32, 4]
-        );
+        assert_eq!(kept("model.layers.3.self_attn.o_proj.weight", &[32, 16]), [32, 4]);
         assert_eq!(kept("model.layers.3.mlp.down_proj.bias", &[32]), [32]);
-        assert_eq!(
-            kept("model.layers.3.mlp.down_proj.weight_scale_inv", &[4, 8]),
-            [4, 2]
-        );
-        assert_eq!(
-            kept("model.layers.3.mlp.down_proj.weight_scale", &[32, 1]),
-            [32, 1]
-        );
-        assert_eq!(
-            kept("model.layers.3.mlp.up_proj.weight_scale", &[]),
-            Vec::<u64>::new()
-        );
-        assert_eq!(
-            kept("model.layers.3.mlp.up_proj.qweight", &[16, 32]),
-            [16, 8]
-        );
-        assert_eq!(
-            kept("model.layers.3.mlp.down_proj.qweight", &[16, 32]),
-            [4, 32]
-        );
-        assert_eq!(
-            kept("model.layers.3.mlp.gate_up_proj.weight", &[32, 16]),
-            [8, 16]
-        );
+        assert_eq!(kept("model.layers.3.mlp.down_proj.weight_scale_inv", &[4, 8]), [4, 2]);
+        assert_eq!(kept("model.layers.3.mlp.down_proj.weight_scale", &[32, 1]), [32, 1]);
+        assert_eq!(kept("model.layers.3.mlp.up_proj.weight_scale", &[]), Vec::<u64>::new());
+        assert_eq!(kept("model.layers.3.mlp.up_proj.qweight", &[16, 32]), [16, 8]);
+        assert_eq!(kept("model.layers.3.mlp.down_proj.qweight", &[16, 32]), [4, 32]);
+        assert_eq!(kept("model.layers.3.mlp.gate_up_proj.weight", &[32, 16]), [8, 16]);
         assert_eq!(kept("model.layers.3.input_layernorm.weight", &[16]), [16]);
         assert_eq!(kept("model.embed_tokens.weight", &[1000, 16]), [256, 16]);
     }
@@ -505,34 +465,20 @@ mod tests {
         // As 7B: 71 query heads, one of key, one of value.
         let falcon = Preset::falcon().head_dim(64);
         let name = "transformer.h.0.self_attention.query_key_value.weight";
-        assert_eq!(
-            kept(&falcon, name, &[73 * 64, 71 * 64], 0, 8),
-            [(9 + 2) * 64, 71 * 64]
-        );
-        assert_eq!(
-            kept(&falcon, name, &[73 * 64, 71 * 64], 7, 8),
-            [(8 + 2) * 64, 71 * 64]
-        );
+        assert_eq!(kept(&falcon, name, &[73 * 64, 71 * 64], 0, 8), [(9 + 2) * 64, 71 * 64]);
+        assert_eq!(kept(&falcon, name, &[73 * 64, 71 * 64], 7, 8), [(8 + 2) * 64, 71 * 64]);
         // As 40B: 8 groups of 16 + 2 heads.
-        assert_eq!(
-            kept(&falcon, name, &[144 * 64, 128 * 64], 3, 4),
-            [36 * 64, 128 * 64]
-        );
+        assert_eq!(kept(&falcon, name, &[144 * 64, 128 * 64], 3, 4), [36 * 64, 128 * 64]);
     }
 
     #[test]
     fn experts_go_to_ranks_whole_or_as_mapped() {
         let name = |expert| format!("model.layers.1.mlp.experts.{expert}.down_proj.weight");
-        let table: Vec<_> = (0..6)
-            .map(|expert| tensor(&name(expert), &[8, 4]))
-            .collect();
+        let table: Vec<_> = (0..6).map(|expert| tensor(&name(expert), &[8, 4])).collect();
         let keepers = |preset: &Preset| -> Vec<Vec<u32>> {
             let rules = preset.rules(&table, 4);
             let on = |t: &TensorDesc, r| rules.shard(t).kept(t, r, 4).unwrap().is_some();
-            table
-                .iter()
-                .map(|t| (0..4).filter(|&r| on(t, r)).collect())
-                .collect()
+            table.iter().map(|t| (0..4).filter(|&r| on(t, r)).collect()).collect()
         };
         let linear: [&[u32]; 6] = [&[0], &[0], &[1], &[1], &[2], &[2]];
         assert_eq!(keepers(&Preset::moe()), linear);
@@ -544,35 +490,20 @@ mod tests {
         // One tensor of all experts.
         let packed = tensor("model.layers.1.mlp.experts.gate_up_proj", &[6, 4, 4]);
         let shard = mapped.rules([&packed], 4).shard(&packed);
-        assert_eq!(
-            shard.kept(&packed, 2, 4).unwrap().unwrap().ranges,
-            [1..2, 4..5]
-        );
+        assert_eq!(shard.kept(&packed, 2, 4).unwrap().unwrap().ranges, [1..2, 4..5]);
     }
 
     #[test]
     fn families_are_told_by_their_names() {
         let detect = |names: &[&str]| Preset::detect(names.iter().copied()).map(|p| p.name());
         assert_eq!(detect(&["h.0.attn.c_attn.weight"]), Some("gpt2"));
-        assert_eq!(
-            detect(&["model.layers.0.self_attn.q_proj.weight"]),
-            Some("llama")
-        );
+        assert_eq!(detect(&["model.layers.0.self_attn.q_proj.weight"]), Some("llama"));
         let qkv = "h.0.self_attention.query_key_value.weight";
         assert_eq!(detect(&[qkv]), Some("falcon"));
-        assert_eq!(
-            detect(&[qkv, "word_embeddings_layernorm.weight"]),
-            Some("bloom")
-        );
-        assert_eq!(
-            detect(&["word_embeddings_layernorm.weight", qkv]),
-            Some("bloom")
-        );
+        assert_eq!(detect(&[qkv, "word_embeddings_layernorm.weight"]), Some("bloom"));
+        assert_eq!(detect(&["word_embeddings_layernorm.weight", qkv]), Some("bloom"));
         let expert = "model.layers.0.mlp.experts.3.up_proj.weight";
-        assert_eq!(
-            detect(&["model.layers.0.self_attn.q_proj.weight", expert]),
-            Some("moe")
-        );
+        assert_eq!(detect(&["model.layers.0.self_attn.q_proj.weight", expert]), Some("moe"));
         assert_eq!(detect(&["foo.weight"]), None);
     }
 
@@ -589,10 +520,7 @@ mod tests {
             .unwrap();
         let rank = plan.rank(3);
         assert_eq!(rank.outputs().len(), 1);
-        assert_eq!(
-            rank.outputs()[0].name,
-            "model.layers.0.self_attn.qkv_proj.weight"
-        );
+        assert_eq!(rank.outputs()[0].name, "model.layers.0.self_attn.qkv_proj.weight");
         assert_eq!(rank.outputs()[0].shape, [8 + 4 + 4, 16]);
     }
 }

@@ -58,17 +58,9 @@ pub struct RankPlan<'a> {
 
 impl<'a> RankPlan<'a> {
     pub(crate) fn new(plan: &'a Plan, rank: u32) -> Self {
-        let absent = Home {
-            output: ABSENT,
-            base: 0,
-            row: 0,
-        };
-        let mut view = Self {
-            plan,
-            rank,
-            outputs: Vec::new(),
-            homes: vec![absent; plan.tensors.len()],
-        };
+        let absent = Home { output: ABSENT, base: 0, row: 0 };
+        let mut view =
+            Self { plan, rank, outputs: Vec::new(), homes: vec![absent; plan.tensors.len()] };
         if rank >= plan.world() {
             return view;
         }
@@ -78,10 +70,7 @@ impl<'a> RankPlan<'a> {
         for fused in &plan.fused {
             let first = fused.members.iter().min().copied().unwrap_or(0);
             fused_at.insert(first, fused);
-            fused
-                .members
-                .iter()
-                .for_each(|&member| is_member[member as usize] = true);
+            fused.members.iter().for_each(|&member| is_member[member as usize] = true);
         }
         for tensor in 0..plan.tensors.len() as u32 {
             match fused_at.get(&tensor) {
@@ -108,11 +97,7 @@ impl<'a> RankPlan<'a> {
                 continue;
             }
             let kept = part.kept_extent(rank);
-            self.homes[tensor as usize] = Home {
-                output,
-                base,
-                row: 0,
-            };
+            self.homes[tensor as usize] = Home { output, base, row: 0 };
             base += part.bytes_along(kept);
             indices += kept + part.padding(rank);
             // Only the single-tensor vocabulary rows pad, and these are rows: the end of the tensor.
@@ -124,20 +109,11 @@ impl<'a> RankPlan<'a> {
             shape[dim] = indices;
             row = resolved(first).bytes_along(indices);
         }
-        members
-            .iter()
-            .for_each(|&tensor| self.homes[tensor as usize].row = row);
+        members.iter().for_each(|&tensor| self.homes[tensor as usize].row = row);
         let bytes = resolved(first).outer * row;
         let bits = plan.tensors[first as usize].bits;
         let tensors = members.to_vec();
-        self.outputs.push(Output {
-            name,
-            bits,
-            shape,
-            bytes,
-            padding,
-            tensors,
-        });
+        self.outputs.push(Output { name, bits, shape, bytes, padding, tensors });
     }
 
     /// The rank.
@@ -161,15 +137,9 @@ impl<'a> RankPlan<'a> {
     /// The output that a tensor is part of and how it lies there; `None` where the rank has none of it.
     #[must_use]
     pub fn geometry(&self, tensor: u32) -> Option<(u32, Geometry)> {
-        let home = self
-            .homes
-            .get(tensor as usize)
-            .filter(|home| home.output != ABSENT)?;
+        let home = self.homes.get(tensor as usize).filter(|home| home.output != ABSENT)?;
         let mut geometry = self.plan.geometry(tensor, self.rank);
-        geometry
-            .cuts
-            .iter_mut()
-            .for_each(|cut| cut.dst += home.base);
+        geometry.cuts.iter_mut().for_each(|cut| cut.dst += home.base);
         geometry.dst_row = home.row;
         Some((home.output, geometry))
     }
@@ -177,20 +147,12 @@ impl<'a> RankPlan<'a> {
     /// What it reads for itself, in the order of the table.
     pub fn direct_reads(&self) -> impl Iterator<Item = DirectRead> + '_ {
         let direct = |&tensor: &u32| self.plan.choice(tensor) == Choice::Direct;
-        (0..self.plan.tensors.len() as u32)
-            .filter(direct)
-            .filter_map(|tensor| {
-                let (output, geometry) = self.geometry(tensor)?;
-                let mut copies = Vec::new();
-                geometry.copies(&(0..self.plan.class(tensor).bytes), |copy| {
-                    copies.push(copy)
-                });
-                (!copies.is_empty()).then_some(DirectRead {
-                    tensor,
-                    output,
-                    copies,
-                })
-            })
+        (0..self.plan.tensors.len() as u32).filter(direct).filter_map(|tensor| {
+            let (output, geometry) = self.geometry(tensor)?;
+            let mut copies = Vec::new();
+            geometry.copies(&(0..self.plan.class(tensor).bytes), |copy| copies.push(copy));
+            (!copies.is_empty()).then_some(DirectRead { tensor, output, copies })
+        })
     }
 
     /// The rounds of exchange that it takes part in, in order.
@@ -204,13 +166,7 @@ impl<'a> RankPlan<'a> {
             });
             team.into_iter().flat_map(move |(team, member)| {
                 let rounds = line.rounds(team, plan.buffers.block);
-                (0..rounds).map(move |round| Round {
-                    plan,
-                    line,
-                    team,
-                    member,
-                    round,
-                })
+                (0..rounds).map(move |round| Round { plan, line, team, member, round })
             })
         })
     }
@@ -247,8 +203,7 @@ impl<'a> Round<'a> {
 
     /// What a member (by its place) reads in this round, in the order in which it lies in the block.
     pub fn unit(&self, member: usize) -> impl Iterator<Item = Piece> + 'a {
-        self.line
-            .pieces(self.plan.unit(self.line, self.team, member, self.round))
+        self.line.pieces(self.plan.unit(self.line, self.team, member, self.round))
     }
 
     /// Bytes of a member's unit.

@@ -39,17 +39,12 @@ impl Resolved {
         let bits = u64::from(bits);
         let product = |dims: &[u64]| dims.iter().try_fold(1u64, |p, &d| p.checked_mul(d));
         let overflow = ShardError::Overflow;
-        let total = product(shape)
-            .and_then(|n| n.checked_mul(bits))
-            .ok_or(overflow)?;
+        let total = product(shape).and_then(|n| n.checked_mul(bits)).ok_or(overflow)?;
         let (outer, extent, inner_bits) = match dim {
             None => (1, 1, total),
             Some(dim) => {
                 let Some(&extent) = shape.get(dim) else {
-                    return Err(ShardError::Dim {
-                        dim,
-                        dims: shape.len(),
-                    });
+                    return Err(ShardError::Dim { dim, dims: shape.len() });
                 };
                 let outer = product(&shape[..dim]).ok_or(ShardError::Overflow)?;
                 let inner = product(&shape[dim + 1..]).and_then(|n| n.checked_mul(bits));
@@ -76,9 +71,7 @@ impl Resolved {
             Kind::Replicate => {}
             Kind::VocabRows { multiple } => {
                 let padded = extent.checked_next_multiple_of(*multiple);
-                padded
-                    .and_then(|n| n.checked_add(self.world))
-                    .ok_or(ShardError::Overflow)?;
+                padded.and_then(|n| n.checked_add(self.world)).ok_or(ShardError::Overflow)?;
             }
             Kind::Keep(ranks) => {
                 if let Some(&rank) = ranks.iter().find(|&&rank| rank >= world) {
@@ -88,10 +81,7 @@ impl Resolved {
             Kind::Split(split) => split.check(extent, self.world)?,
             Kind::Ranges { dim, per_rank } => {
                 if per_rank.len() != world as usize {
-                    return Err(ShardError::RangeLists {
-                        lists: per_rank.len(),
-                        world,
-                    });
+                    return Err(ShardError::RangeLists { lists: per_rank.len(), world });
                 }
                 for (rank, ranges) in (0u32..).zip(per_rank.iter()) {
                     let mut sorted = ranges.clone();
@@ -99,20 +89,11 @@ impl Resolved {
                     for (i, range) in sorted.iter().enumerate() {
                         if range.start > range.end || range.end > extent {
                             let range = range.clone();
-                            return Err(ShardError::Range {
-                                dim: *dim,
-                                rank,
-                                range,
-                                extent,
-                            });
+                            return Err(ShardError::Range { dim: *dim, rank, range, extent });
                         }
                         if i > 0 && sorted[i - 1].end > range.start {
                             let range = range.clone();
-                            return Err(ShardError::Overlap {
-                                dim: *dim,
-                                rank,
-                                range,
-                            });
+                            return Err(ShardError::Overlap { dim: *dim, rank, range });
                         }
                     }
                 }
@@ -123,11 +104,7 @@ impl Resolved {
             && !self.inner_bits.is_multiple_of(8)
         {
             if !(self.inner_bits * extent).is_multiple_of(8) {
-                return Err(ShardError::Bits {
-                    dim,
-                    index: extent,
-                    bits: self.bits,
-                });
+                return Err(ShardError::Bits { dim, index: extent, bits: self.bits });
             }
             for rank in 0..world {
                 let mut bad = None;
@@ -144,11 +121,7 @@ impl Resolved {
                 });
                 see(self.padding(rank));
                 if let Some(index) = bad {
-                    return Err(ShardError::Bits {
-                        dim,
-                        index,
-                        bits: self.bits,
-                    });
+                    return Err(ShardError::Bits { dim, index, bits: self.bits });
                 }
             }
         }
@@ -297,12 +270,28 @@ impl Resolved {
         }
     }
 
-    /// The ranks that keep all of it, where that is how it was specified.
-    pub(crate) fn keepers(&self) -> Option<&[u32]> {
+    /// Ends of runs of ranks of which each keeps as much as the run's first, in equally long pieces.
+    pub(crate) fn runs(&self) -> Vec<u32> {
+        let world = self.world as u32;
+        let mut ends = vec![world];
         match &self.kind {
-            Kind::Keep(ranks) => Some(ranks),
-            _ => None,
+            Kind::Replicate => {}
+            Kind::Keep(ranks) => ends.extend(ranks.iter().flat_map(|&rank| [rank, rank + 1])),
+            Kind::Split(split) => {
+                for size in split.section_list(self.extent) {
+                    ends.extend(split.steps(size / split.unit, self.world));
+                }
+            }
+            Kind::VocabRows { .. } => {
+                let full = self.extent.checked_div(self.vocab_block()).unwrap_or(0) as u32;
+                ends.extend([full, full + 1]);
+            }
+            Kind::Ranges { .. } => ends.extend(0..world),
         }
+        ends.retain(|&end| 0 < end && end <= world);
+        ends.sort_unstable();
+        ends.dedup();
+        ends
     }
 
     /// On how many ranks the most wanted byte is kept.
@@ -319,11 +308,7 @@ impl Resolved {
                 .unwrap_or(1),
             Kind::Ranges { per_rank, .. } => {
                 let mut edges = Vec::new();
-                for range in per_rank
-                    .iter()
-                    .flatten()
-                    .filter(|range| range.start < range.end)
-                {
+                for range in per_rank.iter().flatten().filter(|range| range.start < range.end) {
                     edges.push((range.start, 1i64));
                     edges.push((range.end, -1));
                 }

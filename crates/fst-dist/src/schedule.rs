@@ -64,16 +64,9 @@ impl Line {
             end += table[tensor as usize].byte_len();
             starts.push(end);
         }
-        let mut line = Self {
-            kind,
-            tensors,
-            starts,
-            teams: Vec::new(),
-        };
-        line.teams = teams
-            .iter()
-            .map(|(members, shares)| line.team(members, shares, table))
-            .collect();
+        let mut line = Self { kind, tensors, starts, teams: Vec::new() };
+        line.teams =
+            teams.iter().map(|(members, shares)| line.team(members, shares, table)).collect();
         line
     }
 
@@ -84,11 +77,8 @@ impl Line {
         borders.push(0);
         for (index, share) in shares.iter().enumerate() {
             sum += share;
-            let nominal = if index + 1 == shares.len() {
-                total
-            } else {
-                (sum * total as f64) as u64
-            };
+            let nominal =
+                if index + 1 == shares.len() { total } else { (sum * total as f64) as u64 };
             let low = borders.last().copied().unwrap_or(0);
             borders.push(self.aligned(nominal.min(total), table).max(low));
         }
@@ -96,10 +86,7 @@ impl Line {
         if let Some(last) = shares.iter().rposition(|&share| share > 0.0) {
             borders[last + 1..].fill(total);
         }
-        Team {
-            members: members.to_vec(),
-            borders,
-        }
+        Team { members: members.to_vec(), borders }
     }
 
     pub(crate) fn total(&self) -> u64 {
@@ -129,11 +116,7 @@ impl Line {
     /// The pieces of positions `range`, empty tensors left out.
     pub(crate) fn pieces(&self, range: Range<u64>) -> impl Iterator<Item = Piece> + '_ {
         let mut pos = range.start;
-        let mut index = if range.start < range.end {
-            self.tensor_at(pos)
-        } else {
-            0
-        };
+        let mut index = if range.start < range.end { self.tensor_at(pos) } else { 0 };
         std::iter::from_fn(move || {
             if pos >= range.end {
                 return None;
@@ -142,10 +125,7 @@ impl Line {
                 index += 1;
             }
             let (start, end) = (self.starts[index], self.starts[index + 1].min(range.end));
-            let piece = Piece {
-                tensor: self.tensors[index],
-                range: pos - start..end - start,
-            };
+            let piece = Piece { tensor: self.tensors[index], range: pos - start..end - start };
             pos = end;
             Some(piece)
         })
@@ -212,12 +192,7 @@ impl Buffers {
             return Err(BLOCK.start * parts(1));
         }
         let receive_blocks = receive as u32;
-        Ok(Self {
-            block,
-            read_blocks,
-            pack: block * copies,
-            receive_blocks,
-        })
+        Ok(Self { block, read_blocks, pack: block * copies, receive_blocks })
     }
 
     /// Bytes in all.

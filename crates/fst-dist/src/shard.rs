@@ -66,14 +66,7 @@ impl Split {
     #[must_use]
     pub fn along(dim: usize) -> Self {
         let sections = Sections::Equal(1);
-        Self {
-            dim,
-            remainder: Remainder::default(),
-            unit: 1,
-            share: false,
-            sections,
-            fuse: None,
-        }
+        Self { dim, remainder: Remainder::default(), unit: 1, share: false, sections, fuse: None }
     }
 
     /// Choose the rule for dimensions that the world size does not divide.
@@ -121,10 +114,7 @@ impl Split {
     /// projections, one gate+up from two.
     #[must_use]
     pub fn fused_into(mut self, output: impl Into<Arc<str>>, position: u32) -> Self {
-        self.fuse = Some(Fuse {
-            name: output.into(),
-            position,
-        });
+        self.fuse = Some(Fuse { name: output.into(), position });
         self
     }
 
@@ -143,51 +133,48 @@ impl Split {
         (rank * block).min(count)..((rank + 1) * block).min(count)
     }
 
+    /// Ranks at which the size of the block of `count` units may change.
+    pub(crate) fn steps(&self, count: u64, world: u64) -> [u32; 2] {
+        if self.share && count < world {
+            return [0, 0];
+        }
+        let full = match self.remainder {
+            Remainder::Balanced => return [(count % world) as u32, 0],
+            _ => count.checked_div(count.div_ceil(world)).unwrap_or(0) as u32,
+        };
+        [full, full + 1]
+    }
+
     pub(crate) fn section_list(&self, extent: u64) -> impl Iterator<Item = u64> + '_ {
         let (equal, sizes) = match &self.sections {
             Sections::Equal(n) => (*n, [].as_slice()),
             Sections::Sizes(sizes) => (0, sizes.as_ref()),
         };
-        (0..equal)
-            .map(move |_| extent / equal)
-            .chain(sizes.iter().copied())
+        (0..equal).map(move |_| extent / equal).chain(sizes.iter().copied())
     }
 
     pub(crate) fn check(&self, extent: u64, world: u64) -> Result<(), ShardError> {
         let (dim, unit) = (self.dim, self.unit);
         let total = match &self.sections {
             Sections::Equal(n) => extent / n * n,
-            Sections::Sizes(sizes) => sizes
-                .iter()
-                .try_fold(0u64, |sum, &size| sum.checked_add(size))
-                .unwrap_or(u64::MAX),
+            Sections::Sizes(sizes) => {
+                sizes.iter().try_fold(0u64, |sum, &size| sum.checked_add(size)).unwrap_or(u64::MAX)
+            }
         };
         if total != extent {
             return Err(ShardError::Sections { dim, extent, total });
         }
         for size in self.section_list(extent) {
             if !size.is_multiple_of(unit) {
-                return Err(ShardError::Unit {
-                    dim,
-                    extent: size,
-                    unit,
-                });
+                return Err(ShardError::Unit { dim, extent: size, unit });
             }
             let count = size / unit;
             let shared = self.share && count < world;
             if shared && (count == 0 || !world.is_multiple_of(count)) {
-                return Err(ShardError::Heads {
-                    dim,
-                    heads: count,
-                    world,
-                });
+                return Err(ShardError::Heads { dim, heads: count, world });
             }
             if !shared && self.remainder == Remainder::Exact && !count.is_multiple_of(world) {
-                return Err(ShardError::NotDivisible {
-                    dim,
-                    extent: count,
-                    world,
-                });
+                return Err(ShardError::NotDivisible { dim, extent: count, world });
             }
         }
         Ok(())
@@ -197,10 +184,7 @@ impl Split {
 impl From<Split> for Shard {
     fn from(mut split: Split) -> Self {
         let fuse = split.fuse.take();
-        Self {
-            kind: Kind::Split(split),
-            fuse,
-        }
+        Self { kind: Kind::Split(split), fuse }
     }
 }
 
@@ -270,9 +254,7 @@ impl Shard {
     /// equal shapes. vLLM pads to 64, Megatron to 128 times the world size.
     #[must_use]
     pub fn vocab_rows(multiple: u64) -> Self {
-        Self::plain(Kind::VocabRows {
-            multiple: multiple.max(1),
-        })
+        Self::plain(Kind::VocabRows { multiple: multiple.max(1) })
     }
 
     /// Rank `r` keeps the index ranges `per_rank[r]` along `dim`, concatenated in the order given
@@ -280,10 +262,7 @@ impl Shard {
     /// overlap, those of different ranks may.
     #[must_use]
     pub fn ranges(dim: usize, per_rank: impl Into<Arc<[Vec<Range<u64>>]>>) -> Self {
-        Self::plain(Kind::Ranges {
-            dim,
-            per_rank: per_rank.into(),
-        })
+        Self::plain(Kind::Ranges { dim, per_rank: per_rank.into() })
     }
 
     /// What `rank` of `world` keeps of a tensor; `None` when it keeps none of it.
@@ -310,12 +289,7 @@ impl Shard {
         }
         let padding = resolved.padding(rank);
         let shape = resolved.shape(rank);
-        Ok(Some(KeptPart {
-            dim: resolved.dim.unwrap_or(0),
-            ranges,
-            padding,
-            shape,
-        }))
+        Ok(Some(KeptPart { dim: resolved.dim.unwrap_or(0), ranges, padding, shape }))
     }
 }
 
@@ -340,21 +314,13 @@ mod tests {
 
     fn desc(shape: &[u64], bits: u32) -> TensorDesc {
         let len = shape.iter().product::<u64>() * u64::from(bits) / 8;
-        TensorDesc {
-            name: "t".into(),
-            bits,
-            shape: shape.to_vec(),
-            shard: 0,
-            file_range: 0..len,
-        }
+        TensorDesc { name: "t".into(), bits, shape: shape.to_vec(), shard: 0, file_range: 0..len }
     }
 
     fn ranges(shard: impl Into<Shard>, shape: &[u64], world: u32) -> Vec<Option<Vec<Range<u64>>>> {
         let shard = shard.into();
         let kept = |rank| shard.kept(&desc(shape, 16), rank, world).unwrap();
-        (0..world)
-            .map(|rank| kept(rank).map(|part| part.ranges))
-            .collect()
+        (0..world).map(|rank| kept(rank).map(|part| part.ranges)).collect()
     }
 
     #[test]
@@ -372,14 +338,7 @@ mod tests {
         expect[3] = None;
         assert_eq!(ranges(split(Remainder::Chunk), &[6], 4), expect);
         let refused = Shard::from(split(Remainder::Exact)).kept(&desc(&[10], 16), 0, 4);
-        assert_eq!(
-            refused,
-            Err(ShardError::NotDivisible {
-                dim: 0,
-                extent: 10,
-                world: 4
-            })
-        );
+        assert_eq!(refused, Err(ShardError::NotDivisible { dim: 0, extent: 10, world: 4 }));
     }
 
     #[test]
@@ -388,14 +347,7 @@ mod tests {
         let expect = [0..4, 0..4, 4..8, 4..8].map(|range| Some(vec![range]));
         assert_eq!(got, expect);
         let refused = Shard::from(Split::along(0).heads(4)).kept(&desc(&[8], 16), 0, 3);
-        assert_eq!(
-            refused,
-            Err(ShardError::Heads {
-                dim: 0,
-                heads: 2,
-                world: 3
-            })
-        );
+        assert_eq!(refused, Err(ShardError::Heads { dim: 0, heads: 2, world: 3 }));
     }
 
     #[test]
@@ -408,12 +360,7 @@ mod tests {
 
     #[test]
     fn vocabulary_is_padded_to_equal_rows() {
-        let part = |rank| {
-            Shard::vocab_rows(8)
-                .kept(&desc(&[13, 2], 16), rank, 4)
-                .unwrap()
-                .unwrap()
-        };
+        let part = |rank| Shard::vocab_rows(8).kept(&desc(&[13, 2], 16), rank, 4).unwrap().unwrap();
         assert_eq!(part(2).ranges, [8..12]);
         assert_eq!((part(3).ranges[0].clone(), part(3).padding), (12..13, 3));
         assert_eq!(part(3).shape, [4, 2]);
@@ -423,43 +370,19 @@ mod tests {
     fn sub_byte_cuts_must_fall_on_bytes() {
         let kept = |shape: &[u64]| Shard::split(1).kept(&desc(shape, 4), 0, 2);
         assert!(kept(&[3, 8]).is_ok());
-        assert_eq!(
-            kept(&[3, 6]),
-            Err(ShardError::Bits {
-                dim: 1,
-                index: 3,
-                bits: 4
-            })
-        );
+        assert_eq!(kept(&[3, 6]), Err(ShardError::Bits { dim: 1, index: 3, bits: 4 }));
     }
 
     #[test]
     fn overlapping_and_outlying_ranges_are_refused() {
         let check = |per_rank: Vec<Vec<Range<u64>>>| {
-            Shard::ranges(0, per_rank)
-                .kept(&desc(&[10], 8), 0, 2)
-                .unwrap_err()
+            Shard::ranges(0, per_rank).kept(&desc(&[10], 8), 0, 2).unwrap_err()
         };
         let lists = check(vec![vec![]]);
         assert_eq!(lists, ShardError::RangeLists { lists: 1, world: 2 });
         let overlap = check(vec![vec![0..4, 3..5], vec![]]);
-        assert_eq!(
-            overlap,
-            ShardError::Overlap {
-                dim: 0,
-                rank: 0,
-                range: 3..5
-            }
-        );
+        assert_eq!(overlap, ShardError::Overlap { dim: 0, rank: 0, range: 3..5 });
         let beyond = check(vec![vec![], vec![9..11]]);
-        assert_eq!(
-            beyond,
-            ShardError::Range {
-                dim: 0,
-                rank: 1,
-                range: 9..11,
-                extent: 10
-            }
-        );
+        assert_eq!(beyond, ShardError::Range { dim: 0, rank: 1, range: 9..11, extent: 10 });
     }
 }

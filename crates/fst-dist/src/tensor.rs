@@ -77,13 +77,7 @@ impl Strided {
     fn merged(self) -> Self {
         if self.count > 1 && self.src_stride == self.len && self.dst_stride == self.len {
             let len = self.len * self.count;
-            return Self {
-                len,
-                count: 1,
-                src_stride: len,
-                dst_stride: len,
-                ..self
-            };
+            return Self { len, count: 1, src_stride: len, dst_stride: len, ..self };
         }
         self
     }
@@ -169,11 +163,7 @@ impl Geometry {
             if start < end
                 && let Some(piece) = part(start)
             {
-                f(Strided {
-                    count: end - start,
-                    ..piece
-                }
-                .merged());
+                f(Strided { count: end - start, ..piece }.merged());
             }
             if last != first
                 && !is_whole(&tail)

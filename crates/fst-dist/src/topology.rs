@@ -19,11 +19,7 @@ impl Storage {
     /// Storage that a single rank can saturate, with 200,000 requests per second.
     #[must_use]
     pub fn with_rate(bytes_per_s: f64) -> Self {
-        Self {
-            bytes_per_s,
-            rank_bytes_per_s: bytes_per_s,
-            requests_per_s: 200e3,
-        }
+        Self { bytes_per_s, rank_bytes_per_s: bytes_per_s, requests_per_s: 200e3 }
     }
 }
 
@@ -56,61 +52,29 @@ pub struct Topology {
 }
 
 /// Rates assumed where nothing was measured: a good NVMe drive, and memory copies within a host.
-const STORAGE: Storage = Storage {
-    bytes_per_s: 6e9,
-    rank_bytes_per_s: 6e9,
-    requests_per_s: 400e3,
-};
-const LINKS: Links = Links {
-    node_bytes_per_s: 20e9,
-    net_bytes_per_s: 10e9,
-    latency_s: 20e-6,
-};
+const STORAGE: Storage = Storage { bytes_per_s: 6e9, rank_bytes_per_s: 6e9, requests_per_s: 400e3 };
+const LINKS: Links = Links { node_bytes_per_s: 20e9, net_bytes_per_s: 10e9, latency_s: 20e-6 };
 
 impl Topology {
     /// `world` ranks on one node with one storage, at assumed rates (6 GB/s storage, 20 GB/s links).
     #[must_use]
     pub fn one_node(world: u32) -> Self {
-        let places = vec![
-            Place {
-                node: 0,
-                storage: Some(0)
-            };
-            world as usize
-        ];
-        Self {
-            places,
-            storages: vec![STORAGE],
-            links: LINKS,
-        }
+        let places = vec![Place { node: 0, storage: Some(0) }; world as usize];
+        Self { places, storages: vec![STORAGE], links: LINKS }
     }
 
     /// `nodes` nodes of `per_node` ranks that share one storage.
     #[must_use]
     pub fn shared_storage(nodes: u32, per_node: u32) -> Self {
-        let place = |node| Place {
-            node,
-            storage: Some(0),
-        };
-        Self {
-            places: spread(nodes, per_node, place),
-            storages: vec![STORAGE],
-            links: LINKS,
-        }
+        let place = |node| Place { node, storage: Some(0) };
+        Self { places: spread(nodes, per_node, place), storages: vec![STORAGE], links: LINKS }
     }
 
     /// `nodes` nodes of `per_node` ranks, each node with the checkpoint on storage of its own.
     #[must_use]
     pub fn local_storage(nodes: u32, per_node: u32) -> Self {
-        let places = spread(nodes, per_node, |node| Place {
-            node,
-            storage: Some(node),
-        });
-        Self {
-            places,
-            storages: vec![STORAGE; nodes as usize],
-            links: LINKS,
-        }
+        let places = spread(nodes, per_node, |node| Place { node, storage: Some(node) });
+        Self { places, storages: vec![STORAGE; nodes as usize], links: LINKS }
     }
 
     /// Any arrangement.
@@ -122,11 +86,7 @@ impl Topology {
         storages: Vec<Storage>,
         links: Links,
     ) -> Result<Self, PlanError> {
-        let topology = Self {
-            places,
-            storages,
-            links,
-        };
+        let topology = Self { places, storages, links };
         topology.check()?;
         Ok(topology)
     }
@@ -178,11 +138,7 @@ impl Topology {
                 && storage as usize >= self.storages.len()
             {
                 let storages = self.storages.len();
-                return Err(PlanError::UnknownStorage {
-                    rank: rank as u32,
-                    storage,
-                    storages,
-                });
+                return Err(PlanError::UnknownStorage { rank: rank as u32, storage, storages });
             }
         }
         if self.places.iter().all(|place| place.storage.is_none()) {
@@ -190,28 +146,15 @@ impl Topology {
         }
         let check = |what, rate: f64| {
             let sound = rate.is_finite() && rate > 0.0;
-            if sound {
-                Ok(())
-            } else {
-                Err(PlanError::Rate { what, rate })
-            }
+            if sound { Ok(()) } else { Err(PlanError::Rate { what, rate }) }
         };
         for storage in &self.storages {
             check("storage bytes per second", storage.bytes_per_s)?;
-            check(
-                "storage bytes per second of one rank",
-                storage.rank_bytes_per_s,
-            )?;
+            check("storage bytes per second of one rank", storage.rank_bytes_per_s)?;
             check("storage requests per second", storage.requests_per_s)?;
         }
-        check(
-            "link bytes per second within a node",
-            self.links.node_bytes_per_s,
-        )?;
-        check(
-            "link bytes per second between nodes",
-            self.links.net_bytes_per_s,
-        )?;
+        check("link bytes per second within a node", self.links.node_bytes_per_s)?;
+        check("link bytes per second between nodes", self.links.net_bytes_per_s)?;
         check("link latency", self.links.latency_s + f64::MIN_POSITIVE)
     }
 
@@ -238,9 +181,7 @@ impl Topology {
                 return 0.0;
             };
             let storage = self.storages[index as usize];
-            storage
-                .rank_bytes_per_s
-                .min(storage.bytes_per_s / f64::from(readers[index as usize]))
+            storage.rank_bytes_per_s.min(storage.bytes_per_s / f64::from(readers[index as usize]))
         };
         self.places.iter().map(rate).collect()
     }
@@ -249,9 +190,7 @@ impl Topology {
     pub(crate) fn same_node(&self, members: &[u32]) -> Vec<f64> {
         let mut counts = std::collections::HashMap::new();
         for &rank in members {
-            *counts
-                .entry(self.places[rank as usize].node)
-                .or_insert(0u32) += 1;
+            *counts.entry(self.places[rank as usize].node).or_insert(0u32) += 1;
         }
         let others = (members.len() as f64 - 1.0).max(1.0);
         let share = |place: &Place| {
@@ -264,17 +203,10 @@ impl Topology {
     /// The gap between two wanted pieces that costs as much to read as a further request.
     pub(crate) fn coalesce_gap(&self) -> u64 {
         let gap = |storage: &Storage| (storage.bytes_per_s / storage.requests_per_s) as u64;
-        self.storages
-            .iter()
-            .map(gap)
-            .max()
-            .unwrap_or(0)
-            .min(1 << 20)
+        self.storages.iter().map(gap).max().unwrap_or(0).min(1 << 20)
     }
 }
 
 fn spread(nodes: u32, per_node: u32, place: impl Fn(u32) -> Place) -> Vec<Place> {
-    (0..nodes)
-        .flat_map(|node| std::iter::repeat_n(place(node), per_node as usize))
-        .collect()
+    (0..nodes).flat_map(|node| std::iter::repeat_n(place(node), per_node as usize)).collect()
 }

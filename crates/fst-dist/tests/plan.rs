@@ -15,37 +15,19 @@ use proptest::prelude::*;
 #[derive(Clone, Debug)]
 enum Spec {
     Replicate,
-    Split {
-        dim: usize,
-        rule: u8,
-        sections: u64,
-    },
-    Heads {
-        dim: usize,
-        head: u64,
-    },
+    Split { dim: usize, rule: u8, sections: u64 },
+    Heads { dim: usize, head: u64 },
     Keep(Vec<u32>),
     Vocab(u64),
-    Ranges {
-        dim: usize,
-        lists: Vec<Vec<Range<u64>>>,
-    },
-    Fused {
-        dim: usize,
-        output: u32,
-        position: u32,
-    },
+    Ranges { dim: usize, lists: Vec<Vec<Range<u64>>> },
+    Fused { dim: usize, output: u32, position: u32 },
 }
 
 impl Spec {
     fn shard(&self) -> Shard {
         match self.clone() {
             Spec::Replicate => Shard::replicate(),
-            Spec::Split {
-                dim,
-                rule,
-                sections,
-            } => {
+            Spec::Split { dim, rule, sections } => {
                 let rule =
                     [Remainder::CeilDiv, Remainder::Chunk, Remainder::Balanced][rule as usize];
                 Split::along(dim).remainder(rule).sections(sections).into()
@@ -54,13 +36,9 @@ impl Spec {
             Spec::Keep(ranks) => Shard::keep_on_ranks(ranks),
             Spec::Vocab(multiple) => Shard::vocab_rows(multiple),
             Spec::Ranges { dim, lists } => Shard::ranges(dim, lists),
-            Spec::Fused {
-                dim,
-                output,
-                position,
-            } => Split::along(dim)
-                .fused_into(format!("fused{output}"), position)
-                .into(),
+            Spec::Fused { dim, output, position } => {
+                Split::along(dim).fused_into(format!("fused{output}"), position).into()
+            }
         }
     }
 
@@ -80,25 +58,15 @@ impl Spec {
         let ceil = |i: u64, count: u64| i / count.div_ceil(world).max(1);
         let balanced = |i: u64, count: u64| {
             let (each, extra) = (count / world, count % world);
-            if i < extra * (each + 1) {
-                i / (each + 1)
-            } else {
-                (i - extra) / each
-            }
+            if i < extra * (each + 1) { i / (each + 1) } else { (i - extra) / each }
         };
         match self {
             Spec::Replicate => Some((0..extent).collect()),
-            Spec::Keep(ranks) => ranks
-                .contains(&(rank as u32))
-                .then(|| (0..extent).collect()),
+            Spec::Keep(ranks) => ranks.contains(&(rank as u32)).then(|| (0..extent).collect()),
             Spec::Split { rule, sections, .. } => {
                 let size = extent / sections;
                 let owner = |i: u64| {
-                    if *rule == 2 {
-                        balanced(i % size, size)
-                    } else {
-                        ceil(i % size, size)
-                    }
+                    if *rule == 2 { balanced(i % size, size) } else { ceil(i % size, size) }
                 };
                 let list: Vec<u64> = (0..extent).filter(|&i| owner(i) == rank).collect();
                 (*rule != 1 || extent == 0 || !list.is_empty()).then_some(list)
@@ -113,11 +81,7 @@ impl Spec {
             }
             Spec::Vocab(multiple) => {
                 let rows = extent.div_ceil(*multiple) * multiple;
-                Some(
-                    (0..extent)
-                        .filter(|&i| i / rows.div_ceil(world) == rank)
-                        .collect(),
-                )
+                Some((0..extent).filter(|&i| i / rows.div_ceil(world) == rank).collect())
             }
             Spec::Ranges { lists, .. } => {
                 let list = &lists[rank as usize];
@@ -144,19 +108,13 @@ struct Case {
 
 impl Case {
     fn plan(&self) -> Result<Plan, PlanError> {
-        let names: HashMap<&str, &Spec> = self
-            .tensors
-            .iter()
-            .map(|t| t.name.as_str())
-            .zip(&self.specs)
-            .collect();
+        let names: HashMap<&str, &Spec> =
+            self.tensors.iter().map(|t| t.name.as_str()).zip(&self.specs).collect();
         let mut planner = Planner::new(self.topology.clone()).budget(self.budget);
         if let Some(gap) = self.gap {
             planner = planner.coalesce_gap(gap);
         }
-        planner.plan(self.tensors.clone(), |tensor| {
-            names[tensor.name.as_str()].shard()
-        })
+        planner.plan(self.tensors.clone(), |tensor| names[tensor.name.as_str()].shard())
     }
 
     /// For each kept tensor of a rank: which byte of which tensor each of its bytes is; `None` is a
@@ -211,9 +169,7 @@ impl Case {
             if rows == 0 {
                 present = members.iter().any(|&m| {
                     let extent = self.tensors[m as usize].shape[dim];
-                    self.specs[m as usize]
-                        .indices(extent, rank.into(), world.into())
-                        .is_some()
+                    self.specs[m as usize].indices(extent, rank.into(), world.into()).is_some()
                 });
             }
             if present {
@@ -266,12 +222,7 @@ fn replay(plan: &Plan, rank: u32) -> Replay {
         assert_eq!(moved, geometry.kept_in(&piece.range));
         moved
     };
-    for DirectRead {
-        tensor,
-        output,
-        copies,
-    } in view.direct_reads()
-    {
+    for DirectRead { tensor, output, copies } in view.direct_reads() {
         for copy in &copies {
             let dropped = copy.src_stride - copy.len;
             let gap = copy.count > 1 && dropped <= plan.coalesce_gap();
@@ -279,22 +230,14 @@ fn replay(plan: &Plan, rank: u32) -> Replay {
         }
         assert_eq!(view.geometry(tensor).unwrap().0, output);
         let end = plan.tensors()[tensor as usize].byte_len();
-        load.kept += put(
-            &mut outputs,
-            &Piece {
-                tensor,
-                range: 0..end,
-            },
-        );
+        load.kept += put(&mut outputs, &Piece { tensor, range: 0..end });
     }
     for round in view.rounds() {
         for (member, &reader) in round.members().iter().enumerate() {
             let unit: Vec<Piece> = round.unit(member).collect();
             largest_unit = largest_unit.max(round.unit_bytes(member));
             assert_eq!(
-                unit.iter()
-                    .map(|p| p.range.end - p.range.start)
-                    .sum::<u64>(),
+                unit.iter().map(|p| p.range.end - p.range.start).sum::<u64>(),
                 round.unit_bytes(member)
             );
             for piece in &unit {
@@ -318,22 +261,14 @@ fn replay(plan: &Plan, rank: u32) -> Replay {
             }
         }
     }
-    Replay {
-        outputs,
-        load,
-        largest_unit,
-    }
+    Replay { outputs, load, largest_unit }
 }
 
 fn check(case: &Case) {
     let plan = case.plan().unwrap();
     let world = case.topology.world();
     assert_eq!(case.plan().unwrap().digest(), plan.digest());
-    assert!(
-        plan.buffers().total() <= case.budget,
-        "{:?}",
-        plan.buffers()
-    );
+    assert!(plan.buffers().total() <= case.budget, "{:?}", plan.buffers());
     for rank in 0..world {
         let replay = replay(&plan, rank);
         let expected = case.expected(rank);
@@ -341,12 +276,7 @@ fn check(case: &Case) {
         for (found, expected) in replay.outputs.iter().zip(&expected) {
             assert_eq!(found.0, expected.0, "rank {rank}");
             let at = found.1.iter().zip(&expected.1).position(|(a, b)| a != b);
-            assert_eq!(
-                (at, found.1.len()),
-                (None, expected.1.len()),
-                "rank {rank} {}",
-                found.0
-            );
+            assert_eq!((at, found.1.len()), (None, expected.1.len()), "rank {rank} {}", found.0);
         }
         let load = plan.loads()[rank as usize];
         let mut told = replay.load;
@@ -354,10 +284,7 @@ fn check(case: &Case) {
         assert_eq!(load, told, "rank {rank}");
         assert!(replay.largest_unit <= plan.buffers().block);
         let place = case.topology.places()[rank as usize];
-        assert!(
-            place.storage.is_some() || load.read() == 0,
-            "rank {rank} cannot read"
-        );
+        assert!(place.storage.is_some() || load.read() == 0, "rank {rank} cannot read");
     }
     // What the world reads once is read exactly once.
     let once = |choice: Choice| matches!(choice, Choice::Scatter | Choice::Broadcast);
@@ -371,11 +298,7 @@ fn check(case: &Case) {
     }
     for (index, tensor) in (0u32..).zip(&case.tensors) {
         if once(plan.choice(index)) {
-            assert_eq!(
-                seen.get(&index).copied().unwrap_or(0),
-                tensor.byte_len(),
-                "{tensor:?}"
-            );
+            assert_eq!(seen.get(&index).copied().unwrap_or(0), tensor.byte_len(), "{tensor:?}");
         }
     }
 }
@@ -388,20 +311,10 @@ fn spec(shape: Vec<u64>, bits: u32, world: u32) -> BoxedStrategy<Spec> {
         ways.push((1u64..9).prop_map(Spec::Vocab).boxed());
         for (dim, &extent) in shape.iter().enumerate() {
             ways.push(
-                (0u8..3)
-                    .prop_map(move |rule| Spec::Split {
-                        dim,
-                        rule,
-                        sections: 1,
-                    })
-                    .boxed(),
+                (0u8..3).prop_map(move |rule| Spec::Split { dim, rule, sections: 1 }).boxed(),
             );
             if extent.is_multiple_of(3) && extent > 0 {
-                let cut = (0u8..3).prop_map(move |rule| Spec::Split {
-                    dim,
-                    rule,
-                    sections: 3,
-                });
+                let cut = (0u8..3).prop_map(move |rule| Spec::Split { dim, rule, sections: 3 });
                 ways.push(cut.boxed());
             }
             for head in [1, 2, 4] {
@@ -420,11 +333,7 @@ fn spec(shape: Vec<u64>, bits: u32, world: u32) -> BoxedStrategy<Spec> {
                     list
                 });
                 let lists = proptest::collection::vec(cuts, world as usize);
-                ways.push(
-                    lists
-                        .prop_map(move |lists| Spec::Ranges { dim, lists })
-                        .boxed(),
-                );
+                ways.push(lists.prop_map(move |lists| Spec::Ranges { dim, lists }).boxed());
             }
         }
     }
@@ -445,16 +354,8 @@ fn topology() -> impl Strategy<Value = Topology> {
             storage: (index == 0 || !blind || storage < 9).then_some(storage % 2),
         };
         let places = places.iter().enumerate().map(place).collect();
-        let storage = Storage {
-            bytes_per_s: a,
-            rank_bytes_per_s: b,
-            requests_per_s,
-        };
-        let links = Links {
-            node_bytes_per_s: c,
-            net_bytes_per_s: d,
-            latency_s: 1e-5,
-        };
+        let storage = Storage { bytes_per_s: a, rank_bytes_per_s: b, requests_per_s };
+        let links = Links { node_bytes_per_s: c, net_bytes_per_s: d, latency_s: 1e-5 };
         Topology::new(places, vec![storage; 2], links).unwrap()
     })
 }
@@ -486,13 +387,7 @@ fn case() -> impl Strategy<Value = Case> {
                 let start = ends[shard as usize] + gap * 5000;
                 ends[shard as usize] = start + len;
                 let name = format!("t{}", table.len());
-                table.push(TensorDesc {
-                    name,
-                    bits,
-                    shape,
-                    shard,
-                    file_range: start..start + len,
-                });
+                table.push(TensorDesc { name, bits, shape, shard, file_range: start..start + len });
             };
             for (shape, bits, shard, gap) in tensors {
                 // Four-bit cuts fall on bytes when the last dimension is even and not itself cut.
@@ -517,19 +412,8 @@ fn case() -> impl Strategy<Value = Case> {
             let members: Vec<u64> = fused.iter().map(|(extent, _)| *extent).collect();
             let dim = fused.first().map_or(0, |(_, dim)| *dim);
             for (position, extent) in (0u32..).zip(members) {
-                let shape = if dim == 0 {
-                    vec![extent, 37]
-                } else {
-                    vec![41, extent, 3]
-                };
-                specs.push(
-                    Just(Spec::Fused {
-                        dim,
-                        output: 0,
-                        position,
-                    })
-                    .boxed(),
-                );
+                let shape = if dim == 0 { vec![extent, 37] } else { vec![41, extent, 3] };
+                specs.push(Just(Spec::Fused { dim, output: 0, position }).boxed());
                 add(shape, 16, 0, 0);
             }
             let order = Just(table).prop_shuffle();
@@ -537,13 +421,7 @@ fn case() -> impl Strategy<Value = Case> {
                 // The table may come in any order; specifications follow their names.
                 let spec = |t: &TensorDesc| specs[t.name[1..].parse::<usize>().unwrap()].clone();
                 let specs = tensors.iter().map(spec).collect();
-                Case {
-                    tensors,
-                    specs,
-                    topology,
-                    budget,
-                    gap,
-                }
+                Case { tensors, specs, topology, budget, gap }
             })
         },
     )
