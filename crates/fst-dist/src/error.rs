@@ -1,6 +1,8 @@
 //! The ways in which a specification, a plan, a group or an exchange can fail.
 
 use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
 
 /// A shard specification that does not fit its tensor.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -208,5 +210,91 @@ pub enum PlanError {
         what: &'static str,
         /// Its value.
         rate: f64,
+    },
+}
+
+/// A failed operation of a group. After one the group is broken, on every rank.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum GroupError {
+    /// A rank aborted the group.
+    #[error("rank {rank} failed: {cause}")]
+    #[non_exhaustive]
+    Aborted {
+        /// The rank that aborted.
+        rank: u32,
+        /// The cause that it gave.
+        cause: String,
+    },
+    /// A rank is gone.
+    #[error("rank {rank} is lost: {cause}")]
+    #[non_exhaustive]
+    Lost {
+        /// The rank that is gone.
+        rank: u32,
+        /// How that was noticed.
+        cause: String,
+    },
+    /// A rank did not answer in time.
+    #[error(
+        "rank {rank} waited {waited:?} in {op}{}",
+        .waiting_for.map(|rank| format!(", for rank {rank}")).unwrap_or_default()
+    )]
+    #[non_exhaustive]
+    Deadline {
+        /// The operation.
+        op: &'static str,
+        /// The rank that waited.
+        rank: u32,
+        /// The rank that it waited for, where that is known.
+        waiting_for: Option<u32>,
+        /// How long.
+        waited: Duration,
+    },
+    /// Sender and receiver disagree on the size of a message.
+    #[error("rank {from} sent {sent} bytes to rank {to}, which expects {expected}")]
+    #[non_exhaustive]
+    Size {
+        /// The sender.
+        from: u32,
+        /// The receiver.
+        to: u32,
+        /// Bytes sent.
+        sent: usize,
+        /// Bytes expected.
+        expected: usize,
+    },
+    /// A peer that the world does not have, or the rank itself.
+    #[error("rank {rank} names rank {peer} as its peer in a world of {world}")]
+    #[non_exhaustive]
+    Peer {
+        /// The rank named.
+        peer: u32,
+        /// The rank that named it.
+        rank: u32,
+        /// The world size.
+        world: u32,
+    },
+    /// Not one part for each rank.
+    #[error("{found} parts for {expected} ranks")]
+    #[non_exhaustive]
+    Parts {
+        /// The world size.
+        expected: usize,
+        /// Parts given.
+        found: usize,
+    },
+    /// A copy between two ranks of a process failed.
+    #[error("copy of {bytes} bytes from rank {from} to rank {to}: {source}")]
+    #[non_exhaustive]
+    Copy {
+        /// The sender.
+        from: u32,
+        /// The receiver.
+        to: u32,
+        /// Bytes to copy.
+        bytes: usize,
+        /// What the copier said.
+        source: Arc<dyn std::error::Error + Send + Sync>,
     },
 }

@@ -3,7 +3,9 @@
 //! This crate knows nothing of the I/O engines' internals.
 
 mod error;
+pub mod group;
 mod load;
+mod memory;
 mod partition;
 mod plan;
 mod preset;
@@ -14,8 +16,10 @@ mod shard;
 mod tensor;
 mod topology;
 
-pub use error::{PlanError, ShardError};
+pub use error::{GroupError, PlanError, ShardError};
+pub use group::{Group, LocalGroup};
 pub use load::{Prediction, RankLoad};
+pub use memory::{Dst, Space, Src};
 pub use partition::{Choice, Costs};
 pub use plan::{ClassPlan, DEFAULT_BUDGET, Digest, Plan, Planner};
 pub use preset::{Experts, Preset, PresetRules};
