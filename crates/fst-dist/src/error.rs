@@ -298,3 +298,90 @@ pub enum GroupError {
         source: Arc<dyn std::error::Error + Send + Sync>,
     },
 }
+
+/// A load by several ranks that failed on this one.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ExchangeError {
+    /// Another rank failed, or the group did.
+    #[error(transparent)]
+    Group(#[from] GroupError),
+    /// A rank's plan is not that of rank 0: another checkpoint, specification, topology or budget.
+    #[error("the plan of rank {rank} differs from that of rank 0")]
+    #[non_exhaustive]
+    PlanDiffers {
+        /// The first such rank.
+        rank: u32,
+    },
+    /// The plan's view and the group are of different ranks or world sizes.
+    #[error("the plan is for rank {} of {}, the group has rank {} of {}", .plan.0, .plan.1, .group.0, .group.1)]
+    #[non_exhaustive]
+    World {
+        /// Rank and world size of the plan's view.
+        plan: (u32, u32),
+        /// Rank and world size of the group.
+        group: (u32, u32),
+    },
+    /// Not one piece of memory for each output.
+    #[error("{found} outputs given, the plan has {expected}")]
+    #[non_exhaustive]
+    OutputCount {
+        /// Outputs of the plan.
+        expected: usize,
+        /// Outputs given.
+        found: usize,
+    },
+    /// Memory of the wrong size for an output.
+    #[error("output {name}: {found} bytes given, the plan has {expected}")]
+    #[non_exhaustive]
+    OutputSize {
+        /// The output's name.
+        name: String,
+        /// Bytes it has.
+        expected: u64,
+        /// Bytes given.
+        found: u64,
+    },
+    /// This rank could not read.
+    #[error("rank {rank}: reading tensor {tensor}, bytes {range:?} of file {shard}: {source}")]
+    #[non_exhaustive]
+    Read {
+        /// This rank.
+        rank: u32,
+        /// The tensor in which the range starts.
+        tensor: String,
+        /// The file, as an index into the checkpoint's list.
+        shard: u32,
+        /// The byte range in the file.
+        range: Range<u64>,
+        /// What the reader said.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// No memory for staging.
+    #[error("rank {rank}: {bytes} bytes of staging: {source}")]
+    #[non_exhaustive]
+    Memory {
+        /// This rank.
+        rank: u32,
+        /// Bytes asked.
+        bytes: u64,
+        /// What the allocator said.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A copy within this rank's memory failed.
+    #[error("rank {rank}: copy: {source}")]
+    #[non_exhaustive]
+    Copy {
+        /// This rank.
+        rank: u32,
+        /// What failed.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The reading thread of this rank panicked.
+    #[error("rank {rank}: the reading thread panicked")]
+    #[non_exhaustive]
+    ReaderPanicked {
+        /// This rank.
+        rank: u32,
+    },
+}

@@ -2,7 +2,9 @@
 //!
 //! This crate knows nothing of the I/O engines' internals.
 
+mod backend;
 mod error;
+mod exchange;
 pub mod group;
 mod load;
 mod memory;
@@ -16,7 +18,9 @@ mod shard;
 mod tensor;
 mod topology;
 
-pub use error::{GroupError, PlanError, ShardError};
+pub use backend::{Backend, Cause, CopyAt, HostBackend, ReadAt, ReadInto, Reader, Staging};
+pub use error::{ExchangeError, GroupError, PlanError, ShardError};
+pub use exchange::{ExchangeReport, Region, load, load_host};
 pub use group::{Group, LocalGroup};
 pub use load::{Prediction, RankLoad};
 pub use memory::{Dst, Space, Src};

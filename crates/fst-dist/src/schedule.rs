@@ -141,8 +141,7 @@ impl Line {
         table: &[TensorDesc],
     ) -> Range<u64> {
         let segment = team.borders[member]..team.borders[member + 1];
-        // Aligning moves a border up by less than ALIGN: a unit never outgrows the block.
-        let step = block - ALIGN;
+        let step = step(block);
         let at = |round: u64| match segment.start.checked_add(round.saturating_mul(step)) {
             Some(pos) if pos < segment.end => self.aligned(pos, table).min(segment.end),
             _ => segment.end,
@@ -152,9 +151,15 @@ impl Line {
 
     /// Rounds until every member of `team` has read its segment.
     pub(crate) fn rounds(&self, team: &Team, block: u64) -> u64 {
-        let rounds = |pair: &[u64]| (pair[1] - pair[0]).div_ceil(block - ALIGN);
+        let rounds = |pair: &[u64]| (pair[1] - pair[0]).div_ceil(step(block));
         team.borders.windows(2).map(rounds).max().unwrap_or(0)
     }
+}
+
+/// From one unit to the next. Aligning moves a border up by less than `ALIGN`, and a unit may start up to
+/// `ALIGN` into its block (congruent to the file offset): it never outgrows the block.
+fn step(block: u64) -> u64 {
+    block - 2 * ALIGN
 }
 
 /// The staging buffers of one rank.
