@@ -1,0 +1,450 @@
+//! Which way each class of tensors takes, and how much every rank reads.
+//!
+//! Tensors of equal shape, width and specification form a class; a class is priced and decided once,
+//! so the work grows with tensors plus classes times ranks, and memory with tensors alone. A class's
+//! ranks are kept as runs of ranks that keep equally much (one or two runs for the usual splits).
+
+use crate::resolved::Resolved;
+use crate::topology::Topology;
+
+/// How the bytes of a tensor come to the ranks that keep them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Choice {
+    /// Nobody keeps it: nothing is read.
+    Nothing,
+    /// Each rank reads the part that it keeps.
+    Direct,
+    /// Each byte is read by one rank of the world, which sends every other rank what it keeps.
+    Scatter,
+    /// Each byte is read by one rank of the world and goes to all.
+    Broadcast,
+    /// Each byte is read once per storage and goes to all ranks that share this storage.
+    BroadcastByStorage,
+}
+
+/// Predicted seconds for one tensor, by choice, with all ranks equally busy; `None` where a choice is
+/// not open to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub struct Costs {
+    /// Each rank reads its own part.
+    pub direct: Option<f64>,
+    /// Read once by the world, then scattered, or broadcast if all ranks keep all of it.
+    pub once: Option<f64>,
+    /// Read once per storage and broadcast there.
+    pub once_by_storage: Option<f64>,
+}
+
+/// Ranks up to `end` (from the previous span's end) that keep equally much.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Span {
+    pub(crate) end: u32,
+    /// Bytes kept by each of them.
+    pub(crate) kept: u64,
+    /// Bytes and requests of each, were it to read its part directly.
+    pub(crate) read: u64,
+    pub(crate) requests: u64,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Class {
+    pub(crate) resolved: Resolved,
+    /// How many tensors there are of it.
+    pub(crate) tensors: u64,
+    /// Bytes of one tensor.
+    pub(crate) bytes: u64,
+    pub(crate) profile: Vec<Span>,
+    /// Bytes of one tensor kept by all ranks together.
+    pub(crate) kept: u64,
+    pub(crate) choice: Choice,
+    pub(crate) costs: Costs,
+}
+
+/// Bytes of one direct read request, when pieces are longer.
+const REQUEST: u64 = 1 << 20;
+
+impl Class {
+    pub(crate) fn new(resolved: Resolved, gap: u64) -> Self {
+        let profile = profile(&resolved, gap);
+        let mut start = 0;
+        let mut kept = 0;
+        for span in &profile {
+            kept += u64::from(span.end - start) * span.kept;
+            start = span.end;
+        }
+        let bytes = resolved.outer * resolved.row_bytes();
+        let (choice, costs) = (Choice::Nothing, Costs::default());
+        Self { resolved, tensors: 0, bytes, profile, kept, choice, costs }
+    }
+
+    /// Bytes of one tensor that `rank` keeps.
+    pub(crate) fn kept_by(&self, rank: u32) -> u64 {
+        let index = self.profile.partition_point(|span| span.end <= rank);
+        self.profile.get(index).map_or(0, |span| span.kept)
+    }
+
+    fn reads(&self) -> (u64, u64) {
+        let (mut start, mut bytes, mut requests) = (0, 0, 0);
+        for span in &self.profile {
+            let ranks = u64::from(span.end - start);
+            bytes += ranks * span.read;
+            requests += ranks * span.requests;
+            start = span.end;
+        }
+        (bytes, requests)
+    }
+}
+
+fn profile(resolved: &Resolved, gap: u64) -> Vec<Span> {
+    let mut spans: Vec<Span> = Vec::new();
+    let (rows, row) = (resolved.outer, resolved.row_bytes());
+    let mut start = 0;
+    for end in resolved.runs() {
+        let mut span = Span { end, kept: 0, read: 0, requests: 0 };
+        resolved.ranges(start, |range| {
+            let len = resolved.bytes_along(range.end - range.start);
+            if len == 0 || rows == 0 {
+                return;
+            }
+            span.kept += rows * len;
+            let (read, requests) = direct_cost(rows, row, len, gap);
+            span.read += read;
+            span.requests += requests;
+        });
+        start = end;
+        spans.push(span);
+    }
+    spans
+}
+
+/// Bytes and requests of reading `len` bytes of each of `rows` rows, gaps of up to `gap` read along.
+fn direct_cost(rows: u64, row: u64, len: u64, gap: u64) -> (u64, u64) {
+    if row - len <= gap {
+        let read = (rows - 1) * row + len;
+        (read, read.div_ceil(REQUEST))
+    } else {
+        (rows * len, rows * len.div_ceil(REQUEST))
+    }
+}
+
+/// Rates of the whole world, as used to price a class.
+struct Model {
+    world: f64,
+    read_rate: f64,
+    request_rate: f64,
+    storages: f64,
+    has_teams: bool,
+    /// Average share of a rank's peers that are on its node: in the world, in its storage's team.
+    near: f64,
+    near_team: f64,
+    team: f64,
+    links: crate::topology::Links,
+}
+
+impl Model {
+    fn new(topology: &Topology, teams: &[Vec<u32>]) -> Self {
+        let all: Vec<u32> = (0..topology.world()).collect();
+        let mean = |list: &[f64]| list.iter().sum::<f64>() / list.len().max(1) as f64;
+        let first = teams.first().map_or(&all[..], |team| &team[..]);
+        let near_team = topology.same_node(first);
+        let near_team: Vec<f64> = first.iter().map(|&rank| near_team[rank as usize]).collect();
+        let readers = teams.iter().map(Vec::len).sum::<usize>();
+        Self {
+            world: f64::from(topology.world()),
+            read_rate: topology.read_rates().iter().sum(),
+            request_rate: topology.storages().iter().map(|s| s.requests_per_s).sum(),
+            storages: teams.len() as f64,
+            has_teams: teams.len() > 1 && readers == all.len(),
+            near: mean(&topology.same_node(&all)),
+            near_team: mean(&near_team),
+            team: first.len() as f64,
+            links: topology.links(),
+        }
+    }
+
+    fn read(&self, bytes: u64, requests: u64) -> f64 {
+        (bytes as f64 / self.read_rate).max(requests as f64 / self.request_rate)
+    }
+
+    /// Seconds to receive `bytes`, of which the share `near` comes from the same node.
+    fn receive(&self, bytes: f64, near: f64) -> f64 {
+        bytes * near / self.links.node_bytes_per_s
+            + bytes * (1.0 - near) / self.links.net_bytes_per_s
+    }
+
+    /// Seconds to broadcast so that each of `members` ranks receives `bytes`: across nodes each
+    /// byte travels once per node, its ranks sharing the work.
+    fn broadcast(&self, bytes: f64, near: f64, members: f64) -> f64 {
+        let on_node = near * (members - 1.0) + 1.0;
+        bytes / self.links.node_bytes_per_s
+            + bytes * (1.0 - near) / on_node / self.links.net_bytes_per_s
+    }
+
+    fn price(&self, class: &Class, direct_open: bool) -> Costs {
+        let once_requests = class.bytes.div_ceil(REQUEST);
+        let (read, requests) = class.reads();
+        let direct = direct_open.then(|| self.read(read, requests));
+        let own = 1.0 - 1.0 / self.world;
+        let replicated = class.resolved.is_replicated();
+        let link = if replicated {
+            self.broadcast(class.bytes as f64 * own, self.near, self.world)
+        } else {
+            self.receive(class.kept as f64 * own / self.world, self.near)
+        };
+        let once = self.read(class.bytes, once_requests).max(link);
+        let once_by_storage = (replicated && self.has_teams).then(|| {
+            let read = class.bytes as f64 * self.storages / self.read_rate;
+            let bytes = class.bytes as f64 * (1.0 - 1.0 / self.team);
+            read.max(self.broadcast(bytes, self.near_team, self.team))
+        });
+        Costs { direct, once: (self.world > 1.0).then_some(once), once_by_storage }
+    }
+}
+
+/// What the ranks read, before it is laid out.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Quotas {
+    /// By rank: share of the tensors that the world reads once.
+    pub(crate) world: Vec<f64>,
+    /// By rank: share of what its storage's team reads once.
+    pub(crate) team: Vec<f64>,
+}
+
+/// Decides every class and spreads the reading; `teams` are the ranks of each storage.
+pub(crate) fn decide(classes: &mut [Class], topology: &Topology, teams: &[Vec<u32>]) -> Quotas {
+    let model = Model::new(topology, teams);
+    let blind: Vec<u32> = (0u32..)
+        .zip(topology.places())
+        .filter_map(|(rank, place)| place.storage.is_none().then_some(rank))
+        .collect();
+    for class in classes.iter_mut() {
+        let direct_open = blind.iter().all(|&rank| class.kept_by(rank) == 0);
+        class.costs = model.price(class, direct_open);
+        class.choice = choose(class);
+    }
+    let rates = topology.read_rates();
+    let mut balance = Balance::new(classes, &rates);
+    let mut best = balance.finish_time(teams, &model);
+    // A rank that would read more than its fair part gives its largest class to all.
+    for _ in 0..64 {
+        let Some(index) = balance.heaviest(classes) else {
+            break;
+        };
+        let before = classes[index].choice;
+        balance.add(&classes[index], -1.0);
+        classes[index].choice = once(&classes[index]);
+        balance.add(&classes[index], 1.0);
+        let time = balance.finish_time(teams, &model);
+        if time > best * 0.999 {
+            balance.add(&classes[index], -1.0);
+            classes[index].choice = before;
+            balance.add(&classes[index], 1.0);
+            break;
+        }
+        best = time;
+    }
+    balance.quotas(teams)
+}
+
+fn once(class: &Class) -> Choice {
+    if class.resolved.is_replicated() { Choice::Broadcast } else { Choice::Scatter }
+}
+
+/// The cheapest choice; what moves least bytes unless another is 1% better.
+fn choose(class: &Class) -> Choice {
+    if class.kept == 0 {
+        return Choice::Nothing;
+    }
+    let ways = [
+        (class.costs.direct, Choice::Direct),
+        (class.costs.once_by_storage, Choice::BroadcastByStorage),
+        (class.costs.once, once(class)),
+    ];
+    let mut best = (f64::INFINITY, Choice::Direct);
+    for (seconds, choice) in ways {
+        if let Some(seconds) = seconds
+            && seconds < best.0 * 0.99
+        {
+            best = (seconds, choice);
+        }
+    }
+    best.1
+}
+
+/// Sums over all classes, by rank.
+struct Balance<'a> {
+    rates: &'a [f64],
+    /// Bytes each rank reads directly, and keeps of what is read once.
+    direct: Vec<f64>,
+    kept_once: Vec<f64>,
+    /// Bytes read once by the world, and by each storage's team.
+    world: f64,
+    team: f64,
+}
+
+impl<'a> Balance<'a> {
+    fn new(classes: &[Class], rates: &'a [f64]) -> Self {
+        let zero = vec![0.0; rates.len() + 1];
+        let mut sums = Self { rates, direct: zero.clone(), kept_once: zero, world: 0.0, team: 0.0 };
+        // Differences first: a span costs two additions, however many ranks it has.
+        for class in classes {
+            let list = match class.choice {
+                Choice::Direct => &mut sums.direct,
+                Choice::Nothing => continue,
+                _ => &mut sums.kept_once,
+            };
+            let mut start = 0;
+            for span in &class.profile {
+                let bytes = if class.choice == Choice::Direct { span.read } else { span.kept };
+                let bytes = (bytes * class.tensors) as f64;
+                list[start as usize] += bytes;
+                list[span.end as usize] -= bytes;
+                start = span.end;
+            }
+            sums.add_once(class, 1.0);
+        }
+        for list in [&mut sums.direct, &mut sums.kept_once] {
+            for rank in 1..list.len() {
+                list[rank] += list[rank - 1];
+            }
+            list.pop();
+            // Sums of differences may leave a rest of rounding.
+            list.iter_mut().for_each(|bytes| *bytes = bytes.max(0.0));
+        }
+        sums
+    }
+
+    fn add_once(&mut self, class: &Class, sign: f64) {
+        let bytes = sign * (class.bytes * class.tensors) as f64;
+        match class.choice {
+            Choice::Scatter | Choice::Broadcast => self.world += bytes,
+            Choice::BroadcastByStorage => self.team += bytes,
+            Choice::Nothing | Choice::Direct => {}
+        }
+    }
+
+    fn add(&mut self, class: &Class, sign: f64) {
+        let mut start = 0;
+        for span in &class.profile {
+            for rank in start as usize..span.end as usize {
+                let tensors = sign * class.tensors as f64;
+                match class.choice {
+                    Choice::Nothing => {}
+                    Choice::Direct => self.direct[rank] += tensors * span.read as f64,
+                    _ => self.kept_once[rank] += tensors * span.kept as f64,
+                }
+            }
+            start = span.end;
+        }
+        self.add_once(class, sign);
+    }
+
+    /// The class with most direct bytes on the most loaded rank, if that rank has more than its part.
+    fn heaviest(&self, classes: &[Class]) -> Option<usize> {
+        let time = |rank: usize| match self.rates[rank] {
+            rate if rate > 0.0 => self.direct[rank] / rate,
+            _ => 0.0,
+        };
+        let most = (0..self.rates.len()).max_by(|&a, &b| time(a).total_cmp(&time(b)))?;
+        let mean = self.direct.iter().sum::<f64>() / self.rates.iter().sum::<f64>();
+        if time(most) <= mean * 1.05 {
+            return None;
+        }
+        let bytes = |class: &Class| {
+            let span = class.profile.partition_point(|span| span.end as usize <= most);
+            class.profile.get(span).map_or(0, |span| span.read * class.tensors)
+        };
+        let direct = |(_, class): &(usize, &Class)| {
+            class.choice == Choice::Direct && class.costs.once.is_some() && bytes(class) > 0
+        };
+        let open = classes.iter().enumerate().filter(direct);
+        open.max_by_key(|(index, class)| (bytes(class), usize::MAX - index)).map(|(index, _)| index)
+    }
+
+    fn quotas(&self, teams: &[Vec<u32>]) -> Quotas {
+        let mut load = self.direct.clone();
+        let mut team = vec![0.0; load.len()];
+        for members in teams {
+            let shares = fill(members, &load, self.rates, self.team);
+            for (&rank, share) in members.iter().zip(shares) {
+                team[rank as usize] = share;
+                load[rank as usize] += share * self.team;
+            }
+        }
+        let all: Vec<u32> = (0..self.rates.len() as u32).collect();
+        Quotas { world: fill(&all, &load, self.rates, self.world), team }
+    }
+
+    /// Predicted seconds of the whole, near enough to compare choices.
+    fn finish_time(&self, teams: &[Vec<u32>], model: &Model) -> f64 {
+        let quotas = self.quotas(teams);
+        let mut worst = 0.0f64;
+        for (rank, &rate) in self.rates.iter().enumerate() {
+            let read =
+                self.direct[rank] + quotas.world[rank] * self.world + quotas.team[rank] * self.team;
+            if rate > 0.0 {
+                worst = worst.max(read / rate);
+            }
+            let received = self.kept_once[rank] * (1.0 - quotas.world[rank]);
+            worst = worst.max(model.receive(received, model.near));
+        }
+        worst
+    }
+}
+
+/// Shares (adding up to one) of `bytes` for each member such that all finish reading together, as far
+/// as what they read already allows.
+fn fill(members: &[u32], load: &[f64], rates: &[f64], bytes: f64) -> Vec<f64> {
+    let rate = |rank: u32| rates[rank as usize];
+    let time = |rank: u32| load[rank as usize] / rate(rank);
+    let mut order: Vec<u32> = members.iter().copied().filter(|&rank| rate(rank) > 0.0).collect();
+    order.sort_by(|&a, &b| time(a).total_cmp(&time(b)).then(a.cmp(&b)));
+    // Raise the level until the next rank joins or the bytes are placed.
+    let (mut rates_below, mut placed, mut level) = (0.0, 0.0, 0.0);
+    for (index, &rank) in order.iter().enumerate() {
+        let start = time(rank);
+        if index > 0 {
+            let room = (start - level) * rates_below;
+            if placed + room >= bytes {
+                break;
+            }
+            placed += room;
+        }
+        level = start;
+        rates_below += rate(rank);
+    }
+    if rates_below > 0.0 {
+        level += (bytes - placed) / rates_below;
+    }
+    let quota = |&rank: &u32| match rate(rank) {
+        rate if rate > 0.0 => ((level - time(rank)) * rate).max(0.0),
+        _ => 0.0,
+    };
+    let quotas: Vec<f64> = members.iter().map(quota).collect();
+    let total: f64 = quotas.iter().sum();
+    if total > 0.0 {
+        return quotas.iter().map(|quota| quota / total).collect();
+    }
+    // Nothing to place: any shares do, but they must add up.
+    let all: f64 = members.iter().map(|&rank| rate(rank)).sum();
+    members.iter().map(|&rank| rate(rank) / all).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filling_levels_what_ranks_read() {
+        let load = [10.0, 0.0, 4.0, 0.0];
+        // The third rank reads at half the rate; the fourth not at all.
+        let rates = [1.0, 1.0, 0.5, 0.0];
+        let shares = fill(&[0, 1, 2, 3], &load, &rates, 9.0);
+        // Levels: rank 1 to 8 s takes 8, then ranks 1 and 2 share the last byte 2:1.
+        let expect = [0.0, 8.0 + 2.0 / 3.0, 1.0 / 3.0, 0.0];
+        for (share, expect) in shares.iter().zip(expect) {
+            assert!((share * 9.0 - expect).abs() < 1e-9, "{shares:?}");
+        }
+    }
+}

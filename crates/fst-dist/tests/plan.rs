@@ -1,0 +1,145 @@
+//! Plans compared with the slow, obvious account of every byte.
+
+#![allow(clippy::unwrap_used)]
+
+mod cases;
+
+use std::collections::HashMap;
+
+use cases::{Case, Contents, case};
+use fst_dist::{Choice, DirectRead, LineKind, Piece, Plan, RankLoad};
+use proptest::prelude::*;
+
+/// What happened to a rank's memory and how many bytes moved.
+struct Replay {
+    outputs: Contents,
+    load: RankLoad,
+    largest_unit: u64,
+}
+
+/// Carries out a plan for one rank, byte by byte.
+fn replay(plan: &Plan, rank: u32) -> Replay {
+    let view = plan.rank(rank);
+    let mut outputs: Contents = Vec::new();
+    for output in view.outputs() {
+        assert_eq!(
+            output.bytes * 8,
+            output.shape.iter().product::<u64>() * u64::from(output.bits),
+            "{output:?}"
+        );
+        outputs.push((output.name.into(), vec![None; output.bytes as usize]));
+    }
+    let mut load = RankLoad::default();
+    let mut largest_unit = 0;
+    let put = |outputs: &mut Contents, piece: &Piece| -> u64 {
+        let Some((output, geometry)) = view.geometry(piece.tensor) else {
+            return 0;
+        };
+        let mut moved = 0;
+        geometry.copies(&piece.range, |copy| {
+            for n in 0..copy.count {
+                for byte in 0..copy.len {
+                    let src = copy.src + n * copy.src_stride + byte;
+                    assert!(piece.range.contains(&src), "{src} outside of {piece:?}");
+                    let dst = copy.dst + n * copy.dst_stride + byte;
+                    let slot = &mut outputs[output as usize].1[dst as usize];
+                    assert_eq!(*slot, None, "byte {dst} of output {output} arrives twice");
+                    *slot = Some((piece.tensor, src));
+                    moved += 1;
+                }
+            }
+        });
+        assert_eq!(moved, geometry.kept_in(&piece.range));
+        moved
+    };
+    for DirectRead { tensor, output, copies } in view.direct_reads() {
+        for copy in &copies {
+            let dropped = copy.src_stride - copy.len;
+            let gap = copy.count > 1 && dropped <= plan.coalesce_gap();
+            load.read_direct += if gap { copy.src_span() } else { copy.bytes() };
+        }
+        assert_eq!(view.geometry(tensor).unwrap().0, output);
+        let end = plan.tensors()[tensor as usize].byte_len();
+        load.kept += put(&mut outputs, &Piece { tensor, range: 0..end });
+    }
+    for round in view.rounds() {
+        for (member, &reader) in round.members().iter().enumerate() {
+            let unit: Vec<Piece> = round.unit(member).collect();
+            largest_unit = largest_unit.max(round.unit_bytes(member));
+            assert_eq!(
+                unit.iter().map(|p| p.range.end - p.range.start).sum::<u64>(),
+                round.unit_bytes(member)
+            );
+            for piece in &unit {
+                let kept = put(&mut outputs, piece);
+                load.kept += kept;
+                let len = piece.range.end - piece.range.start;
+                if reader != rank {
+                    load.received += kept;
+                    // Nobody receives what it drops.
+                    assert!(round.kind() == LineKind::Scatter || kept == len);
+                    continue;
+                }
+                load.read_once += len;
+                for &other in round.members() {
+                    if other != rank
+                        && let Some((_, geometry)) = plan.rank(other).geometry(piece.tensor)
+                    {
+                        load.sent += geometry.kept_in(&piece.range);
+                    }
+                }
+            }
+        }
+    }
+    Replay { outputs, load, largest_unit }
+}
+
+fn check(case: &Case) {
+    let plan = case.plan().unwrap();
+    let world = case.topology.world();
+    assert_eq!(case.plan().unwrap().digest(), plan.digest());
+    assert!(plan.buffers().total() <= case.budget, "{:?}", plan.buffers());
+    for rank in 0..world {
+        let replay = replay(&plan, rank);
+        let expected = case.expected(rank);
+        assert_eq!(replay.outputs.len(), expected.len(), "rank {rank}");
+        for (found, expected) in replay.outputs.iter().zip(&expected) {
+            assert_eq!(found.0, expected.0, "rank {rank}");
+            let at = found.1.iter().zip(&expected.1).position(|(a, b)| a != b);
+            assert_eq!((at, found.1.len()), (None, expected.1.len()), "rank {rank} {}", found.0);
+        }
+        let load = plan.loads()[rank as usize];
+        let mut told = replay.load;
+        told.requests = load.requests;
+        assert_eq!(load, told, "rank {rank}");
+        assert!(replay.largest_unit <= plan.buffers().block);
+        let place = case.topology.places()[rank as usize];
+        assert!(place.storage.is_some() || load.read() == 0, "rank {rank} cannot read");
+    }
+    // What the world reads once is read exactly once.
+    let once = |choice: Choice| matches!(choice, Choice::Scatter | Choice::Broadcast);
+    let mut seen: HashMap<u32, u64> = HashMap::new();
+    for rank in 0..world {
+        for round in plan.rank(rank).rounds() {
+            for piece in round.unit(round.member()) {
+                *seen.entry(piece.tensor).or_default() += piece.range.end - piece.range.start;
+            }
+        }
+    }
+    for (index, tensor) in (0u32..).zip(&case.tensors) {
+        if once(plan.choice(index)) {
+            assert_eq!(seen.get(&index).copied().unwrap_or(0), tensor.byte_len(), "{tensor:?}");
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+
+    /// Every kept byte arrives exactly once, at its place; nobody receives what it drops; loads are
+    /// as told; units fit the blocks and buffers the budget; planning twice gives one digest.
+    #[test]
+    fn plans_deliver_every_kept_byte_once(case in case()) {
+        check(&case);
+    }
+}
