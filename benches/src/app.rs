@@ -88,10 +88,7 @@ pub fn main(contender: &str) -> Result<()> {
 pub fn run(args: &Args, contender: &Path) -> Result<Option<Results>> {
     let package = Path::new(PACKAGE);
     let target = package.join("../target");
-    let data = args
-        .data
-        .clone()
-        .unwrap_or_else(|| target.join("bench-data"));
+    let data = args.data.clone().unwrap_or_else(|| target.join("bench-data"));
     if args.list {
         list();
         return Ok(None);
@@ -123,10 +120,7 @@ pub fn run(args: &Args, contender: &Path) -> Result<Option<Results>> {
         measure(args, &runner, &data, workload, &mut results)?;
     }
     results.judge();
-    let out = args
-        .out
-        .clone()
-        .unwrap_or_else(|| target.join("bench-results"));
+    let out = args.out.clone().unwrap_or_else(|| target.join("bench-results"));
     write(&results, &out, "")?;
     let markdown = results.markdown();
     println!("{markdown}");
@@ -187,9 +181,7 @@ fn measure(
         }
         let rounds = args.rounds.unwrap_or(workload.rounds);
         let verify = args.quick || args.verify;
-        let runs = runner.rounds(
-            workload, &folder, state, &entries, rounds, verify, &mut tell,
-        )?;
+        let runs = runner.rounds(workload, &folder, state, &entries, rounds, verify, &mut tell)?;
         if verify {
             let first: Vec<Run> = runs.iter().filter(|run| run.round == 0).cloned().collect();
             check_same_tensors(&first)?;
@@ -203,11 +195,9 @@ fn measure(
 fn tell(run: &Run) {
     let what = match (&run.measurement, &run.error) {
         (_, Some(error)) => format!("FAILED: {error}"),
-        (Some(m), _) => format!(
-            "{:8.4} s {:6.2} GB/s",
-            m.seconds,
-            m.bytes as f64 / m.seconds / 1e9
-        ),
+        (Some(m), _) => {
+            format!("{:8.4} s {:6.2} GB/s", m.seconds, m.bytes as f64 / m.seconds / 1e9)
+        }
         _ => String::new(),
     };
     eprintln!(
@@ -216,11 +206,7 @@ fn tell(run: &Run) {
         run.state.name(),
         run.label,
         run.resident_before * 100.0,
-        if run.state_confirmed {
-            ""
-        } else {
-            ": NOT COUNTED"
-        },
+        if run.state_confirmed { "" } else { ": NOT COUNTED" },
         run.others_busy * 100.0,
     );
 }
@@ -242,16 +228,8 @@ fn list() {
 
 /// The arguments as one would type them again.
 fn command_line() -> String {
-    let args: Vec<String> = std::env::args()
-        .skip(1)
-        .filter(|arg| arg != "--bench")
-        .collect();
-    format!(
-        "cargo bench -p fst-benches --bench load -- {}",
-        args.join(" ")
-    )
-    .trim_end()
-    .to_owned()
+    let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
+    format!("cargo bench -p fst-benches --bench load -- {}", args.join(" ")).trim_end().to_owned()
 }
 
 fn write(results: &Results, folder: &Path, prefix: &str) -> Result<()> {
@@ -260,10 +238,7 @@ fn write(results: &Results, folder: &Path, prefix: &str) -> Result<()> {
         let path = folder.join(name);
         fs::write(&path, text).with_context(|| format!("write {}", path.display()))
     };
-    put(
-        format!("{prefix}results.json"),
-        serde_json::to_string_pretty(results)? + "\n",
-    )?;
+    put(format!("{prefix}results.json"), serde_json::to_string_pretty(results)? + "\n")?;
     put(format!("{prefix}results.md"), results.markdown())?;
     for (workload, state) in results.sections() {
         let drawing = plot::svg(results, &workload, state)?;

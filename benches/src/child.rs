@@ -127,11 +127,7 @@ mod tests {
         let before = status_bytes("VmHWM:").unwrap();
         let block = std::hint::black_box(vec![1u8; 64 << 20]);
         let after = status_bytes("VmHWM:").unwrap();
-        assert!(
-            after >= before + (60 << 20),
-            "{before} {after} {}",
-            block.len()
-        );
+        assert!(after >= before + (60 << 20), "{before} {after} {}", block.len());
     }
 
     #[test]

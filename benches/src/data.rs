@@ -45,11 +45,7 @@ impl DataSet {
     /// Identifies names, shapes, shards and fill, so that a changed definition is made anew.
     fn fingerprint(&self) -> String {
         let text = format!("1 {:?} {} {:?}", self.tensors, self.shards, self.fill);
-        Sha256::digest(text)
-            .iter()
-            .take(8)
-            .map(|byte| format!("{byte:02x}"))
-            .collect()
+        Sha256::digest(text).iter().take(8).map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// The checkpoint's folder under `root`, made now unless it is there and complete.
@@ -66,8 +62,7 @@ impl DataSet {
             fs::remove_dir_all(&folder).with_context(|| format!("remove {}", folder.display()))?;
         }
         fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
-        self.write(&folder)
-            .with_context(|| format!("synthesize into {}", folder.display()))?;
+        self.write(&folder).with_context(|| format!("synthesize into {}", folder.display()))?;
         fs::write(&complete, self.fingerprint())?;
         Ok(folder)
     }
@@ -88,10 +83,7 @@ impl DataSet {
         }
         if shards.len() > 1 {
             let index = json!({"metadata": {"total_size": self.bytes()}, "weight_map": weight_map});
-            fs::write(
-                folder.join("model.safetensors.index.json"),
-                index.to_string(),
-            )?;
+            fs::write(folder.join("model.safetensors.index.json"), index.to_string())?;
         }
         Ok(())
     }
@@ -168,16 +160,9 @@ impl Random {
 /// # Errors
 /// A data set larger than the limit, or a folder that cannot be removed.
 pub fn make_room(root: &Path, next: &DataSet, limit: u64) -> Result<()> {
-    let wanted = if next.fill == Fill::Hole {
-        0
-    } else {
-        next.bytes()
-    };
+    let wanted = if next.fill == Fill::Hole { 0 } else { next.bytes() };
     if wanted > limit {
-        bail!(
-            "{} needs {wanted} bytes, the limit is {limit} (--disk-limit-gb)",
-            next.name
-        );
+        bail!("{} needs {wanted} bytes, the limit is {limit} (--disk-limit-gb)", next.name);
     }
     let mut others = Vec::new();
     for entry in fs::read_dir(root).into_iter().flatten() {
@@ -215,24 +200,13 @@ mod tests {
     use safetensors::SafeTensors;
 
     fn set(name: &'static str, tensors: Vec<TensorSpec>, shards: usize, fill: Fill) -> DataSet {
-        DataSet {
-            name,
-            tensors,
-            shards,
-            fill,
-        }
+        DataSet { name, tensors, shards, fill }
     }
 
     #[test]
     fn the_official_reader_accepts_every_shard() {
         let root = tempfile::tempdir().unwrap();
-        let llama = Llama {
-            hidden: 64,
-            ffn: 160,
-            kv: 32,
-            layers: 3,
-            vocab: 500,
-        };
+        let llama = Llama { hidden: 64, ffn: 160, kv: 32, layers: 3, vocab: 500 };
         for fill in [Fill::Random, Fill::Hole] {
             let set = set("a", llama.tensors(), 3, fill);
             let folder = set.make(root.path()).unwrap();
@@ -245,11 +219,8 @@ mod tests {
                     found.push((name.to_owned(), view.shape().to_vec()));
                 }
             }
-            let mut wanted: Vec<_> = set
-                .tensors
-                .iter()
-                .map(|t| (t.name.clone(), t.shape.clone()))
-                .collect();
+            let mut wanted: Vec<_> =
+                set.tensors.iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
             found.sort();
             wanted.sort();
             assert_eq!(found, wanted);
@@ -271,10 +242,7 @@ mod tests {
     #[test]
     fn old_data_makes_room_for_new() {
         let root = tempfile::tempdir().unwrap();
-        let (a, b) = (
-            set("a", odd(), 1, Fill::Random),
-            set("b", odd(), 1, Fill::Random),
-        );
+        let (a, b) = (set("a", odd(), 1, Fill::Random), set("b", odd(), 1, Fill::Random));
         let folder = a.make(root.path()).unwrap();
         make_room(root.path(), &b, 4 * b.bytes()).unwrap();
         assert!(folder.exists());

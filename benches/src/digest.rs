@@ -35,10 +35,7 @@ impl TensorDigest {
         for tensor in self.tensors.values() {
             hash.update(tensor);
         }
-        hash.finalize()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect()
+        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 }
 

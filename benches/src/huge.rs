@@ -49,20 +49,11 @@ impl HugeBuffer {
         let Some(start) = NonNull::new(start) else {
             return Err(io::Error::other("mmap gave address 0"));
         };
-        let buffer = Self {
-            start,
-            len,
-            mapping,
-            mapping_len,
-        };
+        let buffer = Self { start, len, mapping, mapping_len };
         // SAFETY: the range lies within the mapping above. Advice that the kernel refuses (huge pages
         // off) leaves ordinary pages, which is still correct.
         unsafe {
-            libc::madvise(
-                start.as_ptr().cast(),
-                mapping_len - HUGE_PAGE,
-                libc::MADV_HUGEPAGE,
-            );
+            libc::madvise(start.as_ptr().cast(), mapping_len - HUGE_PAGE, libc::MADV_HUGEPAGE);
         }
         Ok(buffer)
     }

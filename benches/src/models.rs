@@ -15,11 +15,7 @@ pub struct TensorSpec {
 
 impl TensorSpec {
     fn new(name: impl Into<String>, dtype: &'static str, shape: &[usize]) -> Self {
-        Self {
-            name: name.into(),
-            dtype,
-            shape: shape.to_vec(),
-        }
+        Self { name: name.into(), dtype, shape: shape.to_vec() }
     }
 
     /// Bytes of data.
@@ -49,13 +45,7 @@ impl Llama {
     /// The tensors in the order of the published checkpoints.
     #[must_use]
     pub fn tensors(self) -> Vec<TensorSpec> {
-        let Self {
-            hidden,
-            ffn,
-            kv,
-            layers,
-            vocab,
-        } = self;
+        let Self { hidden, ffn, kv, layers, vocab } = self;
         let bf16 = |name: String, shape: &[usize]| TensorSpec::new(name, "BF16", shape);
         let mut all = vec![bf16("model.embed_tokens.weight".into(), &[vocab, hidden])];
         for layer in 0..layers {
@@ -95,24 +85,13 @@ pub struct QwenMoe {
 
 impl QwenMoe {
     /// Qwen3-30B-A3B as published: 18,867 tensors.
-    pub const FULL: Self = Self {
-        layers: 48,
-        experts: 128,
-        expert_ffn: 768,
-        hidden: 2048,
-        vocab: 151_936,
-    };
+    pub const FULL: Self =
+        Self { layers: 48, experts: 128, expert_ffn: 768, hidden: 2048, vocab: 151_936 };
 
     /// The tensors, layer by layer.
     #[must_use]
     pub fn tensors(self) -> Vec<TensorSpec> {
-        let Self {
-            layers,
-            experts,
-            expert_ffn,
-            hidden,
-            vocab,
-        } = self;
+        let Self { layers, experts, expert_ffn, hidden, vocab } = self;
         let (q, kv, head) = (2 * hidden, hidden / 4, 128);
         let bf16 = |name: String, shape: &[usize]| TensorSpec::new(name, "BF16", shape);
         let mut all = vec![bf16("model.embed_tokens.weight".into(), &[vocab, hidden])];
@@ -146,10 +125,8 @@ impl QwenMoe {
 #[must_use]
 pub fn gpt2(layers: usize, width: usize, vocab: usize) -> Vec<TensorSpec> {
     let f32 = |name: String, shape: &[usize]| TensorSpec::new(name, "F32", shape);
-    let mut all = vec![
-        f32("wte.weight".into(), &[vocab, width]),
-        f32("wpe.weight".into(), &[1024, width]),
-    ];
+    let mut all =
+        vec![f32("wte.weight".into(), &[vocab, width]), f32("wpe.weight".into(), &[1024, width])];
     for layer in 0..layers {
         let at = |part: &str| format!("h.{layer}.{part}");
         all.extend([
@@ -168,10 +145,7 @@ pub fn gpt2(layers: usize, width: usize, vocab: usize) -> Vec<TensorSpec> {
             f32(at("mlp.c_proj.bias"), &[width]),
         ]);
     }
-    all.extend([
-        f32("ln_f.weight".into(), &[width]),
-        f32("ln_f.bias".into(), &[width]),
-    ]);
+    all.extend([f32("ln_f.weight".into(), &[width]), f32("ln_f.bias".into(), &[width])]);
     all
 }
 
@@ -182,9 +156,7 @@ pub fn many(count: usize) -> Vec<TensorSpec> {
         let (layer, expert) = (i / 1024, i % 1024);
         format!("model.layers.{layer}.mlp.experts.{expert}.up_proj.weight")
     };
-    (0..count)
-        .map(|i| TensorSpec::new(name(i), "BF16", &[64, 32]))
-        .collect()
+    (0..count).map(|i| TensorSpec::new(name(i), "BF16", &[64, 32])).collect()
 }
 
 /// A few tensors of awkward sizes: odd, empty, scalar, unaligned in the file.
@@ -210,21 +182,12 @@ mod tests {
         let tensors = QwenMoe::FULL.tensors();
         assert_eq!(tensors.len(), 18_867);
         // total_size of the published index.
-        assert_eq!(
-            tensors.iter().map(TensorSpec::bytes).sum::<u64>(),
-            61_064_245_248
-        );
+        assert_eq!(tensors.iter().map(TensorSpec::bytes).sum::<u64>(), 61_064_245_248);
     }
 
     #[test]
     fn llama_2_7b_is_as_published() {
-        let llama = Llama {
-            hidden: 4096,
-            ffn: 11008,
-            kv: 4096,
-            layers: 32,
-            vocab: 32000,
-        };
+        let llama = Llama { hidden: 4096, ffn: 11008, kv: 4096, layers: 32, vocab: 32000 };
         let bytes: u64 = llama.tensors().iter().map(TensorSpec::bytes).sum();
         assert_eq!(bytes, 13_476_831_232);
     }

@@ -51,41 +51,68 @@ impl CacheState {
 /// A file system type whose files always live in memory, as `f_type` of `statfs(2)`.
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 
-/// Brings `files` into `state` and returns the resident fraction measured afterwards.
+/// The part of a file, from its start, whose residency matters to a run.
+#[derive(Debug, Clone)]
+pub struct Part {
+    path: PathBuf,
+    len: u64,
+}
+
+impl Part {
+    /// All of a file.
+    ///
+    /// # Errors
+    /// A file that is not there.
+    pub fn whole(path: &Path) -> Result<Self> {
+        let len =
+            std::fs::metadata(path).with_context(|| format!("stat {}", path.display()))?.len();
+        Ok(Self { path: path.to_owned(), len })
+    }
+
+    /// The header of a safetensors file, with the length before it.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn header(path: &Path) -> Result<Self> {
+        let mut len = [0; 8];
+        let file = File::open(path).with_context(|| format!("open {}", path.display()))?;
+        file.read_exact_at(&mut len, 0).with_context(|| format!("read {}", path.display()))?;
+        let len = u64::from_le_bytes(len).saturating_add(8).min(file.metadata()?.len());
+        Ok(Self { path: path.to_owned(), len })
+    }
+}
+
+/// Brings parts of files into `state` and returns the resident fraction measured afterwards.
 ///
 /// The caller decides whether the fraction [confirms](CacheState::confirmed_by) the state.
 ///
 /// # Errors
 /// A file that cannot be opened, read, or measured.
-pub fn establish(files: &[PathBuf], state: CacheState) -> Result<f64> {
-    for path in files {
+pub fn establish(parts: &[Part], state: CacheState) -> Result<f64> {
+    for part in parts {
+        let path = part.path.display();
         match state {
-            CacheState::Cold => evict(path).with_context(|| format!("evict {}", path.display()))?,
-            CacheState::Warm => fill(path).with_context(|| format!("fill {}", path.display()))?,
+            CacheState::Cold => evict(part).with_context(|| format!("evict {path}"))?,
+            CacheState::Warm => fill(part).with_context(|| format!("fill {path}"))?,
         }
     }
-    resident_fraction(files)
+    resident_fraction(parts)
 }
 
-/// Fraction of the files' pages that the page cache holds, by `cachestat` or else `mincore`.
+/// Fraction of the parts' pages that the page cache holds, by `cachestat` or else `mincore`.
 ///
 /// # Errors
 /// A file that cannot be opened or measured.
-pub fn resident_fraction(files: &[PathBuf]) -> Result<f64> {
+pub fn resident_fraction(parts: &[Part]) -> Result<f64> {
     let page = page_size();
     let (mut resident, mut total) = (0u64, 0u64);
-    for path in files {
+    for Part { path, len } in parts {
         let file = File::open(path).with_context(|| format!("open {}", path.display()))?;
-        let len = file.metadata()?.len();
         total += len.div_ceil(page);
-        resident += resident_pages(&file, len)
+        resident += resident_pages(&file, *len)
             .with_context(|| format!("page-cache residency of {}", path.display()))?;
     }
-    Ok(if total == 0 {
-        1.0
-    } else {
-        resident as f64 / total as f64
-    })
+    Ok(if total == 0 { 1.0 } else { resident as f64 / total as f64 })
 }
 
 fn resident_pages(file: &File, len: u64) -> io::Result<u64> {
@@ -94,10 +121,7 @@ fn resident_pages(file: &File, len: u64) -> io::Result<u64> {
     }
     match cachestat(file, len) {
         Err(e)
-            if matches!(
-                e.raw_os_error(),
-                Some(libc::ENOSYS | libc::EPERM | libc::EOPNOTSUPP)
-            ) =>
+            if matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EOPNOTSUPP)) =>
         {
             mincore(file, len)
         }
@@ -113,28 +137,26 @@ fn on_tmpfs(file: &File) -> bool {
     ok && stat.f_type as i64 == TMPFS_MAGIC
 }
 
-fn evict(path: &Path) -> io::Result<()> {
-    let file = File::open(path)?;
+/// Drops the whole file: read-ahead goes beyond a part.
+fn evict(part: &Part) -> io::Result<()> {
+    let file = File::open(&part.path)?;
     file.sync_all()?;
     // SAFETY: the descriptor is open; the call takes no pointers.
     let code = unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
-    if code == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::from_raw_os_error(code))
-    }
+    if code == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(code)) }
 }
 
-fn fill(path: &Path) -> io::Result<()> {
-    let file = File::open(path)?;
-    let len = file.metadata()?.len();
+fn fill(part: &Part) -> io::Result<()> {
+    let file = File::open(&part.path)?;
+    let len = part.len;
     if resident_pages(&file, len)? == len.div_ceil(page_size()) {
         return Ok(());
     }
     let mut buffer = vec![0u8; 4 << 20];
     let mut offset = 0;
     while offset < len {
-        match file.read_at(&mut buffer, offset)? {
+        let wanted = buffer.len().min((len - offset) as usize);
+        match file.read_at(&mut buffer[..wanted], offset)? {
             0 => break,
             n => offset += n as u64,
         }
@@ -176,19 +198,9 @@ fn cachestat(file: &File, len: u64) -> io::Result<u64> {
     let mut stat = Cachestat::default();
     // SAFETY: both pointers are to live values of the layout that the kernel defines; flags must be 0.
     let code = unsafe {
-        libc::syscall(
-            SYS_CACHESTAT,
-            file.as_raw_fd(),
-            &raw const range,
-            &raw mut stat,
-            0,
-        )
+        libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), &raw const range, &raw mut stat, 0)
     };
-    if code == 0 {
-        Ok(stat.nr_cache)
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    if code == 0 { Ok(stat.nr_cache) } else { Err(io::Error::last_os_error()) }
 }
 
 fn mincore(file: &File, len: u64) -> io::Result<u64> {
@@ -200,13 +212,8 @@ fn mincore(file: &File, len: u64) -> io::Result<u64> {
     let map = unsafe { memmap2::MmapOptions::new().len(len).map(file)? };
     let mut pages = vec![0u8; len.div_ceil(page_size() as usize)];
     // SAFETY: the range is mapped and `pages` has one byte for each of its pages.
-    let code = unsafe {
-        libc::mincore(
-            map.as_ptr().cast_mut().cast(),
-            len,
-            pages.as_mut_ptr().cast(),
-        )
-    };
+    let code =
+        unsafe { libc::mincore(map.as_ptr().cast_mut().cast(), len, pages.as_mut_ptr().cast()) };
     if code != 0 {
         return Err(io::Error::last_os_error());
     }
@@ -228,15 +235,12 @@ mod tests {
     #[test]
     fn cold_and_warm_are_seen_by_both_counters() {
         let file = file_of((8 << 20) + 17);
-        let files = [file.path().to_path_buf()];
+        let files = [Part::whole(file.path()).unwrap()];
         let len = file.as_file().metadata().unwrap().len();
         let warm = establish(&files, CacheState::Warm).unwrap();
         assert!(CacheState::Warm.confirmed_by(warm), "{warm}");
         assert!(!CacheState::Cold.confirmed_by(warm), "{warm}");
-        assert_eq!(
-            mincore(file.as_file(), len).unwrap(),
-            len.div_ceil(page_size())
-        );
+        assert_eq!(mincore(file.as_file(), len).unwrap(), len.div_ceil(page_size()));
         let cold = establish(&files, CacheState::Cold).unwrap();
         // Memory is all that a tmpfs file has: the check must see that it did not get cold.
         if on_tmpfs(file.as_file()) {

@@ -17,18 +17,10 @@ const LEFT: u32 = 230;
 /// Errors of the drawing library.
 pub fn svg(results: &Results, workload: &str, state: CacheState) -> Result<String> {
     let rows = results.rows(workload, state);
-    let open = results
-        .runs
-        .iter()
-        .any(|r| r.workload == workload && r.op == Op::Open);
+    let open = results.runs.iter().any(|r| r.workload == workload && r.op == Op::Open);
     let mut text = String::new();
-    draw(
-        &mut text,
-        &rows,
-        open,
-        &format!("{workload}, {}", state.name()),
-    )
-    .map_err(|error| anyhow!("drawing {workload}: {error}"))?;
+    draw(&mut text, &rows, open, &format!("{workload}, {}", state.name()))
+        .map_err(|error| anyhow!("drawing {workload}: {error}"))?;
     Ok(text)
 }
 
@@ -52,12 +44,7 @@ fn draw(
     let height = ROW * rows.len() as u32 + 90;
     let area = SVGBackend::with_string(text, (WIDTH, height)).into_drawing_area();
     area.fill(&WHITE)?;
-    let top = rows
-        .iter()
-        .map(|row| values(row, open).2)
-        .fold(0.0, f64::max)
-        .max(1e-9)
-        * 1.05;
+    let top = rows.iter().map(|row| values(row, open).2).fold(0.0, f64::max).max(1e-9) * 1.05;
     let unit = if open { "ms (less is better)" } else { "GB/s" };
     let mut chart = ChartBuilder::on(&area)
         .caption(title, ("sans-serif", 18))
@@ -77,23 +64,17 @@ fn draw(
         let (low, median, high) = values(row, open);
         let ours =
             row.label == OURS || row.label.starts_with("fst/") || row.label.starts_with("fst-");
-        let colour = if ours {
-            RGBColor(0xc8, 0x50, 0x1e)
-        } else {
-            RGBColor(0x7a, 0x94, 0xb8)
-        };
+        let colour = if ours { RGBColor(0xc8, 0x50, 0x1e) } else { RGBColor(0x7a, 0x94, 0xb8) };
         chart.draw_series([
             Rectangle::new([(0.0, y + 0.15), (median, y + 0.85)], colour.filled()),
             Rectangle::new([(low, y + 0.47), (high, y + 0.53)], BLACK.filled()),
         ])?;
         let (_, pixel) = chart.backend_coord(&(0.0, y + 0.5));
         let style =
-            ("sans-serif", 13)
-                .into_text_style(&area)
-                .pos(plotters::style::text_anchor::Pos::new(
-                    plotters::style::text_anchor::HPos::Right,
-                    plotters::style::text_anchor::VPos::Center,
-                ));
+            ("sans-serif", 13).into_text_style(&area).pos(plotters::style::text_anchor::Pos::new(
+                plotters::style::text_anchor::HPos::Right,
+                plotters::style::text_anchor::VPos::Center,
+            ));
         area.draw(&Text::new(
             format!("{}  {median:.2}", row.label),
             (LEFT as i32 - 8, pixel),

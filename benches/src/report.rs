@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use serde::{Deserialize, Serialize};
 
-use crate::contender::{OURS, Op, by_name, is_ours};
+use crate::contender::{Gives, OURS, Op, by_name, is_ours};
 use crate::machine::Machine;
 use crate::page_cache::CacheState;
 use crate::runner::Run;
@@ -71,11 +71,8 @@ impl Results {
     /// The rows of a section, fastest first. Entries without a valid run are left out.
     #[must_use]
     pub fn rows(&self, workload: &str, state: CacheState) -> Vec<Row> {
-        let runs: Vec<&Run> = self
-            .runs
-            .iter()
-            .filter(|r| r.workload == workload && r.state == state)
-            .collect();
+        let runs: Vec<&Run> =
+            self.runs.iter().filter(|r| r.workload == workload && r.state == state).collect();
         let mut labels: Vec<&str> = Vec::new();
         for run in &runs {
             if !labels.contains(&run.label.as_str()) {
@@ -119,11 +116,7 @@ impl Results {
             "{} cores of {}{}, {:.0} GiB of memory, Linux {}, {} on {}, transparent huge pages `{}`, {}.\n",
             m.cores,
             m.cpu,
-            if m.virtual_machine {
-                " (virtual machine)"
-            } else {
-                ""
-            },
+            if m.virtual_machine { " (virtual machine)" } else { "" },
             m.memory_bytes as f64 / f64::from(1 << 30),
             m.kernel,
             m.file_system,
@@ -137,10 +130,8 @@ impl Results {
         }
         if !self.verdicts.is_empty() {
             let _ = writeln!(out, "### Targets\n");
-            let _ = writeln!(
-                out,
-                "| workload | state | target | bound | median (min - max) | met |"
-            );
+            let _ =
+                writeln!(out, "| workload | state | target | bound | median (min - max) | met |");
             let _ = writeln!(out, "|---|---|---|---|---|---|");
             for v in &self.verdicts {
                 let found = v.found.map_or("not measured".to_owned(), |s| {
@@ -179,11 +170,7 @@ impl Results {
         let resident: Vec<f64> = runs.iter().map(|run| run.resident_before).collect();
         let busy: Vec<f64> = runs.iter().map(|run| run.others_busy).collect();
         let _ = writeln!(out, "### {workload}, {}\n", state.name());
-        let rate = if open {
-            "ms, median (min - max)"
-        } else {
-            "GB/s, median (min - max)"
-        };
+        let rate = if open { "ms, median (min - max)" } else { "GB/s, median (min - max)" };
         let _ = writeln!(
             out,
             "| contender | {rate} | time against {OURS}: median [quartiles] (min - max) | CPU s/GB | extra MiB | runs |"
@@ -197,23 +184,13 @@ impl Results {
                 let speed = format!("{:.1} ({:.1} - {:.1})", ms(s.median), ms(s.min), ms(s.max));
                 (speed, "-".to_owned(), format!("{:.0}", row.extra_mib))
             } else {
-                let speed = format!(
-                    "{:.2} ({:.2} - {:.2})",
-                    gb / s.median,
-                    gb / s.max,
-                    gb / s.min
-                );
-                (
-                    speed,
-                    format!("{:.2}", row.cpu_seconds / gb),
-                    format!("{:.0}", row.extra_mib),
-                )
+                let speed = format!("{:.2} ({:.2} - {:.2})", gb / s.median, gb / s.max, gb / s.min);
+                let bound = by_name(&row.label).is_some_and(|c| c.gives == Gives::Bound);
+                let extra = if bound { "-".to_owned() } else { format!("{:.0}", row.extra_mib) };
+                (speed, format!("{:.3}", row.cpu_seconds / gb), extra)
             };
             let ratio = row.ratio.map_or("-".to_owned(), |r| {
-                format!(
-                    "{:.2} [{:.2}, {:.2}] ({:.2} - {:.2})",
-                    r.median, r.q1, r.q3, r.min, r.max
-                )
+                format!("{:.2} [{:.2}, {:.2}] ({:.2} - {:.2})", r.median, r.q1, r.q3, r.min, r.max)
             });
             let not_counted = match row.invalid {
                 0 => String::new(),
@@ -226,11 +203,12 @@ impl Results {
             );
         }
         let _ = writeln!(out);
-        if let (false, Some(resident)) = (open, summary(&resident)) {
+        if let Some(resident) = summary(&resident) {
             let confirmed = runs.iter().filter(|run| run.state_confirmed).count();
             let _ = write!(
                 out,
-                "Page cache before the runs: {:.2} to {:.2}% resident, {confirmed} of {} confirmed {}. ",
+                "Page cache before the runs{}: {:.2} to {:.2}% resident, {confirmed} of {} confirmed {}. ",
+                if open { " (headers)" } else { "" },
                 resident.min * 100.0,
                 resident.max * 100.0,
                 runs.len(),
@@ -262,9 +240,5 @@ impl Results {
 fn ours_among<'a>(labels: &[&'a str]) -> Option<&'a str> {
     let base = |label: &str| by_name(label.split('/').next().unwrap_or(label));
     let ours = |label: &&&str| base(label).is_some_and(|c| is_ours(c) && c.name == OURS);
-    labels
-        .iter()
-        .filter(ours)
-        .max_by_key(|label| label.contains('/'))
-        .copied()
+    labels.iter().filter(ours).max_by_key(|label| label.contains('/')).copied()
 }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::child::Measurement;
 use crate::contender::{Kind, Op, safetensors_files};
 use crate::machine::busy_seconds;
-use crate::page_cache::{self, CacheState};
+use crate::page_cache::{self, CacheState, Part};
 use crate::workload::{Entry, Workload};
 
 /// One run of one contender.
@@ -48,9 +48,7 @@ impl Run {
     /// The figures, if they may enter a statistic.
     #[must_use]
     pub fn valid(&self) -> Option<&Measurement> {
-        self.measurement
-            .as_ref()
-            .filter(|_| self.state_confirmed && self.error.is_none())
+        self.measurement.as_ref().filter(|_| self.state_confirmed && self.error.is_none())
     }
 }
 
@@ -94,13 +92,16 @@ impl Runner {
         digest: bool,
         report: &mut dyn FnMut(&Run),
     ) -> Result<Vec<Run>> {
+        // A run that opens reads headers only; the data of its files may be a hole far larger than memory.
+        let part = if workload.op == Op::Open { Part::header } else { Part::whole };
         let files = safetensors_files(folder)?;
+        let parts = files.iter().map(|file| part(file)).collect::<Result<Vec<_>>>()?;
         let mut runs = Vec::new();
         for round in 0..rounds {
             for i in 0..entries.len() {
                 let entry = &entries[(i + round) % entries.len()];
                 let digest = digest && round == 0;
-                let run = self.one(workload, folder, &files, state, entry, round, digest)?;
+                let run = self.one(workload, folder, &parts, state, entry, round, digest)?;
                 report(&run);
                 runs.push(run);
             }
@@ -113,28 +114,18 @@ impl Runner {
         &self,
         workload: &Workload,
         folder: &Path,
-        files: &[PathBuf],
+        parts: &[Part],
         state: CacheState,
         entry: &Entry,
         round: usize,
         digest: bool,
     ) -> Result<Run> {
-        // Headers of data that is a hole are all that `open` reads; filling the hole would take its size
-        // in memory. Its files are opened once instead, and no state is claimed for their data.
-        let opens = entry.op == Op::Open;
-        let resident_before = if opens {
-            self.start(entry, folder, false)?;
-            1.0
-        } else {
-            page_cache::establish(files, state)?
-        };
+        let resident_before = page_cache::establish(parts, state)?;
         let busy_before = busy_seconds();
         let start = Instant::now();
         let result = self.start(entry, folder, digest);
         let wall = start.elapsed().as_secs_f64();
-        let busy = busy_before
-            .zip(busy_seconds())
-            .map_or(0.0, |(before, after)| after - before);
+        let busy = busy_before.zip(busy_seconds()).map_or(0.0, |(before, after)| after - before);
         let cores = std::thread::available_parallelism().map_or(1, usize::from) as f64;
         let (measurement, mut error, own) = match result {
             Ok((measurement, own)) => (Some(measurement), None, own),
@@ -144,10 +135,7 @@ impl Runner {
         if let Some(m) = &measurement
             && m.bytes != wanted
         {
-            error = Some(format!(
-                "gave {} bytes of tensor data, expected {wanted}",
-                m.bytes
-            ));
+            error = Some(format!("gave {} bytes of tensor data, expected {wanted}", m.bytes));
         }
         Ok(Run {
             workload: workload.name.to_owned(),
@@ -157,11 +145,7 @@ impl Runner {
             op: entry.op,
             resident_before,
             state_confirmed: state.confirmed_by(resident_before),
-            resident_after: if opens {
-                1.0
-            } else {
-                page_cache::resident_fraction(files)?
-            },
+            resident_after: page_cache::resident_fraction(parts)?,
             others_busy: ((busy - own) / (wall * cores)).clamp(0.0, 1.0),
             measurement,
             error,
@@ -180,13 +164,7 @@ impl Runner {
                 command
             }
         };
-        command.args([
-            "--contender",
-            entry.contender.name,
-            "--op",
-            entry.op.name(),
-            "--path",
-        ]);
+        command.args(["--contender", entry.contender.name, "--op", entry.op.name(), "--path"]);
         command.arg(folder);
         if digest {
             command.arg("--digest");
@@ -196,12 +174,7 @@ impl Runner {
         let own = crate::child::cpu_seconds()? - cpu_before;
         let stderr = String::from_utf8_lossy(&output.stderr);
         if !output.status.success() {
-            let last = stderr
-                .trim()
-                .lines()
-                .next_back()
-                .unwrap_or("no message")
-                .to_owned();
+            let last = stderr.trim().lines().next_back().unwrap_or("no message").to_owned();
             bail!("{}: {last}", output.status);
         }
         let stdout = String::from_utf8_lossy(&output.stdout);
@@ -219,9 +192,7 @@ impl Runner {
 pub fn check_same_tensors(runs: &[Run]) -> Result<()> {
     let mut first: BTreeMap<&str, (&str, &str)> = BTreeMap::new();
     for run in runs {
-        let Run {
-            label, workload, ..
-        } = run;
+        let Run { label, workload, .. } = run;
         if let Some(error) = &run.error {
             bail!("{label} on {workload}: {error}");
         }
@@ -239,14 +210,9 @@ pub fn check_same_tensors(runs: &[Run]) -> Result<()> {
 
 /// Waits for a process to end and collects its output; kills it at the time limit.
 fn wait(mut command: Command, limit: Duration) -> Result<Output> {
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let program = command.get_program().to_owned();
-    let child = command
-        .spawn()
-        .with_context(|| format!("start {}", program.display()))?;
+    let child = command.spawn().with_context(|| format!("start {}", program.display()))?;
     let pid = i32::try_from(child.id())?;
     let (sender, receiver) = mpsc::channel::<io::Result<Output>>();
     let waiter = std::thread::spawn(move || {
@@ -304,11 +270,7 @@ mod tests {
         };
         let (a, b) = (run("a", Some("1"), None), run("b", Some("1"), None));
         check_same_tensors(&[a.clone(), b]).unwrap();
-        let text = |other: Run| {
-            check_same_tensors(&[a.clone(), other])
-                .unwrap_err()
-                .to_string()
-        };
+        let text = |other: Run| check_same_tensors(&[a.clone(), other]).unwrap_err().to_string();
         assert!(text(run("b", Some("2"), None)).contains("b gave other tensors than a"));
         assert!(text(run("b", None, None)).contains("no digest"));
         assert!(text(run("b", Some("1"), Some("short"))).contains("short"));

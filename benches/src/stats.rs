@@ -51,10 +51,7 @@ mod tests {
     fn quartiles_agree_with_numpy() {
         // numpy.percentile([3, 1, 4, 1, 5, 9], [25, 50, 75])
         let s = summary(&[3.0, 1.0, 4.0, 1.0, 5.0, 9.0]).unwrap();
-        assert_eq!(
-            (s.min, s.q1, s.median, s.q3, s.max, s.n),
-            (1.0, 1.5, 3.5, 4.75, 9.0, 6)
-        );
+        assert_eq!((s.min, s.q1, s.median, s.q3, s.max, s.n), (1.0, 1.5, 3.5, 4.75, 9.0, 6));
         assert_eq!(summary(&[2.0]).unwrap().median, 2.0);
         assert_eq!(summary(&[]), None);
     }

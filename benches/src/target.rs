@@ -46,62 +46,19 @@ const fn speed(
     against: &'static str,
     bound: f64,
 ) -> Target {
-    Target {
-        what,
-        workloads,
-        state,
-        quantity: Quantity::Speed,
-        ours,
-        against,
-        bound,
-    }
+    Target { what, workloads, state, quantity: Quantity::Speed, ours, against, bound }
 }
 
 use CacheState::{Cold, Warm};
 
 /// Every target.
 pub const TARGETS: &[Target] = &[
-    speed(
-        "owned, against fastsafetensors",
-        LOADS,
-        Cold,
-        "fst",
-        "fastsafetensors",
-        1.8,
-    ),
+    speed("owned, against fastsafetensors", LOADS, Cold, "fst", "fastsafetensors", 1.8),
     speed("owned, against Run:ai", LOADS, Cold, "fst", "runai", 2.5),
-    speed(
-        "owned, against safetensors copied out",
-        LOADS,
-        Cold,
-        "fst",
-        "safetensors-copy",
-        3.0,
-    ),
-    speed(
-        "owned, against the raw ceiling",
-        LOADS,
-        Cold,
-        "fst",
-        "raw-ceiling",
-        0.9,
-    ),
-    speed(
-        "owned, against fastsafetensors",
-        LOADS,
-        Warm,
-        "fst",
-        "fastsafetensors",
-        2.0,
-    ),
-    speed(
-        "owned, against a parallel memcpy",
-        LOADS,
-        Warm,
-        "fst",
-        "memcpy",
-        0.85,
-    ),
+    speed("owned, against safetensors copied out", LOADS, Cold, "fst", "safetensors-copy", 3.0),
+    speed("owned, against the raw ceiling", LOADS, Cold, "fst", "raw-ceiling", 0.9),
+    speed("owned, against fastsafetensors", LOADS, Warm, "fst", "fastsafetensors", 2.0),
+    speed("owned, against a parallel memcpy", LOADS, Warm, "fst", "memcpy", 0.85),
     speed(
         "mapped and touched, against safetensors the same",
         LOADS,
@@ -110,22 +67,8 @@ pub const TARGETS: &[Target] = &[
         "safetensors-touch",
         1.0,
     ),
-    speed(
-        "half along dim 0, against the whole",
-        &["half-dim0"],
-        Cold,
-        "fst/half-dim0",
-        "fst",
-        1.7,
-    ),
-    speed(
-        "half along dim 1, against the whole",
-        &["half-dim1"],
-        Cold,
-        "fst/half-dim1",
-        "fst",
-        1.2,
-    ),
+    speed("half along dim 0, against the whole", &["half-dim0"], Cold, "fst/half-dim0", "fst", 1.7),
+    speed("half along dim 1, against the whole", &["half-dim1"], Cold, "fst/half-dim1", "fst", 1.2),
     speed(
         "open, against the safetensors crate",
         &["open-18867", "open-100000"],
@@ -189,19 +132,11 @@ pub fn paired_ratios(
     value: fn(&crate::child::Measurement) -> f64,
 ) -> Vec<f64> {
     let of = |label: &str, round: usize| {
-        let run = runs
-            .iter()
-            .find(|run| run.label == label && run.round == round)?;
+        let run = runs.iter().find(|run| run.label == label && run.round == round)?;
         run.valid().map(value)
     };
-    let rounds = runs
-        .iter()
-        .map(|run| run.round)
-        .max()
-        .map_or(0, |last| last + 1);
-    (0..rounds)
-        .filter_map(|round| Some(of(other, round)? / of(ours, round)?))
-        .collect()
+    let rounds = runs.iter().map(|run| run.round).max().map_or(0, |last| last + 1);
+    (0..rounds).filter_map(|round| Some(of(other, round)? / of(ours, round)?)).collect()
 }
 
 /// Applies every target that these workloads are under.
@@ -293,10 +228,7 @@ mod tests {
         ];
         let found = |runs: &[Run]| {
             let all = verdicts(runs);
-            let one = all
-                .iter()
-                .find(|v| v.what.contains("fastsafetensors"))
-                .unwrap();
+            let one = all.iter().find(|v| v.what.contains("fastsafetensors")).unwrap();
             (one.found.map(|s| (s.median, s.n)), one.met)
         };
         assert_eq!(found(&runs), (Some((2.0, 1)), Some(true)));

@@ -79,14 +79,7 @@ pub const WORKLOADS: &[Workload] = &[
         rounds: 7,
         data: || DataSet {
             name: "single",
-            tensors: Llama {
-                hidden: 2048,
-                ffn: 5632,
-                kv: 256,
-                layers: 14,
-                vocab: 32000,
-            }
-            .tensors(),
+            tensors: Llama { hidden: 2048, ffn: 5632, kv: 256, layers: 14, vocab: 32000 }.tensors(),
             shards: 1,
             fill: Fill::Random,
         },
@@ -99,12 +92,7 @@ pub const WORKLOADS: &[Workload] = &[
         rounds: 5,
         data: || DataSet {
             name: "moe",
-            tensors: QwenMoe {
-                layers: 12,
-                expert_ffn: 128,
-                ..QwenMoe::FULL
-            }
-            .tensors(),
+            tensors: QwenMoe { layers: 12, expert_ffn: 128, ..QwenMoe::FULL }.tensors(),
             shards: 2,
             fill: Fill::Random,
         },
@@ -182,12 +170,7 @@ pub const QUICK: &[Workload] = &[
         op: Op::Load,
         states: BOTH,
         rounds: 1,
-        data: || DataSet {
-            name: "quick-odd",
-            tensors: odd(),
-            shards: 1,
-            fill: Fill::Random,
-        },
+        data: || DataSet { name: "quick-odd", tensors: odd(), shards: 1, fill: Fill::Random },
     },
     Workload {
         name: "quick-open",
@@ -195,26 +178,14 @@ pub const QUICK: &[Workload] = &[
         op: Op::Open,
         states: WARM,
         rounds: 1,
-        data: || DataSet {
-            name: "quick-open",
-            tensors: many(2000),
-            shards: 1,
-            fill: Fill::Hole,
-        },
+        data: || DataSet { name: "quick-open", tensors: many(2000), shards: 1, fill: Fill::Hole },
     },
 ];
 
 fn llama() -> DataSet {
     DataSet {
         name: "llama",
-        tensors: Llama {
-            hidden: 4096,
-            ffn: 11008,
-            kv: 4096,
-            layers: 10,
-            vocab: 32000,
-        }
-        .tensors(),
+        tensors: Llama { hidden: 4096, ffn: 11008, kv: 4096, layers: 10, vocab: 32000 }.tensors(),
         shards: 3,
         fill: Fill::Random,
     }
@@ -223,14 +194,7 @@ fn llama() -> DataSet {
 fn quick_llama() -> DataSet {
     DataSet {
         name: "quick-llama",
-        tensors: Llama {
-            hidden: 256,
-            ffn: 688,
-            kv: 64,
-            layers: 4,
-            vocab: 4000,
-        }
-        .tensors(),
+        tensors: Llama { hidden: 256, ffn: 688, kv: 64, layers: 4, vocab: 4000 }.tensors(),
         shards: 3,
         fill: Fill::Random,
     }
@@ -251,15 +215,9 @@ impl Workload {
             |c: &&'static Contender| c.ops.contains(&self.op) && c.states.contains(&state);
         let mut entries = Vec::new();
         for contender in CONTENDERS.iter().filter(takes_part) {
-            entries.push(Entry {
-                contender,
-                op: self.op,
-            });
+            entries.push(Entry { contender, op: self.op });
             if self.op.halved_dim().is_some() && contender::is_ours(contender) {
-                entries.push(Entry {
-                    contender,
-                    op: Op::Load,
-                });
+                entries.push(Entry { contender, op: Op::Load });
             }
         }
         entries
@@ -269,10 +227,7 @@ impl Workload {
     #[must_use]
     pub fn bytes(&self, op: Op) -> u64 {
         let data = self.data();
-        data.tensors
-            .iter()
-            .map(|t: &TensorSpec| op.bytes_of(&t.shape, t.bytes()))
-            .sum()
+        data.tensors.iter().map(|t: &TensorSpec| op.bytes_of(&t.shape, t.bytes())).sum()
     }
 }
 

@@ -12,12 +12,7 @@ fn run(extra: &[&str]) -> (tempfile::TempDir, anyhow::Result<Option<Results>>) {
     // Beside the sources: a temporary folder may be a tmpfs, whose files cannot be cold.
     let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
     let (data, out) = (folder.path().join("data"), folder.path().join("out"));
-    let paths = [
-        "--data",
-        data.to_str().unwrap(),
-        "--out",
-        out.to_str().unwrap(),
-    ];
+    let paths = ["--data", data.to_str().unwrap(), "--out", out.to_str().unwrap()];
     let args = Args::parse_from([&["load", "--quick"], &paths[..], extra].concat());
     let results = app::run(&args, Path::new(env!("CARGO_BIN_EXE_fst-bench-contender")));
     (folder, results)
@@ -35,12 +30,7 @@ fn every_contender_gives_the_same_tensors() {
         assert_eq!(run.error, None, "{} {}", run.workload, run.label);
         assert!(run.measurement.as_ref().unwrap().seconds > 0.0);
     }
-    for name in [
-        "results.json",
-        "results.md",
-        "quick-llama-cold.svg",
-        "quick-open-warm.svg",
-    ] {
+    for name in ["results.json", "results.md", "quick-llama-cold.svg", "quick-open-warm.svg"] {
         assert!(folder.path().join("out").join(name).is_file(), "{name}");
     }
     let json = std::fs::read_to_string(folder.path().join("out/results.json")).unwrap();

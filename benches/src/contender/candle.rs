@@ -22,9 +22,7 @@ pub(super) fn load(files: &[PathBuf]) -> Result<Box<dyn Loaded>> {
 impl Loaded for Tensors {
     fn bytes(&self) -> u64 {
         let tensors = self.0.iter().flat_map(HashMap::values);
-        tensors
-            .map(|t| (t.elem_count() * t.dtype().size_in_bytes()) as u64)
-            .sum()
+        tensors.map(|t| (t.elem_count() * t.dtype().size_in_bytes()) as u64).sum()
     }
 
     fn for_each(&self, visit: &mut Visit<'_>) -> Result<()> {

@@ -3,12 +3,14 @@
 #[cfg(feature = "candle")]
 mod candle;
 mod official;
+mod ours;
 mod whole_file;
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
+use fst::Engine;
 use serde::{Deserialize, Serialize};
 
 use crate::page_cache::CacheState;
@@ -111,6 +113,22 @@ const SLICES: &[Op] = &[Op::Load, Op::HalfDim0, Op::HalfDim1];
 /// Every contender, ours first.
 pub const CONTENDERS: &[Contender] = &[
     Contender {
+        name: "fst",
+        what: "this workspace: Loader::load, engine auto",
+        kind: Kind::Rust,
+        gives: Gives::Owned,
+        ops: &[Op::Load, Op::HalfDim0, Op::HalfDim1, Op::Open],
+        states: BOTH,
+    },
+    Contender {
+        name: "fst-pread",
+        what: "this workspace: Loader::load, engine pread",
+        kind: Kind::Rust,
+        gives: Gives::Owned,
+        ops: WHOLE,
+        states: BOTH,
+    },
+    Contender {
         name: "safetensors-copy",
         what: "crate safetensors 0.8.0: mmap, each tensor copied into a Vec",
         kind: Kind::Rust,
@@ -178,9 +196,7 @@ pub const CONTENDERS: &[Contender] = &[
     Contender {
         name: "py-safetensors-0.8.0-copy",
         what: "Python safetensors 0.8.0: safe_open, each tensor cloned",
-        kind: Kind::Python {
-            packages: "safetensors-0.8.0",
-        },
+        kind: Kind::Python { packages: "safetensors-0.8.0" },
         gives: Gives::Owned,
         ops: SLICES,
         states: BOTH,
@@ -188,9 +204,7 @@ pub const CONTENDERS: &[Contender] = &[
     Contender {
         name: "py-safetensors-0.8.0-touch",
         what: "Python safetensors 0.8.0: safe_open, each page touched",
-        kind: Kind::Python {
-            packages: "safetensors-0.8.0",
-        },
+        kind: Kind::Python { packages: "safetensors-0.8.0" },
         gives: Gives::Mapped,
         ops: WHOLE,
         states: BOTH,
@@ -198,9 +212,7 @@ pub const CONTENDERS: &[Contender] = &[
     Contender {
         name: "py-safetensors-0.9.0rc1-copy",
         what: "Python safetensors 0.9.0rc1: safe_open, each tensor cloned",
-        kind: Kind::Python {
-            packages: "safetensors-0.9.0rc1",
-        },
+        kind: Kind::Python { packages: "safetensors-0.9.0rc1" },
         gives: Gives::Owned,
         ops: SLICES,
         states: BOTH,
@@ -208,9 +220,7 @@ pub const CONTENDERS: &[Contender] = &[
     Contender {
         name: "fastsafetensors",
         what: "Python fastsafetensors 0.5.0: nogds, CPU, its default threads, get_tensor of every key",
-        kind: Kind::Python {
-            packages: "fastsafetensors-0.5.0",
-        },
+        kind: Kind::Python { packages: "fastsafetensors-0.5.0" },
         gives: Gives::Owned,
         ops: WHOLE,
         states: BOTH,
@@ -218,9 +228,7 @@ pub const CONTENDERS: &[Contender] = &[
     Contender {
         name: "runai",
         what: "Python runai-model-streamer 0.17.0: SafetensorsStreamer at its defaults (tensors owned)",
-        kind: Kind::Python {
-            packages: "runai-model-streamer-0.17.0",
-        },
+        kind: Kind::Python { packages: "runai-model-streamer-0.17.0" },
         gives: Gives::Owned,
         ops: WHOLE,
         states: BOTH,
@@ -269,13 +277,16 @@ pub type Job = Box<dyn FnOnce() -> Result<Box<dyn Loaded>>>;
 ///
 /// # Errors
 /// A name that is unknown or not in Rust, or an operation that the contender does not know.
-pub fn prepare(name: &str, op: Op, _folder: &Path, files: &[PathBuf]) -> Result<Job> {
+pub fn prepare(name: &str, op: Op, folder: &Path, files: &[PathBuf]) -> Result<Job> {
     let contender = by_name(name).with_context(|| format!("no contender named {name}"))?;
     if !contender.ops.contains(&op) {
         bail!("{name} does not do {}", op.name());
     }
-    let files = files.to_vec();
+    let (folder, files) = (folder.to_path_buf(), files.to_vec());
     Ok(match name {
+        "fst" if op == Op::Open => Box::new(move || ours::open(&folder)),
+        "fst" => Box::new(move || ours::load(&folder, op, Engine::Auto)),
+        "fst-pread" => Box::new(move || ours::load(&folder, op, Engine::Pread)),
         "safetensors-copy" => Box::new(move || official::copy(&files, op)),
         "safetensors-touch" => Box::new(move || official::touch(&files)),
         "safetensors-open" => Box::new(move || official::open(&files)),
@@ -315,11 +326,7 @@ mod tests {
     #[test]
     fn names_are_unique() {
         for (i, c) in CONTENDERS.iter().enumerate() {
-            assert!(
-                CONTENDERS[..i].iter().all(|d| d.name != c.name),
-                "{}",
-                c.name
-            );
+            assert!(CONTENDERS[..i].iter().all(|d| d.name != c.name), "{}", c.name);
         }
     }
 

@@ -51,11 +51,7 @@ pub(super) fn copy(files: &[PathBuf], op: Op) -> Result<Box<dyn Loaded>> {
                 Some(dim) if view.shape().len() >= 2 => half(&view, dim)?,
                 _ => (view.shape().to_vec(), view.data().to_vec()),
             };
-            tensors.push(OwnedTensor {
-                name: name.to_owned(),
-                shape,
-                data,
-            });
+            tensors.push(OwnedTensor { name: name.to_owned(), shape, data });
         }
     }
     Ok(Box::new(Owned(tensors)))
@@ -81,13 +77,8 @@ struct Mapped(Vec<Mmap>);
 
 impl Loaded for Mapped {
     fn bytes(&self) -> u64 {
-        let parsed = self
-            .0
-            .iter()
-            .filter_map(|map| SafeTensors::deserialize(map).ok());
-        parsed
-            .map(|p| p.iter().map(|(_, v)| v.data().len() as u64).sum::<u64>())
-            .sum()
+        let parsed = self.0.iter().filter_map(|map| SafeTensors::deserialize(map).ok());
+        parsed.map(|p| p.iter().map(|(_, v)| v.data().len() as u64).sum::<u64>()).sum()
     }
 
     fn for_each(&self, visit: &mut Visit<'_>) -> Result<()> {

@@ -50,10 +50,7 @@ impl Bytes for HugeFile {
 impl<B: Bytes> Loaded for WholeFiles<B> {
     fn bytes(&self) -> u64 {
         let header = |b: &[u8]| SafeTensors::read_metadata(b).map_or(0, |(n, _)| n + 8);
-        self.0
-            .iter()
-            .map(|b| (b.bytes().len() - header(b.bytes())) as u64)
-            .sum()
+        self.0.iter().map(|b| (b.bytes().len() - header(b.bytes())) as u64).sum()
     }
 
     fn for_each(&self, visit: &mut Visit<'_>) -> Result<()> {
@@ -78,9 +75,7 @@ pub(super) fn fs_read(files: &[PathBuf]) -> Result<Box<dyn Loaded>> {
 }
 
 fn file_len(path: &PathBuf) -> Result<usize> {
-    let len = std::fs::metadata(path)
-        .with_context(|| format!("stat {}", path.display()))?
-        .len();
+    let len = std::fs::metadata(path).with_context(|| format!("stat {}", path.display()))?.len();
     Ok(usize::try_from(len)?)
 }
 
@@ -95,9 +90,7 @@ fn in_parallel(
         .flat_map(|(file, target)| {
             let len = target.len;
             let blocks = target.buffer.as_mut_slice()[..len].chunks_mut(BLOCK);
-            blocks
-                .enumerate()
-                .map(move |(i, block)| (file, i * BLOCK, block))
+            blocks.enumerate().map(move |(i, block)| (file, i * BLOCK, block))
         })
         .collect();
     let queue = Mutex::new(blocks.into_iter());
@@ -115,9 +108,7 @@ fn in_parallel(
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let handles: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
         for handle in handles {
-            handle
-                .join()
-                .map_err(|_| io::Error::other("a copying thread panicked"))??;
+            handle.join().map_err(|_| io::Error::other("a copying thread panicked"))??;
         }
         Ok(())
     })
@@ -127,10 +118,7 @@ fn fresh(files: &[PathBuf]) -> Result<Vec<HugeFile>> {
     let mut targets = Vec::new();
     for path in files {
         let len = file_len(path)?;
-        targets.push(HugeFile {
-            buffer: HugeBuffer::fresh(len)?,
-            len,
-        });
+        targets.push(HugeFile { buffer: HugeBuffer::fresh(len)?, len });
     }
     Ok(targets)
 }
@@ -156,10 +144,7 @@ pub(super) fn memcpy(files: Vec<PathBuf>) -> Result<Job> {
 /// Parallel buffered reads.
 pub(super) fn pread_copy(files: &[PathBuf]) -> Result<Box<dyn Loaded>> {
     let mut targets = fresh(files)?;
-    let opened = files
-        .iter()
-        .map(File::open)
-        .collect::<io::Result<Vec<_>>>()?;
+    let opened = files.iter().map(File::open).collect::<io::Result<Vec<_>>>()?;
     in_parallel(&mut targets, |file, offset, block| {
         opened[file].read_exact_at(block, offset as u64)
     })?;
@@ -240,14 +225,8 @@ pub(super) fn raw_ceiling(files: Vec<PathBuf>) -> Result<Job> {
         }
         if let Some((file, block, result)) = failure {
             let path = files[file].display();
-            ensure!(
-                result < 0,
-                "{path}: short direct read of block {block}: {result} bytes"
-            );
-            bail!(
-                "{path}: block {block}: {}",
-                io::Error::from_raw_os_error(-result)
-            );
+            ensure!(result < 0, "{path}: short direct read of block {block}: {result} bytes");
+            bail!("{path}: block {block}: {}", io::Error::from_raw_os_error(-result));
         }
         Ok(Box::new(WholeFiles(targets)))
     }))
