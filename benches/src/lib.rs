@@ -1,1 +1,29 @@
-//! Support for the benches of the workspace.
+//! The benchmark harness: loaders of safetensors checkpoints run in turn on the same files.
+//!
+//! What makes a figure here believable, and which module sees to it:
+//!
+//! - every run is a fresh process, so memory and allocator start equal ([`child`], `fst-bench-contender`);
+//! - contenders are interleaved and the order rotates, so slow drift of the machine hits all ([`runner`]);
+//! - the page cache is put into the wanted state before each run and *checked*; a run whose state could
+//!   not be confirmed is kept in the record but never enters a median ([`page_cache`]);
+//! - comparisons are ratios of runs of the same round, given with their spread ([`stats`]);
+//! - all contenders are held to the same bytes by a digest of every tensor ([`digest`]).
+//!
+//! Workloads ([`workload`]) and contenders ([`contender`]) are data. Results are written as JSON, a table
+//! and a drawing ([`report`], [`plot`]) with a description of the machine ([`machine`]).
+
+pub mod app;
+pub mod child;
+pub mod contender;
+pub mod data;
+pub mod digest;
+pub mod huge;
+pub mod machine;
+pub mod models;
+pub mod page_cache;
+pub mod plot;
+pub mod report;
+pub mod runner;
+pub mod stats;
+pub mod target;
+pub mod workload;

@@ -1,0 +1,253 @@
+//! The checkpoints that workloads run on: synthesized once, reused while complete, evicted to bound the disk.
+
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+
+use crate::models::TensorSpec;
+
+/// What the files of a data set are filled with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fill {
+    /// Pseudo-random bytes.
+    Random,
+    /// Nothing: the data is a hole of the right length. For workloads that read headers only.
+    Hole,
+}
+
+/// A checkpoint to synthesize.
+#[derive(Debug, Clone)]
+pub struct DataSet {
+    /// Name of its folder.
+    pub name: &'static str,
+    /// Its tensors, in the order of the files.
+    pub tensors: Vec<TensorSpec>,
+    /// Number of files the tensors are spread over, evenly by bytes.
+    pub shards: usize,
+    /// What the data is.
+    pub fill: Fill,
+}
+
+/// Present when the folder holds everything it should.
+const COMPLETE: &str = "complete";
+
+impl DataSet {
+    /// Bytes of tensor data.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.tensors.iter().map(TensorSpec::bytes).sum()
+    }
+
+    /// Identifies names, shapes, shards and fill, so that a changed definition is made anew.
+    fn fingerprint(&self) -> String {
+        let text = format!("1 {:?} {} {:?}", self.tensors, self.shards, self.fill);
+        Sha256::digest(text).iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// The checkpoint's folder under `root`, made now unless it is there and complete.
+    ///
+    /// # Errors
+    /// Files that cannot be written.
+    pub fn make(&self, root: &Path) -> Result<PathBuf> {
+        let folder = root.join(self.name);
+        let complete = folder.join(COMPLETE);
+        if fs::read_to_string(&complete).is_ok_and(|found| found == self.fingerprint()) {
+            return Ok(folder);
+        }
+        if folder.exists() {
+            fs::remove_dir_all(&folder).with_context(|| format!("remove {}", folder.display()))?;
+        }
+        fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
+        self.write(&folder).with_context(|| format!("synthesize into {}", folder.display()))?;
+        fs::write(&complete, self.fingerprint())?;
+        Ok(folder)
+    }
+
+    fn write(&self, folder: &Path) -> Result<()> {
+        let shards = self.split();
+        let mut weight_map = Map::new();
+        for (i, tensors) in shards.iter().enumerate() {
+            let file = if shards.len() == 1 {
+                "model.safetensors".to_owned()
+            } else {
+                format!("model-{:05}-of-{:05}.safetensors", i + 1, shards.len())
+            };
+            self.write_shard(&folder.join(&file), tensors, i as u64)?;
+            for tensor in *tensors {
+                weight_map.insert(tensor.name.clone(), Value::String(file.clone()));
+            }
+        }
+        if shards.len() > 1 {
+            let index = json!({"metadata": {"total_size": self.bytes()}, "weight_map": weight_map});
+            fs::write(folder.join("model.safetensors.index.json"), index.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// Cuts the tensors into consecutive shards of about equal bytes, none empty.
+    fn split(&self) -> Vec<&[TensorSpec]> {
+        let per_shard = self.bytes().div_ceil(self.shards as u64).max(1);
+        let mut shards = Vec::new();
+        let (mut start, mut filled) = (0, 0);
+        for (i, tensor) in self.tensors.iter().enumerate() {
+            filled += tensor.bytes();
+            let last = shards.len() + 1 == self.shards;
+            if (filled >= per_shard && !last) || i + 1 == self.tensors.len() {
+                shards.push(&self.tensors[start..=i]);
+                (start, filled) = (i + 1, 0);
+            }
+        }
+        shards
+    }
+
+    fn write_shard(&self, path: &Path, tensors: &[TensorSpec], seed: u64) -> Result<()> {
+        let mut header = Map::new();
+        header.insert("__metadata__".into(), json!({"format": "pt"}));
+        let mut offset = 0;
+        for tensor in tensors {
+            let end = offset + tensor.bytes();
+            let entry = json!({
+                "dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [offset, end],
+            });
+            header.insert(tensor.name.clone(), entry);
+            offset = end;
+        }
+        let mut header = Value::Object(header).to_string().into_bytes();
+        // As the official writer does: padded with spaces to a multiple of 8.
+        header.resize(header.len().next_multiple_of(8), b' ');
+        let file = File::create(path).with_context(|| format!("create {}", path.display()))?;
+        let mut out = BufWriter::with_capacity(1 << 20, file);
+        out.write_all(&(header.len() as u64).to_le_bytes())?;
+        out.write_all(&header)?;
+        if self.fill == Fill::Random {
+            let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ seed);
+            let mut block = vec![0u8; 1 << 20];
+            let mut left = offset;
+            while left > 0 {
+                let n = left.min(block.len() as u64) as usize;
+                random.fill(&mut block);
+                out.write_all(&block[..n])?;
+                left -= n as u64;
+            }
+        }
+        let file = out.into_inner().map_err(|e| e.into_error())?;
+        file.set_len(8 + header.len() as u64 + offset)?;
+        file.sync_all()?;
+        Ok(())
+    }
+}
+
+/// xorshift64*: fast, and incompressible enough that no layer of storage can cheat.
+struct Random(u64);
+
+impl Random {
+    fn fill(&mut self, block: &mut [u8]) {
+        for chunk in block.chunks_exact_mut(8) {
+            self.0 ^= self.0 >> 12;
+            self.0 ^= self.0 << 25;
+            self.0 ^= self.0 >> 27;
+            chunk.copy_from_slice(&self.0.wrapping_mul(0x2545_f491_4f6c_dd1d).to_le_bytes());
+        }
+    }
+}
+
+/// Removes other data sets under `root`, oldest first, until `next` fits into `limit` bytes with the rest.
+///
+/// # Errors
+/// A data set larger than the limit, or a folder that cannot be removed.
+pub fn make_room(root: &Path, next: &DataSet, limit: u64) -> Result<()> {
+    let wanted = if next.fill == Fill::Hole { 0 } else { next.bytes() };
+    if wanted > limit {
+        bail!("{} needs {wanted} bytes, the limit is {limit} (--disk-limit-gb)", next.name);
+    }
+    let mut others = Vec::new();
+    for entry in fs::read_dir(root).into_iter().flatten() {
+        let path = entry?.path();
+        if path.is_dir() && path.file_name().is_some_and(|name| name != next.name) {
+            others.push((path.metadata()?.modified()?, allocated(&path)?, path));
+        }
+    }
+    others.sort();
+    let mut used: u64 = others.iter().map(|other| other.1).sum();
+    for (_, bytes, path) in others {
+        if used + wanted <= limit {
+            break;
+        }
+        fs::remove_dir_all(&path).with_context(|| format!("remove {}", path.display()))?;
+        used -= bytes;
+    }
+    Ok(())
+}
+
+/// Bytes that the files of a folder take on the disk.
+fn allocated(folder: &Path) -> Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    let mut total = 0;
+    for entry in fs::read_dir(folder)? {
+        total += entry?.metadata()?.blocks() * 512;
+    }
+    Ok(total)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::models::{Llama, odd};
+    use safetensors::SafeTensors;
+
+    fn set(name: &'static str, tensors: Vec<TensorSpec>, shards: usize, fill: Fill) -> DataSet {
+        DataSet { name, tensors, shards, fill }
+    }
+
+    #[test]
+    fn the_official_reader_accepts_every_shard() {
+        let root = tempfile::tempdir().unwrap();
+        let llama = Llama { hidden: 64, ffn: 160, kv: 32, layers: 3, vocab: 500 };
+        for fill in [Fill::Random, Fill::Hole] {
+            let set = set("a", llama.tensors(), 3, fill);
+            let folder = set.make(root.path()).unwrap();
+            let files = crate::contender::safetensors_files(&folder).unwrap();
+            assert_eq!(files.len(), 3);
+            let mut found = Vec::new();
+            for file in files {
+                let bytes = fs::read(file).unwrap();
+                for (name, view) in SafeTensors::deserialize(&bytes).unwrap().iter() {
+                    found.push((name.to_owned(), view.shape().to_vec()));
+                }
+            }
+            let mut wanted: Vec<_> =
+                set.tensors.iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
+            found.sort();
+            wanted.sort();
+            assert_eq!(found, wanted);
+        }
+    }
+
+    #[test]
+    fn complete_data_is_reused_and_changed_definitions_are_not() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = set("a", odd(), 1, Fill::Random).make(root.path()).unwrap();
+        let mark = folder.join("mark");
+        fs::write(&mark, "").unwrap();
+        set("a", odd(), 1, Fill::Random).make(root.path()).unwrap();
+        assert!(mark.exists());
+        set("a", odd(), 2, Fill::Random).make(root.path()).unwrap();
+        assert!(!mark.exists());
+    }
+
+    #[test]
+    fn old_data_makes_room_for_new() {
+        let root = tempfile::tempdir().unwrap();
+        let (a, b) = (set("a", odd(), 1, Fill::Random), set("b", odd(), 1, Fill::Random));
+        let folder = a.make(root.path()).unwrap();
+        make_room(root.path(), &b, 4 * b.bytes()).unwrap();
+        assert!(folder.exists());
+        make_room(root.path(), &b, b.bytes() + 1).unwrap();
+        assert!(!folder.exists());
+        assert!(make_room(root.path(), &b, b.bytes() - 1).is_err());
+    }
+}
