@@ -1,0 +1,595 @@
+//! Pinned host memory: blocks that storage reads into and that copy engines read from.
+//!
+//! A [`PinnedRing`] hands out blocks of one size. Its memory is pinned by a thread of its own,
+//! segment by segment, so that the first reads run while the rest is still being pinned. Memory is
+//! ordinary cached memory on huge pages where the system has them (write-combined memory would make
+//! every read by the CPU slow), on the device's NUMA node where there are several.
+
+use crate::device::CudaDevice;
+use crate::error::{Error, Result};
+use crate::sys::code;
+use crossbeam::queue::ArrayQueue;
+use cudarc::driver::sys;
+use std::ffi::c_void;
+use std::fmt;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// Blocks are multiples of this, in bytes: direct I/O asks for no more than a page.
+pub const BLOCK_ALIGN: usize = 4096;
+const HUGE_PAGE: usize = 2 << 20;
+/// Pinned at once: small enough that the first blocks are there within milliseconds.
+const SEGMENT: usize = 16 << 20;
+
+/// What happens to a ring's memory when the ring is dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Afterwards {
+    /// It is unpinned and given back to the system.
+    #[default]
+    Release,
+    /// It stays pinned for the next ring of the process, until [`release_kept`].
+    Keep,
+}
+
+/// Size and fate of a ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RingOptions {
+    /// Bytes of a block, a multiple of [`BLOCK_ALIGN`].
+    pub block_bytes: usize,
+    /// Number of blocks.
+    pub blocks: usize,
+    /// What happens to the memory in the end.
+    pub afterwards: Afterwards,
+}
+
+impl Default for RingOptions {
+    /// 64 blocks of 4 MiB, 256 MiB in all, released in the end.
+    fn default() -> Self {
+        Self { block_bytes: 4 << 20, blocks: 64, afterwards: Afterwards::Release }
+    }
+}
+
+/// Segments kept for later rings.
+static KEPT: Mutex<Vec<PinnedMemory>> = Mutex::new(Vec::new());
+
+/// Unpins and frees what finished rings kept ([`Afterwards::Keep`]). Returns the bytes freed.
+pub fn release_kept() -> usize {
+    let kept = std::mem::take(&mut *KEPT.lock().unwrap_or_else(PoisonError::into_inner));
+    kept.iter().map(|m| m.len).sum()
+}
+
+/// How a piece of pinned memory came to be, and so how it goes.
+enum Origin {
+    /// Our mapping, registered with the driver.
+    Registered,
+    /// Allocated by the driver.
+    Allocated,
+}
+
+/// One pinned allocation.
+struct PinnedMemory {
+    device: CudaDevice,
+    /// `len` bytes, initialised, ours alone.
+    start: NonNull<u8>,
+    len: usize,
+    origin: Origin,
+}
+
+// SAFETY: owned memory; the driver calls on it may come from any thread.
+unsafe impl Send for PinnedMemory {}
+// SAFETY: no access through a shared reference here; blocks are handed out one owner at a time.
+unsafe impl Sync for PinnedMemory {}
+
+impl PinnedMemory {
+    fn new(device: &CudaDevice, len: usize) -> Result<Self> {
+        if let Some(memory) = Self::take_kept(device, len) {
+            return Ok(memory);
+        }
+        let _current = device.make_current()?;
+        if let Some(start) = map(len, device.numa_node()) {
+            let flags = sys::CU_MEMHOSTREGISTER_PORTABLE;
+            // SAFETY: our own fresh mapping of `len` bytes.
+            let result = unsafe { sys::cuMemHostRegister_v2(start.as_ptr().cast(), len, flags) };
+            if result == sys::CUresult::CUDA_SUCCESS {
+                let device = device.clone();
+                return Ok(Self { device, start, len, origin: Origin::Registered });
+            }
+            unmap(start, len);
+        }
+        let mut start: *mut c_void = std::ptr::null_mut();
+        // SAFETY: a context is current; a valid out pointer.
+        let result = unsafe { sys::cuMemHostAlloc(&mut start, len, sys::CU_MEMHOSTALLOC_PORTABLE) };
+        match NonNull::new(start.cast::<u8>()) {
+            Some(start) if result == sys::CUresult::CUDA_SUCCESS => {
+                // SAFETY: `len` bytes, just allocated; written so that they count as initialised.
+                unsafe { start.write_bytes(0, len) };
+                Ok(Self { device: device.clone(), start, len, origin: Origin::Allocated })
+            }
+            _ => Err(Error::NoPinnedMemory { needed: len as u64, code: code(result) }),
+        }
+    }
+
+    fn take_kept(device: &CudaDevice, len: usize) -> Option<Self> {
+        let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+        let at =
+            kept.iter().position(|m| m.len == len && m.device.numa_node() == device.numa_node())?;
+        Some(kept.swap_remove(at))
+    }
+
+    /// Gives up the memory without freeing it: a copy engine may still use it.
+    fn leak(self) {
+        let mut memory = std::mem::ManuallyDrop::new(self);
+        // SAFETY: the device reference alone is dropped, once; the rest is never touched again.
+        unsafe { std::ptr::drop_in_place(&mut memory.device) };
+    }
+}
+
+impl Drop for PinnedMemory {
+    fn drop(&mut self) {
+        let pointer = self.start.as_ptr().cast::<c_void>();
+        let current = self.device.make_current();
+        // Without a context the driver is shutting down and nothing copies any more.
+        match self.origin {
+            Origin::Registered => {
+                if current.is_ok() {
+                    // SAFETY: registered in `new`, undone once.
+                    let _ = unsafe { sys::cuMemHostUnregister(pointer) };
+                }
+                unmap(self.start, self.len);
+            }
+            Origin::Allocated => {
+                if current.is_ok() {
+                    // SAFETY: allocated in `new`, freed once.
+                    let _ = unsafe { sys::cuMemFreeHost(pointer) };
+                }
+            }
+        }
+    }
+}
+
+/// Maps and touches `len` bytes, on huge pages where possible, near `node` if the machine has
+/// several nodes.
+fn map(len: usize, node: Option<u32>) -> Option<NonNull<u8>> {
+    let align = if len >= HUGE_PAGE { HUGE_PAGE } else { BLOCK_ALIGN };
+    let whole = len.checked_add(align)?;
+    // SAFETY: a new anonymous mapping; what lies outside the aligned part is given back at once.
+    unsafe {
+        let base = libc::mmap(
+            std::ptr::null_mut(),
+            whole,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            -1,
+            0,
+        );
+        if base == libc::MAP_FAILED {
+            return None;
+        }
+        let head = base.cast::<u8>().align_offset(align);
+        let start = base.cast::<u8>().add(head);
+        if head > 0 {
+            libc::munmap(base, head);
+        }
+        // Lengths are multiples of the page size, so the rest starts on a page.
+        libc::munmap(start.add(len).cast(), whole - head - len);
+        if let Some(node) = node.filter(|_| several_nodes()) {
+            prefer_node(start, len, node);
+        }
+        libc::madvise(start.cast(), len, libc::MADV_HUGEPAGE);
+        // Faults the pages in one go; registration does it page by page where this is unknown.
+        libc::madvise(start.cast(), len, libc::MADV_POPULATE_WRITE);
+        NonNull::new(start)
+    }
+}
+
+fn unmap(start: NonNull<u8>, len: usize) {
+    // SAFETY: called once for a mapping made by `map`.
+    unsafe { libc::munmap(start.as_ptr().cast(), len) };
+}
+
+fn several_nodes() -> bool {
+    static SEVERAL: OnceLock<bool> = OnceLock::new();
+    *SEVERAL.get_or_init(|| {
+        std::fs::read_to_string("/sys/devices/system/node/online")
+            .is_ok_and(|text| text.contains([',', '-']))
+    })
+}
+
+/// Asks for pages of `node` first; a refusal changes nothing but speed.
+///
+/// # Safety
+///
+/// The range is a mapping of ours.
+unsafe fn prefer_node(start: *mut u8, len: usize, node: u32) {
+    const MPOL_PREFERRED: libc::c_long = 1;
+    let mut mask = [0u64; 16];
+    let Some(word) = mask.get_mut(node as usize / 64) else {
+        return;
+    };
+    *word |= 1 << (node % 64);
+    // SAFETY: mbind(2) reads the mask and sets the policy of our mapping.
+    unsafe {
+        libc::syscall(
+            libc::SYS_mbind,
+            start,
+            len,
+            MPOL_PREFERRED,
+            mask.as_ptr(),
+            mask.len() * 64 + 1,
+            0,
+        )
+    };
+}
+
+/// A ring of pinned blocks.
+pub struct PinnedRing {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+pub(crate) struct Shared {
+    options: RingOptions,
+    per_segment: usize,
+    /// One per segment, set by the pinning thread before it offers the segment's blocks.
+    segments: Vec<OnceLock<PinnedMemory>>,
+    /// Numbers of the blocks that nobody holds.
+    free: ArrayQueue<u32>,
+    /// Blocks pinned so far.
+    pinned: AtomicUsize,
+    /// The pinning thread has ended.
+    finished: AtomicBool,
+    cancelled: AtomicBool,
+    /// Memory may still be read by a copy engine: never free it, never keep it.
+    stuck: AtomicBool,
+    /// Why not even one segment could be pinned.
+    failure: OnceLock<Error>,
+    /// Threads in `sleep`.
+    sleepers: AtomicUsize,
+    lock: Mutex<()>,
+    bell: Condvar,
+}
+
+impl PinnedRing {
+    /// Starts pinning and returns at once.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::BadSetting`], or [`Error::Thread`] if the pinning thread cannot start. A refusal to
+    /// pin comes from the first [`try_acquire`](Self::try_acquire).
+    pub fn new(device: &CudaDevice, options: RingOptions) -> Result<Self> {
+        let most = 1u64 << 30;
+        let setting = |what, value, least| Error::BadSetting { what, value, least, most };
+        let block = options.block_bytes;
+        if block == 0 || !block.is_multiple_of(BLOCK_ALIGN) || block as u64 > most {
+            return Err(setting("bytes of a pinned block", block as u64, BLOCK_ALIGN as u64));
+        }
+        if options.blocks == 0 || options.blocks as u64 > most / BLOCK_ALIGN as u64 {
+            return Err(setting("number of pinned blocks", options.blocks as u64, 1));
+        }
+        let per_segment = (SEGMENT / block).clamp(1, options.blocks);
+        let shared = Arc::new(Shared {
+            options,
+            per_segment,
+            segments: (0..options.blocks.div_ceil(per_segment)).map(|_| OnceLock::new()).collect(),
+            free: ArrayQueue::new(options.blocks),
+            pinned: AtomicUsize::new(0),
+            finished: AtomicBool::new(false),
+            cancelled: AtomicBool::new(false),
+            stuck: AtomicBool::new(false),
+            failure: OnceLock::new(),
+            sleepers: AtomicUsize::new(0),
+            lock: Mutex::new(()),
+            bell: Condvar::new(),
+        });
+        let (worker, device) = (Arc::clone(&shared), device.clone());
+        let thread = std::thread::Builder::new()
+            .name("fst-pin".into())
+            .spawn(move || worker.pin(&device))
+            .map_err(|e| Error::Thread { reason: e.to_string() })?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Bytes pinned so far.
+    pub fn pinned_bytes(&self) -> usize {
+        self.shared.pinned.load(Ordering::Relaxed) * self.shared.options.block_bytes
+    }
+
+    /// Waits until all of the ring is pinned, or as much as could be.
+    pub fn wait_until_pinned(&self) {
+        while !self.shared.finished.load(Ordering::Acquire) {
+            self.shared.sleep(|| self.shared.finished.load(Ordering::Acquire));
+        }
+    }
+
+    /// Size and fate of the ring.
+    pub fn options(&self) -> RingOptions {
+        self.shared.options
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// A free block, or `None` when there is none at the moment.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoPinnedMemory`] when nothing could be pinned.
+    pub fn try_acquire(&self) -> Result<Option<PinnedBlock>> {
+        Shared::try_acquire(&self.shared)
+    }
+}
+
+impl Drop for PinnedRing {
+    fn drop(&mut self) {
+        self.shared.cancelled.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            // The thread does not panic, and there is nothing to do here if it did.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl fmt::Debug for PinnedRing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PinnedRing")
+            .field("options", &self.shared.options)
+            .field("pinned_bytes", &self.pinned_bytes())
+            .field("free", &self.shared.free.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    /// The pinning thread.
+    fn pin(&self, device: &CudaDevice) {
+        for (index, slot) in self.segments.iter().enumerate() {
+            if self.cancelled.load(Ordering::Relaxed) {
+                break;
+            }
+            let first = index * self.per_segment;
+            let count = self.per_segment.min(self.options.blocks - first);
+            match PinnedMemory::new(device, count * self.options.block_bytes) {
+                Ok(memory) => {
+                    let _ = slot.set(memory);
+                    self.pinned.fetch_add(count, Ordering::Relaxed);
+                    for block in first..first + count {
+                        let _ = self.free.push(block as u32);
+                    }
+                    self.ring();
+                }
+                // With some memory pinned the load goes on with a smaller ring.
+                Err(_) if index > 0 => break,
+                Err(error) => {
+                    let _ = self.failure.set(error);
+                    break;
+                }
+            }
+        }
+        self.finished.store(true, Ordering::Release);
+        self.ring();
+    }
+
+    fn address(&self, block: u32) -> Option<NonNull<u8>> {
+        let block = block as usize;
+        let memory = self.segments.get(block / self.per_segment)?.get()?;
+        // SAFETY: the segment holds the block, which starts within it.
+        Some(unsafe { memory.start.add(block % self.per_segment * self.options.block_bytes) })
+    }
+
+    pub(crate) fn try_acquire(this: &Arc<Self>) -> Result<Option<PinnedBlock>> {
+        let Some(index) = this.free.pop() else {
+            return this.failure.get().map_or(Ok(None), |e| Err(e.clone()));
+        };
+        Ok(this.address(index).map(|start| PinnedBlock { ring: Arc::clone(this), index, start }))
+    }
+
+    /// Sleeps until something may have changed, unless `ready` says that it has.
+    pub(crate) fn sleep(&self, ready: impl Fn() -> bool) {
+        self.sleepers.fetch_add(1, Ordering::SeqCst);
+        // Pairs with the fence in `ring`: either it sees this sleeper, or `ready` sees its change.
+        fence(Ordering::SeqCst);
+        {
+            let guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+            if !ready() {
+                // The bound only guards against a change that rings no bell.
+                let _ = self.bell.wait_timeout(guard, Duration::from_millis(50));
+            }
+        }
+        self.sleepers.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Wakes sleepers after a change.
+    pub(crate) fn ring(&self) {
+        fence(Ordering::SeqCst);
+        if self.sleepers.load(Ordering::SeqCst) > 0 {
+            drop(self.lock.lock().unwrap_or_else(PoisonError::into_inner));
+            self.bell.notify_all();
+        }
+    }
+
+    pub(crate) fn has_free(&self) -> bool {
+        !self.free.is_empty() || self.failure.get().is_some()
+    }
+
+    /// Marks the memory as possibly in use by a copy engine for ever.
+    pub(crate) fn set_stuck(&self) {
+        self.stuck.store(true, Ordering::Release);
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let segments = self.segments.iter_mut().filter_map(OnceLock::take);
+        if self.stuck.load(Ordering::Acquire) {
+            segments.for_each(PinnedMemory::leak);
+        } else if self.options.afterwards == Afterwards::Keep {
+            KEPT.lock().unwrap_or_else(PoisonError::into_inner).extend(segments);
+        } else {
+            segments.for_each(drop);
+        }
+    }
+}
+
+/// One block of a ring, back in the ring when dropped.
+pub struct PinnedBlock {
+    ring: Arc<Shared>,
+    index: u32,
+    /// The block's bytes: within a segment of `ring`, in nobody else's hands.
+    start: NonNull<u8>,
+}
+
+// SAFETY: the block is owned; its memory is not tied to a thread.
+unsafe impl Send for PinnedBlock {}
+// SAFETY: shared references only read.
+unsafe impl Sync for PinnedBlock {}
+
+impl PinnedBlock {
+    /// Address of the first byte, aligned to [`BLOCK_ALIGN`].
+    pub fn as_ptr(&self) -> NonNull<u8> {
+        self.start
+    }
+
+    /// Bytes that fit.
+    pub fn capacity(&self) -> usize {
+        self.ring.options.block_bytes
+    }
+
+    /// The block's number in its ring.
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+
+    /// All of the block; what is not written yet holds anything.
+    pub fn as_slice(&self) -> &[u8] {
+        // SAFETY: `start` and `capacity` describe initialised memory that this value owns.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.capacity()) }
+    }
+
+    /// All of the block, to write.
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: as in `as_slice`; the borrow is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.capacity()) }
+    }
+
+    /// Gives the block up for its number, to carry it through an interface that knows only
+    /// numbers. [`Pipeline::block`](crate::Pipeline::block) takes it back; until then it is lost
+    /// to the ring.
+    pub fn into_index(self) -> u32 {
+        let block = std::mem::ManuallyDrop::new(self);
+        // SAFETY: the reference to the ring is dropped once; the ring stays with its owner.
+        unsafe { std::ptr::drop_in_place(std::ptr::from_ref(&block.ring).cast_mut()) };
+        block.index
+    }
+
+    /// # Safety
+    ///
+    /// `index` came from [`into_index`](Self::into_index) of a block of this ring, and nobody
+    /// took it back before.
+    pub(crate) unsafe fn from_index(ring: &Arc<Shared>, index: u32) -> Option<Self> {
+        let start = ring.address(index)?;
+        Some(Self { ring: Arc::clone(ring), index, start })
+    }
+
+    pub(crate) fn is_of(&self, ring: &Arc<Shared>) -> bool {
+        Arc::ptr_eq(&self.ring, ring)
+    }
+}
+
+impl Drop for PinnedBlock {
+    fn drop(&mut self) {
+        let _ = self.ring.free.push(self.index);
+        self.ring.ring();
+    }
+}
+
+impl fmt::Debug for PinnedBlock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PinnedBlock({}, {:?}, {} bytes)", self.index, self.start, self.capacity())
+    }
+}
+
+/// Host memory of the caller's, registered so that copy engines read it directly: a mapping of
+/// cached pages goes to the device with no copy through staging.
+pub struct RegisteredHost {
+    device: CudaDevice,
+    /// `len` readable bytes, kept by `_owner`, registered in `new`.
+    start: NonNull<u8>,
+    len: usize,
+    _owner: Arc<dyn std::any::Any + Send + Sync>,
+}
+
+// SAFETY: the memory is only read, and owned by a `Send + Sync` owner.
+unsafe impl Send for RegisteredHost {}
+// SAFETY: as above.
+unsafe impl Sync for RegisteredHost {}
+
+/// Whether registered memory may be written by the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HostAccess {
+    /// The device only reads: pages of a read-only mapping.
+    ReadOnly,
+    /// The device may write.
+    ReadWrite,
+}
+
+impl RegisteredHost {
+    /// Registers `len` bytes at `start`. Drivers and file systems may refuse file-backed pages:
+    /// then the error says so, and the bytes go through staging.
+    ///
+    /// # Safety
+    ///
+    /// The bytes stay mapped, and, if they are a mapping of a file, the file keeps at least that
+    /// length, as long as `owner` lives.
+    pub unsafe fn new(
+        device: &CudaDevice,
+        start: NonNull<u8>,
+        len: usize,
+        access: HostAccess,
+        owner: Arc<dyn std::any::Any + Send + Sync>,
+    ) -> Result<Arc<Self>> {
+        let flags = sys::CU_MEMHOSTREGISTER_PORTABLE
+            | match access {
+                HostAccess::ReadOnly => sys::CU_MEMHOSTREGISTER_READ_ONLY,
+                HostAccess::ReadWrite => 0,
+            };
+        let _current = device.make_current()?;
+        // SAFETY: the caller's contract.
+        let result = unsafe { sys::cuMemHostRegister_v2(start.as_ptr().cast(), len, flags) };
+        device.check(result, "cuMemHostRegister")?;
+        Ok(Arc::new(Self { device: device.clone(), start, len, _owner: owner }))
+    }
+
+    /// Address of the first byte.
+    pub fn as_ptr(&self) -> NonNull<u8> {
+        self.start
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it holds no byte.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+impl Drop for RegisteredHost {
+    fn drop(&mut self) {
+        if let Ok(_current) = self.device.make_current() {
+            // SAFETY: registered in `new`. Pipelines hold a reference while copies run.
+            let _ = unsafe { sys::cuMemHostUnregister(self.start.as_ptr().cast()) };
+        }
+    }
+}
+
+impl fmt::Debug for RegisteredHost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "RegisteredHost({}, {:?}, {} bytes)", self.device, self.start, self.len)
+    }
+}

@@ -1,0 +1,501 @@
+//! The copy pipeline: filled blocks leave for the device on several streams and come back to the
+//! ring when their copies are done.
+//!
+//! Any thread takes a block with [`Pipeline::acquire`], fills it and hands it to
+//! [`Pipeline::submit`]. No lock spans the pipeline: free blocks are a lock-free queue, and each
+//! stream has a lock of its own that a submitting thread passes by when it is taken. A block is
+//! reused only after the event recorded behind its copies is complete, and memory is released only
+//! after its stream has been waited for; where the driver will not even say so (a dead context),
+//! the memory is given up rather than reused.
+
+mod enqueue;
+
+pub use enqueue::{CopyOp, DeviceWork};
+
+use crate::buffer::device::DeviceArena;
+use crate::buffer::pinned::{PinnedBlock, PinnedRing, RegisteredHost, RingOptions, Shared};
+use crate::device::CudaDevice;
+use crate::error::{Error, Result};
+use crate::stream::{Event, Stream};
+use std::any::Any;
+use std::collections::VecDeque;
+use std::fmt;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+
+/// Sizes of a pipeline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PipelineOptions {
+    /// The pinned blocks.
+    pub ring: RingOptions,
+    /// Copy streams, 1 to 16. One keeps a copy engine busy with large blocks; a few hide the gaps
+    /// between small ones and let kernels overlap with copies.
+    pub streams: usize,
+}
+
+impl Default for PipelineOptions {
+    fn default() -> Self {
+        Self { ring: RingOptions::default(), streams: 4 }
+    }
+}
+
+/// What a pipeline has done so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct PipelineStats {
+    /// Bytes queued for copying to the device.
+    pub bytes: u64,
+    /// Driver calls that queued copies.
+    pub copy_calls: u64,
+    /// Copies asked for, before neighbours were joined.
+    pub copies: u64,
+    /// Blocks and mapped ranges submitted.
+    pub blocks: u64,
+    /// Times that a thread found no free block and waited.
+    pub ring_waits: u64,
+}
+
+/// What a copy in flight reads from, and the event behind it.
+enum Held {
+    Block(PinnedBlock),
+    Mapping { event: Event, _mapping: Arc<RegisteredHost> },
+}
+
+struct Lane {
+    stream: Stream,
+    state: Mutex<LaneState>,
+}
+
+#[derive(Default)]
+struct LaneState {
+    /// In the order of submission, so the front completes first.
+    in_flight: VecDeque<Held>,
+    /// Where bytes wait on the device for a kernel; made when first needed.
+    scratch: Option<DeviceArena>,
+}
+
+#[derive(Default)]
+struct Counters {
+    bytes: AtomicU64,
+    copy_calls: AtomicU64,
+    copies: AtomicU64,
+    blocks: AtomicU64,
+    ring_waits: AtomicU64,
+}
+
+/// A copy pipeline to one device. `Send + Sync`; share it by reference or `Arc`.
+///
+/// Dropping it waits for the copies in flight.
+pub struct Pipeline {
+    device: CudaDevice,
+    lanes: Vec<Lane>,
+    /// One per block of the ring.
+    events: Vec<Event>,
+    next: AtomicUsize,
+    in_flight: AtomicUsize,
+    /// The first error; everything after it is refused.
+    failure: OnceLock<Error>,
+    /// The driver has no call for many copies, or refused it.
+    no_batch: AtomicBool,
+    counters: Counters,
+    kept: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
+    ring: PinnedRing,
+}
+
+impl Pipeline {
+    /// Makes streams and events, and starts pinning the ring in the background.
+    pub fn new(device: &CudaDevice, options: PipelineOptions) -> Result<Self> {
+        if !(1..=16).contains(&options.streams) {
+            return Err(Error::BadSetting {
+                what: "copy streams",
+                value: options.streams as u64,
+                least: 1,
+                most: 16,
+            });
+        }
+        let ring = PinnedRing::new(device, options.ring)?;
+        let lanes = (0..options.streams)
+            .map(|_| Ok(Lane { stream: Stream::new(device)?, state: Mutex::default() }))
+            .collect::<Result<_>>()?;
+        let events = (0..options.ring.blocks).map(|_| Event::new(device)).collect::<Result<_>>()?;
+        Ok(Self {
+            device: device.clone(),
+            lanes,
+            events,
+            next: AtomicUsize::new(0),
+            in_flight: AtomicUsize::new(0),
+            failure: OnceLock::new(),
+            no_batch: AtomicBool::new(!crate::sys::has_batch()),
+            counters: Counters::default(),
+            kept: Mutex::default(),
+            ring,
+        })
+    }
+
+    /// The device that copies go to.
+    pub fn device(&self) -> &CudaDevice {
+        &self.device
+    }
+
+    /// Bytes of one block.
+    pub fn block_bytes(&self) -> usize {
+        self.ring.options().block_bytes
+    }
+
+    /// The ring of pinned blocks.
+    pub fn ring(&self) -> &PinnedRing {
+        &self.ring
+    }
+
+    /// Keeps `owner` (an arena, a caller's buffer) alive until the pipeline is dropped and its
+    /// copies are done.
+    pub fn keep(&self, owner: Arc<dyn Any + Send + Sync>) {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).push(owner);
+    }
+
+    /// What was done so far.
+    pub fn stats(&self) -> PipelineStats {
+        let c = &self.counters;
+        PipelineStats {
+            bytes: c.bytes.load(Ordering::Relaxed),
+            copy_calls: c.copy_calls.load(Ordering::Relaxed),
+            copies: c.copies.load(Ordering::Relaxed),
+            blocks: c.blocks.load(Ordering::Relaxed),
+            ring_waits: c.ring_waits.load(Ordering::Relaxed),
+        }
+    }
+
+    /// A free block, or `None` when all are filled or on their way.
+    ///
+    /// # Errors
+    ///
+    /// The pipeline's first error, whichever thread met it.
+    pub fn try_acquire(&self) -> Result<Option<PinnedBlock>> {
+        self.check()?;
+        if let Some(block) = Shared::try_acquire(self.ring.shared())? {
+            return Ok(Some(block));
+        }
+        self.reap()?;
+        Shared::try_acquire(self.ring.shared())
+    }
+
+    /// A free block; waits for one.
+    ///
+    /// A thread that holds every block of the ring itself waits for ever: blocks come back by
+    /// [`submit`](Self::submit) or by being dropped.
+    ///
+    /// # Errors
+    ///
+    /// As for [`try_acquire`](Self::try_acquire).
+    pub fn acquire(&self) -> Result<PinnedBlock> {
+        let mut waited = false;
+        loop {
+            if let Some(block) = self.try_acquire()? {
+                return Ok(block);
+            }
+            if !waited {
+                self.counters.ring_waits.fetch_add(1, Ordering::Relaxed);
+                waited = true;
+            }
+            if !self.wait_for_oldest()? {
+                let shared = self.ring.shared();
+                shared.sleep(|| {
+                    shared.has_free()
+                        || self.in_flight.load(Ordering::SeqCst) > 0
+                        || self.failure.get().is_some()
+                });
+            }
+        }
+    }
+
+    /// Takes back a block that was given up for its number by [`PinnedBlock::into_index`].
+    ///
+    /// # Safety
+    ///
+    /// `index` came from a block of this pipeline, and nobody took it back before.
+    pub unsafe fn block(&self, index: u32) -> Option<PinnedBlock> {
+        // SAFETY: the caller's contract.
+        unsafe { PinnedBlock::from_index(self.ring.shared(), index) }
+    }
+
+    /// Queues the copies of a filled block and returns; the block goes back to the ring when they
+    /// are done. Offsets of the operations count from the block's first byte.
+    ///
+    /// # Errors
+    ///
+    /// A range outside the block refuses this block only. A failure of the driver is remembered:
+    /// every later call of any thread returns it, and nothing is lost or reused too early.
+    ///
+    /// # Safety
+    ///
+    /// Every destination lies in memory of this device that stays allocated until
+    /// [`flush`](Self::flush) returns or the pipeline is dropped ([`keep`](Self::keep) sees to
+    /// it), and nothing else uses those bytes in the meantime.
+    pub unsafe fn submit(&self, block: PinnedBlock, ops: &[CopyOp<'_>]) -> Result<()> {
+        self.check()?;
+        debug_assert!(block.is_of(self.ring.shared()));
+        enqueue::check_ranges(ops, block.capacity() as u64)?;
+        let Some(event) = self.events.get(block.index() as usize) else {
+            return Ok(());
+        };
+        let (lane, mut state) = self.lane();
+        let start = block.as_ptr();
+        // SAFETY: the caller's contract for destinations; the block is held until its event.
+        let queued = unsafe { self.queue(lane, &mut state, start, ops, event) };
+        self.hold(lane, &mut state, Held::Block(block), queued)
+    }
+
+    /// Queues copies straight from registered memory, with no staging. Offsets of the operations
+    /// count from the first registered byte.
+    ///
+    /// # Errors
+    ///
+    /// As for [`submit`](Self::submit).
+    ///
+    /// # Safety
+    ///
+    /// As for [`submit`](Self::submit).
+    pub unsafe fn submit_registered(
+        &self,
+        mapping: &Arc<RegisteredHost>,
+        ops: &[CopyOp<'_>],
+    ) -> Result<()> {
+        self.check()?;
+        enqueue::check_ranges(ops, mapping.len() as u64)?;
+        let event = Event::new(&self.device)?;
+        let (lane, mut state) = self.lane();
+        // SAFETY: as in `submit`; the mapping is held until its event.
+        let queued = unsafe { self.queue(lane, &mut state, mapping.as_ptr(), ops, &event) };
+        let held = Held::Mapping { event, _mapping: Arc::clone(mapping) };
+        self.hold(lane, &mut state, held, queued)
+    }
+
+    /// Waits until everything submitted before has arrived.
+    ///
+    /// # Errors
+    ///
+    /// The pipeline's first error; then what has arrived is unknown.
+    pub fn flush(&self) -> Result<()> {
+        for lane in &self.lanes {
+            let waited = lane.stream.synchronize();
+            self.note(waited);
+        }
+        self.check()?;
+        self.reap_all()?;
+        self.check()
+    }
+
+    /// Records a failure met elsewhere (a reader's, say) so that all threads stop.
+    pub fn fail(&self, error: Error) {
+        let _ = self.failure.set(error);
+        self.ring.shared().ring();
+    }
+
+    fn note<T>(&self, result: Result<T>) -> Option<T> {
+        match result {
+            Ok(value) => Some(value),
+            Err(error) => {
+                self.fail(error);
+                None
+            }
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        self.failure.get().map_or(Ok(()), |e| Err(e.clone()))
+    }
+
+    /// A lane whose lock is free, else the next one's turn.
+    fn lane(&self) -> (&Lane, MutexGuard<'_, LaneState>) {
+        let first = self.next.fetch_add(1, Ordering::Relaxed);
+        let count = self.lanes.len();
+        for i in 0..count {
+            let lane = &self.lanes[first.wrapping_add(i) % count];
+            match lane.state.try_lock() {
+                Ok(state) => return (lane, state),
+                Err(TryLockError::Poisoned(e)) => return (lane, e.into_inner()),
+                Err(TryLockError::WouldBlock) => {}
+            }
+        }
+        let lane = &self.lanes[first % count];
+        (lane, lane.state.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Queues operations and the event behind them. `Err` with whether the source may still be
+    /// read by work that was queued and could not be marked.
+    ///
+    /// # Safety
+    ///
+    /// As for [`submit`](Self::submit), with `start` kept as long as copies may read it.
+    unsafe fn queue(
+        &self,
+        lane: &Lane,
+        state: &mut LaneState,
+        start: NonNull<u8>,
+        ops: &[CopyOp<'_>],
+        event: &Event,
+    ) -> Queued {
+        let current = match self.device.make_current() {
+            Ok(current) => current,
+            Err(error) => {
+                return Queued { copies: Err(error), marked: Ok(()), any: false };
+            }
+        };
+        // SAFETY: the caller's contract; the context is current.
+        let copies = unsafe { self.enqueue(lane, state, start, ops) };
+        let marked = event.record_current(&lane.stream);
+        drop(current);
+        Queued { copies, marked, any: true }
+    }
+
+    /// Files what a submission holds, according to how queueing went.
+    fn hold(&self, lane: &Lane, state: &mut LaneState, held: Held, queued: Queued) -> Result<()> {
+        let Queued { copies, marked, any } = queued;
+        if let Err(error) = copies.and(marked.clone()) {
+            self.fail(error.clone());
+            // Copies may be on their way with no event behind them: wait for the whole stream.
+            let unmarked = any && marked.is_err();
+            if unmarked && !wait_stubbornly(&lane.stream) {
+                self.ring.shared().set_stuck();
+                give_up(held);
+            } else if any && !unmarked {
+                self.push(state, held);
+            }
+            return Err(error);
+        }
+        self.push(state, held);
+        self.counters.blocks.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn push(&self, state: &mut LaneState, held: Held) {
+        state.in_flight.push_back(held);
+        self.in_flight.fetch_add(1, Ordering::SeqCst);
+        self.ring.shared().ring();
+    }
+
+    fn event<'a>(&'a self, held: &'a Held) -> Option<&'a Event> {
+        match held {
+            Held::Block(block) => self.events.get(block.index() as usize),
+            Held::Mapping { event, .. } => Some(event),
+        }
+    }
+
+    /// Returns completed blocks to the ring, from lanes that nobody else is busy with.
+    fn reap(&self) -> Result<()> {
+        for lane in &self.lanes {
+            let mut state = match lane.state.try_lock() {
+                Ok(state) => state,
+                Err(TryLockError::Poisoned(e)) => e.into_inner(),
+                Err(TryLockError::WouldBlock) => continue,
+            };
+            self.reap_lane(&mut state)?;
+        }
+        Ok(())
+    }
+
+    fn reap_all(&self) -> Result<()> {
+        for lane in &self.lanes {
+            self.reap_lane(&mut lane.state.lock().unwrap_or_else(PoisonError::into_inner))?;
+        }
+        Ok(())
+    }
+
+    fn reap_lane(&self, state: &mut LaneState) -> Result<()> {
+        while let Some(front) = state.in_flight.front() {
+            let complete = self.event(front).map_or(Ok(true), Event::is_complete);
+            match complete {
+                Ok(false) => break,
+                Ok(true) => {
+                    state.in_flight.pop_front();
+                    self.in_flight.fetch_sub(1, Ordering::SeqCst);
+                }
+                Err(error) => {
+                    self.fail(error.clone());
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the front of some lane; `false` when nothing is in flight.
+    ///
+    /// The lane's lock is not held meanwhile. If another thread reaps the block and its event is
+    /// recorded anew before the wait begins, the wait is for a later copy: longer, never wrong.
+    fn wait_for_oldest(&self) -> Result<bool> {
+        let first = self.next.load(Ordering::Relaxed);
+        for i in 0..self.lanes.len() {
+            let lane = &self.lanes[first.wrapping_add(i) % self.lanes.len()];
+            let front = {
+                let state = lane.state.lock().unwrap_or_else(PoisonError::into_inner);
+                match state.in_flight.front() {
+                    Some(Held::Block(block)) => self.events.get(block.index() as usize),
+                    Some(Held::Mapping { .. }) => None,
+                    None => continue,
+                }
+            };
+            let waited = match front {
+                Some(event) => event.synchronize(),
+                None => lane.stream.synchronize(),
+            };
+            if let Err(error) = waited {
+                self.fail(error.clone());
+                return Err(error);
+            }
+            return Ok(true);
+        }
+        Ok(false)
+    }
+}
+
+struct Queued {
+    copies: Result<()>,
+    marked: Result<()>,
+    /// Whether anything may have been queued.
+    any: bool,
+}
+
+/// Waits for a stream, once more if the first wait reports an error that came from earlier work.
+fn wait_stubbornly(stream: &Stream) -> bool {
+    stream.synchronize().is_ok() || stream.synchronize().is_ok()
+}
+
+/// Gives up what a copy engine may still read.
+fn give_up(held: Held) {
+    match held {
+        Held::Block(block) => {
+            block.into_index();
+        }
+        Held::Mapping { _mapping, .. } => std::mem::forget(_mapping),
+    }
+}
+
+impl Drop for Pipeline {
+    fn drop(&mut self) {
+        for lane in &self.lanes {
+            let mut state = lane.state.lock().unwrap_or_else(PoisonError::into_inner);
+            if wait_stubbornly(&lane.stream) {
+                state.in_flight.clear();
+            } else {
+                if !state.in_flight.is_empty() {
+                    self.ring.shared().set_stuck();
+                }
+                state.in_flight.drain(..).for_each(give_up);
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Pipeline {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pipeline")
+            .field("device", &self.device)
+            .field("streams", &self.lanes.len())
+            .field("ring", &self.ring)
+            .field("stats", &self.stats())
+            .field("failure", &self.failure.get())
+            .finish_non_exhaustive()
+    }
+}

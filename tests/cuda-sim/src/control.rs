@@ -1,0 +1,99 @@
+//! What tests steer: reset, failures, settings, the report. Exported under `fst_sim_*`, since the
+//! simulator's state lives in the shared library and not in the test's own copy of this crate.
+
+#![allow(unreachable_pub, clippy::missing_safety_doc)]
+
+use crate::world::{Fault, with};
+use std::ffi::{CStr, c_char};
+use std::fmt::Write as _;
+
+unsafe fn text(p: *const c_char) -> String {
+    // SAFETY: callers pass NUL-terminated strings.
+    unsafe { CStr::from_ptr(p) }.to_string_lossy().into_owned()
+}
+
+/// A fresh machine with this many devices of this many bytes.
+#[unsafe(no_mangle)]
+pub extern "C" fn fst_sim_reset(devices: u64, memory: u64) {
+    with(|w| w.reset(devices, memory));
+}
+
+/// Makes the `nth` use from now on of `call` return `code`. Besides exported names, `run:copy` and
+/// `run:launch` fail when the work runs, and stick to the context as the driver's errors do.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn fst_sim_fail(call: *const c_char, nth: u64, code: i32) {
+    // SAFETY: the caller's contract.
+    let call = unsafe { text(call) };
+    with(|w| {
+        let used = w.calls.iter().find(|(name, _)| **name == call).map_or(0, |(_, n)| *n);
+        w.faults.push(Fault { call, nth: used + nth, code });
+    });
+}
+
+/// Uses of `call` since the reset.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn fst_sim_calls(call: *const c_char) -> u64 {
+    // SAFETY: the caller's contract.
+    let call = unsafe { text(call) };
+    with(|w| w.calls.iter().find(|(name, _)| **name == call).map_or(0, |(_, n)| *n))
+}
+
+/// Changes a setting; false if there is none of that name.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn fst_sim_set(name: *const c_char, value: i64) -> bool {
+    // SAFETY: the caller's contract.
+    let name = unsafe { text(name) };
+    with(|w| {
+        match name.as_str() {
+            "driver_version" => w.driver_version = value as i32,
+            "read_only_register" => w.read_only_register = value != 0,
+            "batch_copies" => w.batch_copies = value != 0,
+            "patience" => w.patience = value as u32,
+            _ => return false,
+        }
+        true
+    })
+}
+
+/// Adds a library of host kernels; false if it does not open.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn fst_sim_add_kernels(path: *const c_char) -> bool {
+    // SAFETY: the caller's contract.
+    let path = unsafe { text(path) };
+    // SAFETY: a library of kernels has no initialisers that matter.
+    let Ok(library) = (unsafe { libloading::Library::new(path) }) else {
+        return false;
+    };
+    with(|w| w.kernel_libraries.push(library));
+    true
+}
+
+/// Writes the report, lines of `name value` and `violation text`, into `to`; returns its length,
+/// also when that is more than `len` (then nothing is written).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn fst_sim_report(to: *mut u8, len: usize) -> usize {
+    let report = with(|w| {
+        let mut out = String::new();
+        let live = w.streams.values().filter(|s| !s.legacy && !s.destroyed).count();
+        let contexts: u64 = w.devices.iter().map(|d| d.retained).sum();
+        let _ = writeln!(out, "arrays {}", w.memory.count());
+        let _ = writeln!(out, "device_bytes {}", w.devices.iter().map(|d| d.used).sum::<u64>());
+        let _ = writeln!(out, "pinned_ranges {}", w.host.count());
+        let _ = writeln!(out, "pinned_bytes {}", w.host.bytes());
+        let _ = writeln!(out, "streams {live}");
+        let _ = writeln!(out, "events {}", w.events.len());
+        let _ = writeln!(out, "modules {}", w.modules.len());
+        let _ = writeln!(out, "contexts {contexts}");
+        let _ = writeln!(out, "pending {}", w.pending(None));
+        let _ = writeln!(out, "copied_bytes {}", w.copied_bytes);
+        for violation in &w.violations {
+            let _ = writeln!(out, "violation {violation}");
+        }
+        out
+    });
+    if report.len() <= len {
+        // SAFETY: the caller gives `len` bytes at `to`.
+        unsafe { std::ptr::copy_nonoverlapping(report.as_ptr(), to, report.len()) };
+    }
+    report.len()
+}

@@ -1,0 +1,39 @@
+//! A simulated CUDA driver for tests on machines without a GPU.
+//!
+//! Built as a shared library with SONAME `libcuda.so`, it exports the part of the CUDA driver API
+//! (and of cuFile) that fst calls, over host memory. It is adversarial, not obliging:
+//!
+//! * asynchronous work runs at the latest moment the API allows: when a synchronising call, or a
+//!   query that answers "complete", makes it observable, and not earlier;
+//! * a copy from pageable memory takes a snapshot at the call, one from pinned memory reads its
+//!   source when it runs, so a staging block that is reused too early shows as wrong bytes;
+//! * fresh device memory is filled with [`FRESH`], freed memory with [`POISON`] and kept aside;
+//! * freeing memory that queued work still refers to, double frees, foreign pointers, leaks and
+//!   work left pending are recorded as violations;
+//! * any call can be made to fail at its n-th use, and copies to fail when they run.
+//!
+//! The state is per process. [`Sim::load`] opens the library by its absolute path, before anything
+//! else asks for `libcuda.so`; [`Sim::exclusive`] hands the simulator to one test at a time and
+//! checks on drop that nothing leaked. Kernels run as host functions: for the PTX entry `name` the
+//! symbol `fst_sim_kernel_name(grid: *const u32, block: *const u32, params: *mut *mut c_void)` is
+//! looked up in the libraries given to [`Sim::add_kernels`] and then in the process.
+//!
+//! Environment, read when the library is first used and at every reset: `FST_SIM_DEVICES` (1),
+//! `FST_SIM_MEMORY` (bytes per device, 1 GiB), `FST_SIM_FAIL` (`NAME:N:CODE,...`).
+
+mod client;
+mod codes;
+mod control;
+mod exports;
+mod memory;
+mod ptx;
+mod queue;
+mod world;
+
+pub use client::{Guard, Report, Sim, SimError};
+pub use codes::*;
+
+/// The byte that fills device memory when it is allocated.
+pub const FRESH: u8 = 0xCD;
+/// The byte that fills device memory once it is freed.
+pub const POISON: u8 = 0xDB;

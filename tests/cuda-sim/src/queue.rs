@@ -1,0 +1,305 @@
+//! Streams: queued work, and when it runs.
+
+use crate::codes::*;
+use crate::memory::HostKind;
+use crate::world::{Outcome, World};
+use std::collections::VecDeque;
+use std::ffi::c_void;
+
+/// A kernel on the host.
+pub(crate) type HostKernel = unsafe extern "C" fn(*const u32, *const u32, *mut *mut c_void);
+
+/// Where a copy reads.
+pub(crate) enum Source {
+    /// Device or pinned memory: read when the copy runs.
+    Live(u64),
+    /// Pageable memory as it was at the call.
+    Snapshot(Vec<u8>),
+}
+
+/// Rows of bytes; a plain copy has one.
+#[derive(Clone, Copy)]
+pub(crate) struct Shape {
+    pub(crate) width: usize,
+    pub(crate) rows: usize,
+    pub(crate) src_pitch: usize,
+    pub(crate) dst_pitch: usize,
+}
+
+impl Shape {
+    pub(crate) fn flat(len: usize) -> Self {
+        Self { width: len, rows: 1, src_pitch: len, dst_pitch: len }
+    }
+
+    fn span(&self, pitch: usize) -> usize {
+        if self.rows == 0 || self.width == 0 { 0 } else { (self.rows - 1) * pitch + self.width }
+    }
+
+    pub(crate) fn src_span(&self) -> usize {
+        self.span(self.src_pitch)
+    }
+
+    pub(crate) fn dst_span(&self) -> usize {
+        self.span(self.dst_pitch)
+    }
+}
+
+/// One queued operation.
+pub(crate) enum Work {
+    Copy { dst: u64, src: Source, shape: Shape },
+    Set { dst: u64, value: u8, len: usize },
+    Launch { kernel: HostKernel, grid: [u32; 3], block: [u32; 3], params: Vec<Vec<u8>> },
+    Wait { stream: u64, upto: u64 },
+    Free { address: u64 },
+    Record,
+}
+
+impl Work {
+    fn is_marker(&self) -> bool {
+        matches!(self, Work::Wait { .. } | Work::Record)
+    }
+
+    /// Whether the operation reads or writes within `address..address + len`.
+    fn touches(&self, address: u64, len: usize) -> bool {
+        let hit = |a: u64, n: usize| a < address + len as u64 && address < a + n as u64;
+        match self {
+            Work::Copy { dst, src, shape } => {
+                hit(*dst, shape.dst_span())
+                    || matches!(src, Source::Live(a) if hit(*a, shape.src_span()))
+            }
+            Work::Set { dst, len, .. } => hit(*dst, *len),
+            // Any argument may be a pointer.
+            Work::Launch { params, .. } => params
+                .iter()
+                .any(|p| p.as_chunks::<8>().0.iter().any(|&word| hit(u64::from_ne_bytes(word), 1))),
+            Work::Wait { .. } | Work::Free { .. } | Work::Record => false,
+        }
+    }
+}
+
+/// A stream.
+pub(crate) struct Stream {
+    pub(crate) device: usize,
+    pub(crate) legacy: bool,
+    /// Takes part in the legacy default stream's implicit synchronisation.
+    pub(crate) blocking: bool,
+    pub(crate) destroyed: bool,
+    pub(crate) queries: u32,
+    /// Position of the last operation queued, and of the last that ran; positions start at 1.
+    pub(crate) queued: u64,
+    pub(crate) done: u64,
+    work: VecDeque<Work>,
+}
+
+impl Stream {
+    pub(crate) fn new(device: usize, legacy: bool, blocking: bool) -> Self {
+        Self {
+            device,
+            legacy,
+            blocking,
+            destroyed: false,
+            queries: 0,
+            queued: 0,
+            done: 0,
+            work: VecDeque::new(),
+        }
+    }
+
+    /// Operations queued that move data.
+    pub(crate) fn work_pending(&self) -> usize {
+        self.work.iter().filter(|w| !w.is_marker()).count()
+    }
+}
+
+impl World {
+    /// Resolves a stream handle in the current context.
+    pub(crate) fn stream(&mut self, handle: u64) -> Result<u64, i32> {
+        let here = self.here()?;
+        if handle <= 2 {
+            return Ok(self.devices[here].legacy);
+        }
+        let owner = self.streams.get(&handle).filter(|s| !s.destroyed).map(|s| s.device);
+        match owner {
+            Some(device) if device == here => Ok(handle),
+            Some(device) => {
+                self.violation(format!(
+                    "stream of device {device} used while the context of device {here} is current"
+                ));
+                Err(ERROR_INVALID_CONTEXT)
+            }
+            None => {
+                self.violation(format!("stream {handle:#x} does not exist"));
+                Err(ERROR_INVALID_HANDLE)
+            }
+        }
+    }
+
+    fn append(&mut self, stream: u64, work: Work) -> u64 {
+        let Some(s) = self.streams.get_mut(&stream) else {
+            return 0;
+        };
+        s.work.push_back(work);
+        s.queued += 1;
+        s.queries = 0;
+        s.queued
+    }
+
+    /// Queues work on a stream; its position. Nothing runs.
+    pub(crate) fn enqueue(&mut self, stream: u64, work: Work) -> u64 {
+        let Some(s) = self.streams.get(&stream) else {
+            return 0;
+        };
+        let (device, legacy, blocking) = (s.device, s.legacy, s.blocking);
+        let waits: Vec<(u64, u64)> = self
+            .streams
+            .iter()
+            .filter(|&(&id, o)| {
+                id != stream
+                    && o.device == device
+                    && o.queued > o.done
+                    && ((legacy && o.blocking) || (blocking && o.legacy))
+            })
+            .map(|(&id, o)| (id, o.queued))
+            .collect();
+        for (stream_waited, upto) in waits {
+            self.append(stream, Work::Wait { stream: stream_waited, upto });
+        }
+        self.append(stream, work)
+    }
+
+    /// Runs a stream's work up to a position, and what that waits for.
+    pub(crate) fn drain(&mut self, stream: u64, upto: u64) -> Outcome {
+        loop {
+            let Some(s) = self.streams.get_mut(&stream) else {
+                return Ok(());
+            };
+            let device = s.device;
+            if let Some(code) = self.devices[device].error {
+                return Err(code);
+            }
+            if s.done >= upto {
+                return Ok(());
+            }
+            let Some(work) = s.work.pop_front() else {
+                return Ok(());
+            };
+            let result = match work {
+                Work::Wait { stream, upto } => self.drain(stream, upto),
+                work => self.run(device, work),
+            };
+            if let Some(s) = self.streams.get_mut(&stream) {
+                s.done += 1;
+            }
+            if let Err(code) = result {
+                // The context is dead: nothing of it runs any more.
+                self.devices[device].error.get_or_insert(code);
+                for s in self.streams.values_mut().filter(|s| s.device == device) {
+                    s.work.clear();
+                    s.done = s.queued;
+                }
+                return Err(code);
+            }
+        }
+    }
+
+    /// Runs everything of a device, the youngest streams first.
+    pub(crate) fn drain_device(&mut self, device: usize) -> Outcome {
+        let all: Vec<(u64, u64)> = self
+            .streams
+            .iter()
+            .rev()
+            .filter(|(_, s)| s.device == device)
+            .map(|(&id, s)| (id, s.queued))
+            .collect();
+        let mut result = Ok(());
+        for (stream, upto) in all {
+            result = result.and(self.drain(stream, upto));
+        }
+        self.streams.retain(|_, s| !(s.destroyed && s.queued == s.done));
+        result
+    }
+
+    /// Records a violation when queued work still refers to memory that is going away.
+    pub(crate) fn check_unused(&mut self, call: &str, address: u64, len: usize) {
+        let count: usize = self
+            .streams
+            .values()
+            .map(|s| s.work.iter().filter(|w| w.touches(address, len)).count())
+            .sum();
+        if count > 0 {
+            self.violation(format!(
+                "{call} of memory that {count} operations still queued refer to"
+            ));
+        }
+    }
+
+    fn run(&mut self, device: usize, work: Work) -> Outcome {
+        match work {
+            Work::Copy { dst, src, shape } => {
+                if let Some(code) = self.injected("run:copy") {
+                    return Err(code);
+                }
+                self.check_reachable("destination", dst, shape.dst_span())?;
+                if let Source::Live(address) = src {
+                    self.check_reachable("source", address, shape.src_span())?;
+                }
+                let from = match &src {
+                    Source::Live(address) => *address as *const u8,
+                    Source::Snapshot(bytes) => bytes.as_ptr(),
+                };
+                for row in 0..shape.rows {
+                    // SAFETY: both spans were checked to lie in live memory just above (a
+                    // snapshot holds `src_span` bytes by construction), and rows stay in them.
+                    unsafe {
+                        std::ptr::copy(
+                            from.add(row * shape.src_pitch),
+                            (dst as *mut u8).add(row * shape.dst_pitch),
+                            shape.width,
+                        );
+                    }
+                }
+                self.copied_bytes += (shape.rows * shape.width) as u64;
+            }
+            Work::Set { dst, value, len } => {
+                self.check_reachable("destination", dst, len)?;
+                // SAFETY: the range was checked to lie in live memory.
+                unsafe { (dst as *mut u8).write_bytes(value, len) };
+            }
+            Work::Launch { kernel, grid, block, mut params } => {
+                if let Some(code) = self.injected("run:launch") {
+                    return Err(code);
+                }
+                let mut pointers: Vec<*mut c_void> =
+                    params.iter_mut().map(|p| p.as_mut_ptr().cast()).collect();
+                // SAFETY: the kernel was registered for this entry and the arguments were copied
+                // with the sizes that its PTX declares; that it stays in bounds is what is tested.
+                unsafe { kernel(grid.as_ptr(), block.as_ptr(), pointers.as_mut_ptr()) };
+            }
+            Work::Free { address } => {
+                if let Ok((len, _)) = self.memory.free(address) {
+                    self.devices[device].used -= len as u64;
+                } else {
+                    self.violation("cuMemFreeAsync of memory that is not allocated".into());
+                }
+            }
+            Work::Wait { .. } | Work::Record => {}
+        }
+        Ok(())
+    }
+
+    /// Memory that a running operation may touch: live device memory or pinned host memory.
+    /// Pageable host memory appears only as the target of a copy that was drained in its call.
+    fn check_reachable(&mut self, what: &str, address: u64, len: usize) -> Outcome {
+        if len == 0
+            || self.memory.owner(address, len).is_some()
+            || self.host.kind(address, len) == HostKind::Pinned
+            || self.host.is_call_target(address, len)
+        {
+            return Ok(());
+        }
+        self.violation(format!(
+            "a copy's {what} ({len} bytes at {address:#x}) was freed before the copy ran"
+        ));
+        Err(ERROR_ILLEGAL_ADDRESS)
+    }
+}

@@ -1,0 +1,264 @@
+//! The simulated machine: devices, contexts, streams, events, memory, faults and what went wrong.
+
+use crate::codes::*;
+use crate::memory::{DeviceMemory, HostMemory};
+use crate::queue::Stream;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// What a driver call comes to: a `CUresult` that is not success as the error.
+pub(crate) type Outcome = Result<(), i32>;
+
+/// One device and its primary context.
+#[derive(Default)]
+pub(crate) struct Device {
+    /// Retains of the primary context that were not released.
+    pub(crate) retained: u64,
+    /// The context's handle while it lives, else 0.
+    pub(crate) context: u64,
+    /// Id of the context's legacy default stream.
+    pub(crate) legacy: u64,
+    /// A sticky error: every later call in the context returns it.
+    pub(crate) error: Option<i32>,
+    /// Bytes allocated.
+    pub(crate) used: u64,
+}
+
+/// The state recorded by the last `cuEventRecord` of an event.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Event {
+    pub(crate) device: usize,
+    /// Stream and position in it; `None` before the first record.
+    pub(crate) record: Option<(u64, u64)>,
+    /// Queries answered with "not ready" since the record.
+    pub(crate) queries: u32,
+}
+
+/// A failure to inject: the `nth` use (from 1) of `call` returns `code`.
+pub(crate) struct Fault {
+    pub(crate) call: String,
+    pub(crate) nth: u64,
+    pub(crate) code: i32,
+}
+
+/// Everything.
+#[derive(Default)]
+pub(crate) struct World {
+    pub(crate) ready: bool,
+    pub(crate) initialised: bool,
+    pub(crate) devices: Vec<Device>,
+    pub(crate) memory_limit: u64,
+    pub(crate) driver_version: i32,
+    pub(crate) read_only_register: bool,
+    pub(crate) batch_copies: bool,
+    /// "Not ready" answers before a query lets the work run.
+    pub(crate) patience: u32,
+    pub(crate) streams: BTreeMap<u64, Stream>,
+    pub(crate) events: HashMap<u64, Event>,
+    pub(crate) memory: DeviceMemory,
+    pub(crate) host: HostMemory,
+    pub(crate) modules: HashMap<u64, HashMap<String, Vec<usize>>>,
+    /// Function handle -> module, entry name.
+    pub(crate) functions: HashMap<u64, (u64, String)>,
+    pub(crate) kernel_libraries: Vec<libloading::Library>,
+    pub(crate) faults: Vec<Fault>,
+    pub(crate) calls: HashMap<&'static str, u64>,
+    pub(crate) violations: Vec<String>,
+    pub(crate) copied_bytes: u64,
+    next_id: u64,
+}
+
+thread_local! {
+    /// The calling thread's stack of contexts.
+    static CONTEXTS: RefCell<Vec<u64>> = const { RefCell::new(Vec::new()) };
+}
+
+static WORLD: Mutex<Option<Box<World>>> = Mutex::new(None);
+
+fn lock() -> MutexGuard<'static, Option<Box<World>>> {
+    WORLD.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs `f` on the world, which is made from the environment at first.
+pub(crate) fn with<T>(f: impl FnOnce(&mut World) -> T) -> T {
+    let mut guard = lock();
+    let world = guard.get_or_insert_with(Box::default);
+    if !world.ready {
+        world.reset(env_number("FST_SIM_DEVICES", 1), env_number("FST_SIM_MEMORY", 1 << 30));
+    }
+    f(world)
+}
+
+/// One driver call: counts it, injects a failure where asked, runs it.
+pub(crate) fn enter(call: &'static str, f: impl FnOnce(&mut World) -> Outcome) -> i32 {
+    with(|world| {
+        if let Some(code) = world.injected(call) {
+            return code;
+        }
+        match f(world) {
+            Ok(()) => SUCCESS,
+            Err(code) => code,
+        }
+    })
+}
+
+fn env_number(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
+}
+
+impl World {
+    /// Back to a fresh machine. Memory of the old one is released.
+    pub(crate) fn reset(&mut self, devices: u64, memory: u64) {
+        let libraries = std::mem::take(&mut self.kernel_libraries);
+        let next_id = self.next_id.max(0x1000);
+        *self = World {
+            ready: true,
+            // A process initialises the driver once.
+            initialised: self.initialised,
+            memory_limit: memory,
+            driver_version: 13000,
+            read_only_register: true,
+            batch_copies: true,
+            patience: 2,
+            devices: (0..devices).map(|_| Device::default()).collect(),
+            kernel_libraries: libraries,
+            next_id,
+            ..World::default()
+        };
+        for item in std::env::var("FST_SIM_FAIL").unwrap_or_default().split(',') {
+            let mut parts = item.split(':');
+            if let (Some(call), Some(Ok(nth)), Some(Ok(code))) =
+                (parts.next(), parts.next().map(str::parse), parts.next().map(str::parse))
+            {
+                self.faults.push(Fault { call: call.to_owned(), nth, code });
+            }
+        }
+    }
+
+    /// Counts a use of `call`; the code to fail with if this use is to fail.
+    pub(crate) fn injected(&mut self, call: &'static str) -> Option<i32> {
+        let count = self.calls.entry(call).or_default();
+        *count += 1;
+        let count = *count;
+        self.faults.iter().find(|f| f.call == call && f.nth == count).map(|f| f.code)
+    }
+
+    pub(crate) fn violation(&mut self, text: String) {
+        self.violations.push(text);
+    }
+
+    pub(crate) fn id(&mut self) -> u64 {
+        self.next_id += 0x10;
+        self.next_id
+    }
+
+    /// The device with this number.
+    pub(crate) fn device(&mut self, device: i32) -> Result<&mut Device, i32> {
+        if !self.initialised {
+            return Err(ERROR_NOT_INITIALIZED);
+        }
+        usize::try_from(device)
+            .ok()
+            .and_then(|d| self.devices.get_mut(d))
+            .ok_or(ERROR_INVALID_DEVICE)
+    }
+
+    pub(crate) fn retain(&mut self, device: i32) -> Result<u64, i32> {
+        let (context, legacy) = (self.id(), self.id());
+        let index = device as usize;
+        let device = self.device(device)?;
+        device.retained += 1;
+        if device.context == 0 {
+            device.context = context;
+            device.legacy = legacy;
+            device.error = None;
+            self.streams.insert(legacy, Stream::new(index, true, true));
+        }
+        Ok(self.devices[index].context)
+    }
+
+    pub(crate) fn release(&mut self, device: i32) -> Outcome {
+        let index = device as usize;
+        let state = self.device(device)?;
+        if state.retained == 0 {
+            self.violation(format!("primary context of device {index} released too often"));
+            return Err(ERROR_INVALID_CONTEXT);
+        }
+        state.retained -= 1;
+        if state.retained > 0 {
+            return Ok(());
+        }
+        state.context = 0;
+        let legacy = state.legacy;
+        let died = state.error.take().is_some();
+        if died {
+            // What a dead context held goes with it, as the driver has it.
+            state.used = 0;
+            self.memory.forget(index);
+            self.host.forget(index);
+            self.streams.retain(|_, s| s.device != index);
+            self.events.retain(|_, e| e.device != index);
+            return Ok(());
+        }
+        let pending = self.pending(Some(index));
+        if pending > 0 {
+            self.violation(format!("context {index} destroyed with {pending} operations pending"));
+        }
+        if let Some(stream) = self.streams.remove(&legacy) {
+            drop(stream);
+        }
+        let streams = self.streams.values().filter(|s| s.device == index && !s.destroyed).count();
+        let events = self.events.values().filter(|e| e.device == index).count();
+        let (arrays, host) = (self.memory.live(index), self.host.live(index));
+        if streams + events + arrays + host > 0 {
+            self.violation(format!(
+                "context {index} destroyed with {arrays} device allocations, {host} pinned ranges, \
+                 {streams} streams, {events} events alive"
+            ));
+        }
+        self.streams.retain(|_, s| s.device != index);
+        self.events.retain(|_, e| e.device != index);
+        Ok(())
+    }
+
+    /// The context current to the calling thread.
+    pub(crate) fn current(&self) -> Option<u64> {
+        CONTEXTS.with_borrow(|stack| stack.last().copied()).filter(|&c| c != 0)
+    }
+
+    pub(crate) fn push(&self, context: u64) {
+        CONTEXTS.with_borrow_mut(|stack| stack.push(context));
+    }
+
+    pub(crate) fn pop(&self) -> Result<u64, i32> {
+        CONTEXTS.with_borrow_mut(Vec::pop).ok_or(ERROR_INVALID_CONTEXT)
+    }
+
+    pub(crate) fn set_current(&self, context: u64) {
+        CONTEXTS.with_borrow_mut(|stack| {
+            stack.pop();
+            stack.push(context);
+        });
+    }
+
+    /// Number of the device whose context is current and healthy.
+    pub(crate) fn here(&self) -> Result<usize, i32> {
+        if !self.initialised {
+            return Err(ERROR_NOT_INITIALIZED);
+        }
+        let context = self.current().ok_or(ERROR_INVALID_CONTEXT)?;
+        let index =
+            self.devices.iter().position(|d| d.context == context).ok_or(ERROR_INVALID_CONTEXT)?;
+        self.devices[index].error.map_or(Ok(index), Err)
+    }
+
+    /// Operations queued and not run, of one device or of all.
+    pub(crate) fn pending(&self, device: Option<usize>) -> usize {
+        self.streams
+            .values()
+            .filter(|s| device.is_none_or(|d| s.device == d))
+            .map(|s| s.work_pending())
+            .sum()
+    }
+}
