@@ -398,3 +398,29 @@ fn registered_memory_goes_without_staging() {
         assert!(refused.unwrap_err().to_string().contains("CUDA_ERROR_NOT_SUPPORTED"));
     }
 }
+
+#[test]
+fn registered_memory_stays_when_its_event_cannot_be_recorded() {
+    let Some(sim) = simulated(1, 16 << 20) else { return };
+    let device = CudaDevice::open(0).unwrap();
+    let bytes: Arc<Vec<u8>> = Arc::new(pattern(1 << 20, 6));
+    let arena = DeviceArena::new(&device, bytes.len() as u64).unwrap();
+    let pipeline = Pipeline::new(&device, options(1, 2)).unwrap();
+    let start = std::ptr::NonNull::new(bytes.as_ptr().cast_mut()).unwrap();
+    let access = fst_gpu::HostAccess::ReadOnly;
+    // SAFETY: the vector is kept by its `Arc` and never resized.
+    let mapping = unsafe {
+        fst_gpu::RegisteredHost::new(&device, start, bytes.len(), access, Arc::clone(&bytes) as _)
+    }
+    .unwrap();
+    sim.fail("cuEventRecord", 1, cuda_sim::ERROR_UNKNOWN);
+    let len = bytes.len() as u64;
+    let copy = CopyOp::Linear { source: 0, destination: arena.address(), len };
+    // SAFETY: the arena outlives the pipeline.
+    let error = unsafe { pipeline.submit_registered(&mapping, &[copy], None) }.unwrap_err();
+    assert!(error.to_string().contains("cuEventRecord"), "{error}");
+    // The copy is queued with no event behind it; unregistering now must find it done.
+    drop(mapping);
+    assert_eq!(sim.report().faults().iter().filter(|f| f.contains("still queued")).count(), 0);
+    assert_eq!(pipeline.flush().unwrap_err(), error);
+}
