@@ -91,6 +91,14 @@ pub enum Error {
         /// Bytes that there are.
         len: u64,
     },
+    /// An address does not suit the elements that it is to be read as.
+    #[error("address {address:#x} is not aligned to {align} bytes")]
+    Misaligned {
+        /// The address.
+        address: u64,
+        /// Bytes that it should be a multiple of.
+        align: u64,
+    },
     /// A setting that cannot work.
     #[error("{what}: {value} is not in {least}..={most}")]
     BadSetting {

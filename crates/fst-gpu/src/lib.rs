@@ -30,10 +30,12 @@ pub mod buffer;
 pub mod cast;
 pub mod kernel;
 mod device;
+pub mod dlpack;
 mod error;
 mod pipeline;
 mod stream;
 mod sys;
+mod view;
 
 pub use buffer::device::{DEVICE_ALIGN, DeviceArena};
 pub use buffer::pinned::{
@@ -44,3 +46,4 @@ pub use error::{Code, CudaVersion, Error, Result};
 pub use pipeline::{CopyOp, DeviceWork, Pipeline, PipelineOptions, PipelineStats};
 pub use stream::{Event, Stream};
 pub use sys::{DRIVER_LIBRARIES, LEAST_CUDA};
+pub use view::ArenaView;
