@@ -1,6 +1,7 @@
 //! Devices: which there are, what they offer, and the context that all work goes through.
 
 use crate::error::{CudaVersion, Error, Result};
+use crate::modules::Modules;
 use crate::sys::{self as driver, checked};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 use std::ffi::{CStr, c_char};
@@ -28,6 +29,8 @@ struct Inner {
     numa_node: Option<u32>,
     capability: (u32, u32),
     total: u64,
+    processors: u32,
+    modules: Modules,
 }
 
 // SAFETY: the context handle is valid from any thread while it is retained, which this struct sees
@@ -118,6 +121,11 @@ impl CudaDevice {
         self.inner.total
     }
 
+    /// Number of multiprocessors.
+    pub fn processors(&self) -> u32 {
+        self.inner.processors
+    }
+
     /// The CUDA version that the driver offers.
     pub fn driver_version(&self) -> Result<CudaVersion> {
         Ok(driver::driver()?.version)
@@ -168,6 +176,10 @@ impl CudaDevice {
 
     pub(crate) fn check(&self, result: sys::CUresult, call: &'static str) -> Result<()> {
         checked(result, call, self.inner.ordinal)
+    }
+
+    pub(crate) fn modules(&self) -> &Modules {
+        &self.inner.modules
     }
 
     fn attribute(&self, attribute: Attribute) -> Result<i32> {
@@ -258,6 +270,8 @@ impl Inner {
                 attribute_of(device, capability.0, ordinal)?.max(0) as u32,
                 attribute_of(device, capability.1, ordinal)?.max(0) as u32,
             );
+            let processors = Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+            let processors = attribute_of(device, processors, ordinal)?.max(1) as u32;
             let numa_node = numa_node(&pci_bus_id, Path::new("/sys/bus/pci/devices"));
             let mut context = std::ptr::null_mut();
             let result = sys::cuDevicePrimaryCtxRetain(&mut context, device);
@@ -271,6 +285,8 @@ impl Inner {
                 numa_node,
                 capability,
                 total: total as u64,
+                processors,
+                modules: Modules::default(),
             })
         }
     }
@@ -278,6 +294,13 @@ impl Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        // SAFETY: the context is retained; pushed and popped on this thread.
+        unsafe {
+            if sys::cuCtxPushCurrent_v2(self.context) == sys::CUresult::CUDA_SUCCESS {
+                self.modules.unload();
+                let _ = sys::cuCtxPopCurrent_v2(&mut std::ptr::null_mut());
+            }
+        }
         // SAFETY: retained once in `new`. A failure means that the driver is shutting down.
         let _ = unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
     }

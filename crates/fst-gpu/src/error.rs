@@ -119,6 +119,12 @@ pub enum Error {
         /// The device that the memory is on.
         found: usize,
     },
+    /// There is no such kernel, or it does not do what was asked of it here.
+    #[error("no kernel for this: {kernel:?}")]
+    NoKernel {
+        /// The kernel asked for.
+        kernel: crate::kernel::Kernel,
+    },
     /// A system call failed.
     #[error("{call}: {reason}")]
     System {

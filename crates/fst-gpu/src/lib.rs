@@ -28,11 +28,14 @@
 
 pub mod buffer;
 pub mod cast;
-pub mod kernel;
+pub mod cufile;
 mod device;
 pub mod dlpack;
 mod error;
+pub mod kernel;
+mod modules;
 mod pipeline;
+mod sink;
 mod stream;
 mod sys;
 mod view;
@@ -43,7 +46,8 @@ pub use buffer::pinned::{
 };
 pub use device::{CudaDevice, CurrentContext, DeviceMemory};
 pub use error::{Code, CudaVersion, Error, Result};
-pub use pipeline::{CopyOp, DeviceWork, Pipeline, PipelineOptions, PipelineStats};
+pub use pipeline::{CopyOp, Done, Pipeline, PipelineOptions, PipelineStats};
+pub use sink::{Admit, Landing, PipelineSink, Route};
 pub use stream::{Event, Stream};
 pub use sys::{DRIVER_LIBRARIES, LEAST_CUDA};
 pub use view::ArenaView;

@@ -10,7 +10,8 @@
 
 mod enqueue;
 
-pub use enqueue::{CopyOp, DeviceWork};
+pub use enqueue::CopyOp;
+pub(crate) use enqueue::enqueue_on_device;
 
 use crate::buffer::device::DeviceArena;
 use crate::buffer::pinned::{PinnedBlock, PinnedRing, RegisteredHost, RingOptions, Shared};
@@ -62,6 +63,15 @@ enum Held {
     Mapping { event: Event, _mapping: Arc<RegisteredHost> },
 }
 
+/// Called once when the copies and kernels of a submission are done; never if they fail. It runs on
+/// whichever thread notices, with no lock held, and should be short.
+pub type Done = Box<dyn FnOnce() + Send>;
+
+struct InFlight {
+    held: Held,
+    done: Option<Done>,
+}
+
 struct Lane {
     stream: Stream,
     state: Mutex<LaneState>,
@@ -70,7 +80,7 @@ struct Lane {
 #[derive(Default)]
 struct LaneState {
     /// In the order of submission, so the front completes first.
-    in_flight: VecDeque<Held>,
+    in_flight: VecDeque<InFlight>,
     /// Where bytes wait on the device for a kernel; made when first needed.
     scratch: Option<DeviceArena>,
 }
@@ -232,7 +242,28 @@ impl Pipeline {
     /// Every destination lies in memory of this device that stays allocated until
     /// [`flush`](Self::flush) returns or the pipeline is dropped ([`keep`](Self::keep) sees to
     /// it), and nothing else uses those bytes in the meantime.
-    pub unsafe fn submit(&self, block: PinnedBlock, ops: &[CopyOp<'_>]) -> Result<()> {
+    pub unsafe fn submit(&self, block: PinnedBlock, ops: &[CopyOp]) -> Result<()> {
+        // SAFETY: the caller's contract.
+        unsafe { self.submit_then(block, ops, None) }
+    }
+
+    /// [`submit`](Self::submit), with a call when the block's work is done. Somebody must look:
+    /// [`try_acquire`](Self::try_acquire), [`acquire`](Self::acquire), [`poll`](Self::poll) and
+    /// [`flush`](Self::flush) do.
+    ///
+    /// # Errors
+    ///
+    /// As for [`submit`](Self::submit).
+    ///
+    /// # Safety
+    ///
+    /// As for [`submit`](Self::submit).
+    pub unsafe fn submit_then(
+        &self,
+        block: PinnedBlock,
+        ops: &[CopyOp],
+        done: Option<Done>,
+    ) -> Result<()> {
         self.check()?;
         debug_assert!(block.is_of(self.ring.shared()));
         enqueue::check_ranges(ops, block.capacity() as u64)?;
@@ -243,7 +274,7 @@ impl Pipeline {
         let start = block.as_ptr();
         // SAFETY: the caller's contract for destinations; the block is held until its event.
         let queued = unsafe { self.queue(lane, &mut state, start, ops, event) };
-        self.hold(lane, &mut state, Held::Block(block), queued)
+        self.hold(lane, &mut state, InFlight { held: Held::Block(block), done }, queued)
     }
 
     /// Queues copies straight from registered memory, with no staging. Offsets of the operations
@@ -259,7 +290,8 @@ impl Pipeline {
     pub unsafe fn submit_registered(
         &self,
         mapping: &Arc<RegisteredHost>,
-        ops: &[CopyOp<'_>],
+        ops: &[CopyOp],
+        done: Option<Done>,
     ) -> Result<()> {
         self.check()?;
         enqueue::check_ranges(ops, mapping.len() as u64)?;
@@ -268,7 +300,18 @@ impl Pipeline {
         // SAFETY: as in `submit`; the mapping is held until its event.
         let queued = unsafe { self.queue(lane, &mut state, mapping.as_ptr(), ops, &event) };
         let held = Held::Mapping { event, _mapping: Arc::clone(mapping) };
-        self.hold(lane, &mut state, held, queued)
+        self.hold(lane, &mut state, InFlight { held, done }, queued)
+    }
+
+    /// Looks whether submissions are done, without waiting: returns their blocks to the ring and
+    /// makes the calls that were asked for.
+    ///
+    /// # Errors
+    ///
+    /// The pipeline's first error.
+    pub fn poll(&self) -> Result<()> {
+        self.check()?;
+        self.reap()
     }
 
     /// Waits until everything submitted before has arrived.
@@ -333,7 +376,7 @@ impl Pipeline {
         lane: &Lane,
         state: &mut LaneState,
         start: NonNull<u8>,
-        ops: &[CopyOp<'_>],
+        ops: &[CopyOp],
         event: &Event,
     ) -> Queued {
         let current = match self.device.make_current() {
@@ -350,7 +393,13 @@ impl Pipeline {
     }
 
     /// Files what a submission holds, according to how queueing went.
-    fn hold(&self, lane: &Lane, state: &mut LaneState, held: Held, queued: Queued) -> Result<()> {
+    fn hold(
+        &self,
+        lane: &Lane,
+        state: &mut LaneState,
+        entry: InFlight,
+        queued: Queued,
+    ) -> Result<()> {
         let Queued { copies, marked, any } = queued;
         if let Err(error) = copies.and(marked.clone()) {
             self.fail(error.clone());
@@ -358,19 +407,19 @@ impl Pipeline {
             let unmarked = any && marked.is_err();
             if unmarked && !wait_stubbornly(&lane.stream) {
                 self.ring.shared().set_stuck();
-                give_up(held);
+                give_up(entry.held);
             } else if any && !unmarked {
-                self.push(state, held);
+                self.push(state, InFlight { done: None, ..entry });
             }
             return Err(error);
         }
-        self.push(state, held);
+        self.push(state, entry);
         self.counters.blocks.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 
-    fn push(&self, state: &mut LaneState, held: Held) {
-        state.in_flight.push_back(held);
+    fn push(&self, state: &mut LaneState, entry: InFlight) {
+        state.in_flight.push_back(entry);
         self.in_flight.fetch_add(1, Ordering::SeqCst);
         self.ring.shared().ring();
     }
@@ -390,34 +439,41 @@ impl Pipeline {
                 Err(TryLockError::Poisoned(e)) => e.into_inner(),
                 Err(TryLockError::WouldBlock) => continue,
             };
-            self.reap_lane(&mut state)?;
+            let done = self.reap_lane(&mut state);
+            drop(state);
+            call_all(done)?;
         }
         Ok(())
     }
 
     fn reap_all(&self) -> Result<()> {
         for lane in &self.lanes {
-            self.reap_lane(&mut lane.state.lock().unwrap_or_else(PoisonError::into_inner))?;
+            let mut state = lane.state.lock().unwrap_or_else(PoisonError::into_inner);
+            let done = self.reap_lane(&mut state);
+            drop(state);
+            call_all(done)?;
         }
         Ok(())
     }
 
-    fn reap_lane(&self, state: &mut LaneState) -> Result<()> {
+    /// Lets go of what is complete; the calls to make, and the error that ended the look.
+    fn reap_lane(&self, state: &mut LaneState) -> (Vec<Done>, Result<()>) {
+        let mut calls = Vec::new();
         while let Some(front) = state.in_flight.front() {
-            let complete = self.event(front).map_or(Ok(true), Event::is_complete);
+            let complete = self.event(&front.held).map_or(Ok(true), Event::is_complete);
             match complete {
                 Ok(false) => break,
                 Ok(true) => {
-                    state.in_flight.pop_front();
+                    calls.extend(state.in_flight.pop_front().and_then(|entry| entry.done));
                     self.in_flight.fetch_sub(1, Ordering::SeqCst);
                 }
                 Err(error) => {
                     self.fail(error.clone());
-                    return Err(error);
+                    return (calls, Err(error));
                 }
             }
         }
-        Ok(())
+        (calls, Ok(()))
     }
 
     /// Waits for the front of some lane; `false` when nothing is in flight.
@@ -430,7 +486,7 @@ impl Pipeline {
             let lane = &self.lanes[first.wrapping_add(i) % self.lanes.len()];
             let front = {
                 let state = lane.state.lock().unwrap_or_else(PoisonError::into_inner);
-                match state.in_flight.front() {
+                match state.in_flight.front().map(|entry| &entry.held) {
                     Some(Held::Block(block)) => self.events.get(block.index() as usize),
                     Some(Held::Mapping { .. }) => None,
                     None => continue,
@@ -455,6 +511,11 @@ struct Queued {
     marked: Result<()>,
     /// Whether anything may have been queued.
     any: bool,
+}
+
+fn call_all((calls, result): (Vec<Done>, Result<()>)) -> Result<()> {
+    calls.into_iter().for_each(|done| done());
+    result
 }
 
 /// Waits for a stream, once more if the first wait reports an error that came from earlier work.
@@ -482,7 +543,7 @@ impl Drop for Pipeline {
                 if !state.in_flight.is_empty() {
                     self.ring.shared().set_stuck();
                 }
-                state.in_flight.drain(..).for_each(give_up);
+                state.in_flight.drain(..).for_each(|entry| give_up(entry.held));
             }
         }
     }

@@ -60,6 +60,8 @@ pub struct Report {
     pub events: u64,
     pub modules: u64,
     pub contexts: u64,
+    pub cufile_files: u64,
+    pub cufile_buffers: u64,
     pub pending: u64,
     pub copied_bytes: u64,
     /// Misuses, in the order in which they were seen.
@@ -81,6 +83,8 @@ impl Report {
                 "events" => report.events = number,
                 "modules" => report.modules = number,
                 "contexts" => report.contexts = number,
+                "cufile_files" => report.cufile_files = number,
+                "cufile_buffers" => report.cufile_buffers = number,
                 "pending" => report.pending = number,
                 "copied_bytes" => report.copied_bytes = number,
                 _ => report.violations.push(value.to_owned()),
@@ -99,6 +103,8 @@ impl Report {
             ("events", self.events),
             ("modules", self.modules),
             ("context references", self.contexts),
+            ("files registered with cuFile", self.cufile_files),
+            ("buffers registered with cuFile", self.cufile_buffers),
             ("queued operations", self.pending),
         ] {
             if count > 0 {
@@ -185,7 +191,9 @@ impl Sim {
         unsafe { (self.calls)(c_text(call).as_ptr()) }
     }
 
-    /// Changes a setting: `driver_version`, `read_only_register`, `batch_copies`, `patience`.
+    /// Changes a setting: `driver_version`, `read_only_register`, `batch_copies`, `patience`
+    /// (queries answered "not ready" before one lets work run), `cufile_most` (bytes of a read),
+    /// `cufile_flags` (status flags of its driver).
     /// False if there is none of that name.
     pub fn set(&self, name: &str, value: i64) -> bool {
         // SAFETY: a NUL-terminated string.

@@ -48,6 +48,8 @@ pub unsafe extern "C" fn fst_sim_set(name: *const c_char, value: i64) -> bool {
             "driver_version" => w.driver_version = value as i32,
             "read_only_register" => w.read_only_register = value != 0,
             "batch_copies" => w.batch_copies = value != 0,
+            "cufile_most" => w.cufile_most = value as usize,
+            "cufile_flags" => w.cufile_flags = value as u32,
             "patience" => w.patience = value as u32,
             _ => return false,
         }
@@ -83,6 +85,8 @@ pub unsafe extern "C" fn fst_sim_report(to: *mut u8, len: usize) -> usize {
         let _ = writeln!(out, "streams {live}");
         let _ = writeln!(out, "events {}", w.events.len());
         let _ = writeln!(out, "modules {}", w.modules.len());
+        let _ = writeln!(out, "cufile_files {}", w.cufile_files.len());
+        let _ = writeln!(out, "cufile_buffers {}", w.cufile_buffers.len());
         let _ = writeln!(out, "contexts {contexts}");
         let _ = writeln!(out, "pending {}", w.pending(None));
         let _ = writeln!(out, "copied_bytes {}", w.copied_bytes);

@@ -10,6 +10,7 @@
 )]
 
 mod copy;
+mod cufile;
 mod device;
 mod memory;
 mod module;

@@ -58,9 +58,20 @@ pub(crate) struct World {
     pub(crate) events: HashMap<u64, Event>,
     pub(crate) memory: DeviceMemory,
     pub(crate) host: HostMemory,
-    pub(crate) modules: HashMap<u64, HashMap<String, Vec<usize>>>,
+    /// Module handle -> device, entries with the sizes of their parameters.
+    pub(crate) modules: HashMap<u64, (usize, HashMap<String, Vec<usize>>)>,
     /// Function handle -> module, entry name.
     pub(crate) functions: HashMap<u64, (u64, String)>,
+    /// cuFile's driver is open.
+    pub(crate) cufile_open: bool,
+    /// cuFile's handles and their descriptors.
+    pub(crate) cufile_files: HashMap<u64, i32>,
+    /// Device memory registered with cuFile: address -> length.
+    pub(crate) cufile_buffers: HashMap<u64, usize>,
+    /// The most that one cuFileRead moves, for short reads.
+    pub(crate) cufile_most: usize,
+    /// Status flags of cuFile's driver.
+    pub(crate) cufile_flags: u32,
     pub(crate) kernel_libraries: Vec<libloading::Library>,
     pub(crate) faults: Vec<Fault>,
     pub(crate) calls: HashMap<&'static str, u64>,
@@ -121,6 +132,8 @@ impl World {
             read_only_register: true,
             batch_copies: true,
             patience: 2,
+            cufile_open: self.cufile_open,
+            cufile_most: usize::MAX,
             devices: (0..devices).map(|_| Device::default()).collect(),
             kernel_libraries: libraries,
             next_id,
@@ -197,6 +210,7 @@ impl World {
             state.used = 0;
             self.memory.forget(index);
             self.host.forget(index);
+            self.modules.retain(|_, (device, _)| *device != index);
             self.streams.retain(|_, s| s.device != index);
             self.events.retain(|_, e| e.device != index);
             return Ok(());

@@ -6,7 +6,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod arena;
+mod cufile;
 mod interop;
 mod pipeline;
 mod presence;
+mod sink;
 mod support;
+mod transform;

@@ -2,10 +2,10 @@
 
 use crate::support::{machine, pattern, simulated};
 use fst_gpu::{
-    Afterwards, CopyOp, CudaDevice, DeviceArena, DeviceWork, Error, Pipeline, PipelineOptions,
-    Result, RingOptions, Stream,
+    Afterwards, CopyOp, CudaDevice, DeviceArena, Error, Pipeline, PipelineOptions, Result,
+    RingOptions,
 };
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 const BLOCK: usize = 8192;
 
@@ -108,7 +108,7 @@ fn joined_batched_and_strided_copies_agree() {
         let pipeline = Pipeline::new(&device, options(4, 2)).unwrap();
         let mut expected = vec![0xEE; 4 * BLOCK];
         // Tiny tensors, each 256-byte aligned on the device.
-        let tiny: Vec<CopyOp<'_>> = (0..12u64)
+        let tiny: Vec<CopyOp> = (0..12u64)
             .map(|i| CopyOp::Linear {
                 source: i * 24,
                 destination: arena.address() + i * 256,
@@ -119,7 +119,7 @@ fn joined_batched_and_strided_copies_agree() {
             expected[i * 256..i * 256 + 24].copy_from_slice(&bytes[i * 24..i * 24 + 24]);
         }
         // A run that continues on both sides: one copy.
-        let run: Vec<CopyOp<'_>> = (0..8u64)
+        let run: Vec<CopyOp> = (0..8u64)
             .map(|i| CopyOp::Linear {
                 source: i * 512,
                 destination: arena.address() + BLOCK as u64 + i * 512,
@@ -185,6 +185,41 @@ fn two_devices_and_two_loads_at_once() {
             });
         }
     });
+}
+
+#[test]
+fn calls_come_once_when_the_bytes_are_there() {
+    let machine = machine();
+    let device = CudaDevice::open(0).unwrap();
+    let arena = DeviceArena::new(&device, 6 * BLOCK as u64).unwrap();
+    let pipeline = Pipeline::new(&device, options(2, 2)).unwrap();
+    let calls = Arc::new(Mutex::new(Vec::new()));
+    for i in 0..6u8 {
+        let mut block = pipeline.acquire().unwrap();
+        block.as_mut_slice().fill(i);
+        let destination = arena.range(u64::from(i) * BLOCK as u64, BLOCK as u64).unwrap();
+        let copy = CopyOp::Linear { source: 0, destination, len: BLOCK as u64 };
+        let (calls, arena) = (Arc::clone(&calls), arena.clone());
+        let done = Box::new(move || {
+            let mut bytes = vec![0; BLOCK];
+            arena.copy_to_host(u64::from(i) * BLOCK as u64, &mut bytes).unwrap();
+            assert!(bytes.iter().all(|&b| b == i));
+            calls.lock().unwrap().push(i);
+        });
+        // SAFETY: the closures keep the arena, and the pipeline is flushed.
+        unsafe { pipeline.submit_then(block, &[copy], Some(done)).unwrap() };
+    }
+    if machine.sim().is_some() {
+        // Two blocks, six submissions: the first four had to be seen complete.
+        assert_eq!(calls.lock().unwrap().len(), 4);
+        while calls.lock().unwrap().len() < 6 {
+            pipeline.poll().unwrap();
+        }
+    }
+    pipeline.flush().unwrap();
+    let mut calls = std::mem::take(&mut *calls.lock().unwrap());
+    calls.sort_unstable();
+    assert_eq!(calls, [0, 1, 2, 3, 4, 5]);
 }
 
 #[test]
@@ -304,60 +339,6 @@ fn kept_memory_is_pinned_once() {
     assert_eq!(fst_gpu::release_kept(), 4 * BLOCK);
 }
 
-/// Adds one to each byte on the way, by copying through the host: stands for a kernel.
-struct Double {
-    to: u64,
-    len: usize,
-}
-
-impl DeviceWork for Double {
-    unsafe fn launch(&self, stream: &Stream, source: u64) -> Result<()> {
-        for to in [self.to, self.to + self.len as u64] {
-            // SAFETY: the test's arena holds twice the bytes.
-            let result = unsafe {
-                cudarc::driver::sys::cuMemcpyDtoDAsync_v2(to, source, self.len, stream.handle())
-            };
-            assert_eq!(result as u32, 0);
-        }
-        Ok(())
-    }
-}
-
-#[test]
-fn kernels_read_their_bytes_from_bounded_scratch() {
-    let machine = machine();
-    let device = CudaDevice::open(0).unwrap();
-    let bytes = pattern(BLOCK * 16, 4);
-    let arena = DeviceArena::new(&device, 2 * bytes.len() as u64).unwrap();
-    let pipeline = Pipeline::new(&device, options(4, 2)).unwrap();
-    let mut expected = Vec::new();
-    for (i, chunk) in bytes.chunks(BLOCK).enumerate() {
-        let mut block = pipeline.acquire().unwrap();
-        block.as_mut_slice().copy_from_slice(chunk);
-        let half = BLOCK / 2;
-        let base = arena.address() + (2 * i * BLOCK) as u64;
-        let works = [0, 1, 0].map(|h| Double { to: base + (h * 2 * half) as u64, len: half });
-        // The third repeats the first, beyond what the scratch memory holds at once.
-        let ops: Vec<CopyOp<'_>> = [0, half, 0]
-            .iter()
-            .zip(&works)
-            .map(|(&at, work)| CopyOp::Kernel { source: at as u64, len: half as u64, work })
-            .collect();
-        // SAFETY: the arena outlives the flush.
-        unsafe { pipeline.submit(block, &ops).unwrap() };
-        for part in chunk.chunks(half) {
-            expected.extend_from_slice(part);
-            expected.extend_from_slice(part);
-        }
-    }
-    pipeline.flush().unwrap();
-    assert!(bytes_of(&arena) == expected);
-    if let Some(sim) = machine.sim() {
-        // The arena and one scratch block per stream.
-        assert_eq!(sim.report().device_bytes as usize, 2 * bytes.len() + 2 * BLOCK);
-    }
-}
-
 #[test]
 fn registered_memory_goes_without_staging() {
     let machine = machine();
@@ -377,7 +358,7 @@ fn registered_memory_goes_without_staging() {
         let copy =
             CopyOp::Linear { source: i * half, destination: arena.address() + i * half, len: half };
         // SAFETY: the arena outlives the flush.
-        unsafe { pipeline.submit_registered(&mapping, &[copy]).unwrap() };
+        unsafe { pipeline.submit_registered(&mapping, &[copy], None).unwrap() };
     }
     // The pipeline keeps the registration as long as copies read it.
     drop(mapping);

@@ -4,31 +4,23 @@
 use super::{Lane, LaneState, Pipeline};
 use crate::buffer::device::{DEVICE_ALIGN, DeviceArena};
 use crate::error::{Error, Result};
+use crate::kernel::{Kernel, StridedJob};
 use crate::stream::Stream;
 use cudarc::driver::sys;
-use std::fmt;
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
 
 /// From this many copies in a submission on, one call carries them all, if the driver can.
 const BATCH_FROM: usize = 4;
 
-/// Work on the device that reads bytes which the pipeline brought there, such as a cast kernel.
-pub trait DeviceWork: Sync {
-    /// Queues the work on `stream`. The bytes are at `source`, 256-byte aligned, and stay until
-    /// the work queued here has run.
-    ///
-    /// # Safety
-    ///
-    /// `source` holds the number of bytes that the operation named, and the device's context is
-    /// current. Work goes to `stream` only.
-    unsafe fn launch(&self, stream: &Stream, source: u64) -> Result<()>;
-}
+/// Transforms whose sources lie at most this many bytes apart share a copy to scratch memory: about
+/// what the copy engine moves in the time that a call takes.
+const TRANSFORM_GAP: u64 = 64 << 10;
 
 /// One operation on the bytes of a block.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum CopyOp<'a> {
+pub enum CopyOp {
     /// A run of bytes.
     Linear {
         /// First byte in the block.
@@ -53,35 +45,34 @@ pub enum CopyOp<'a> {
         /// Rows.
         rows: u64,
     },
-    /// A run of bytes that a kernel reads from scratch memory.
-    Kernel {
-        /// First byte in the block.
-        source: u64,
-        /// Bytes.
-        len: u64,
-        /// What to do with them.
-        work: &'a dyn DeviceWork,
+    /// A gather or a cast: the bytes go to scratch memory on the device, where the kernel reads
+    /// them.
+    Transform {
+        /// [`Kernel::Gather`] or [`Kernel::Cast`].
+        kernel: Kernel,
+        /// What it does. Its `src` counts from the block's first byte, its `dst` is a device
+        /// address.
+        job: StridedJob,
     },
 }
 
-impl fmt::Debug for CopyOp<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Linear { source, destination, len } => {
-                write!(f, "Linear({source} -> {destination:#x}, {len})")
-            }
-            Self::Strided { source, destination, width, rows, .. } => {
-                write!(f, "Strided({source} -> {destination:#x}, {rows} x {width})")
-            }
-            Self::Kernel { source, len, .. } => write!(f, "Kernel({source}, {len})"),
-        }
-    }
-}
-
 /// The bytes of the source that an operation reads, or `None` where the sum overflows.
-fn source_range(op: &CopyOp<'_>) -> Option<(u64, u64)> {
+fn source_range(op: &CopyOp) -> Option<(u64, u64)> {
     let (start, len) = match *op {
-        CopyOp::Linear { source, len, .. } | CopyOp::Kernel { source, len, .. } => (source, len),
+        CopyOp::Linear { source, len, .. } => (source, len),
+        CopyOp::Transform { kernel, job } => {
+            let width = job.cols.checked_mul(match kernel {
+                Kernel::Cast { from, .. } => from.size() as u64,
+                _ => 1,
+            })?;
+            if job.rows == 0 || width == 0 {
+                (job.src, 0)
+            } else if job.rows > 1 && job.src_pitch < width {
+                return None;
+            } else {
+                (job.src, job.src_pitch.checked_mul(job.rows - 1)?.checked_add(width)?)
+            }
+        }
         CopyOp::Strided { source, source_pitch, destination_pitch, width, rows, .. } => {
             if rows == 0 || width == 0 {
                 (source, 0)
@@ -96,7 +87,7 @@ fn source_range(op: &CopyOp<'_>) -> Option<(u64, u64)> {
 }
 
 /// Refuses operations that read outside their source.
-pub(super) fn check_ranges(ops: &[CopyOp<'_>], len: u64) -> Result<()> {
+pub(super) fn check_ranges(ops: &[CopyOp], len: u64) -> Result<()> {
     for op in ops {
         match source_range(op) {
             Some((_, end)) if end <= len => {}
@@ -113,7 +104,7 @@ pub(super) fn check_ranges(ops: &[CopyOp<'_>], len: u64) -> Result<()> {
 type Run = (u64, u64, u64);
 
 /// Joins linear copies that continue each other on both sides.
-fn joined(ops: &[CopyOp<'_>]) -> Vec<Run> {
+fn joined(ops: &[CopyOp]) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::new();
     for op in ops {
         let CopyOp::Linear { source, destination, len } = *op else {
@@ -142,65 +133,99 @@ impl Pipeline {
         lane: &Lane,
         state: &mut LaneState,
         start: NonNull<u8>,
-        ops: &[CopyOp<'_>],
+        ops: &[CopyOp],
     ) -> Result<()> {
         let base = start.as_ptr() as u64;
         let runs = joined(ops);
         self.counters.copies.fetch_add(ops.len() as u64, Ordering::Relaxed);
         // SAFETY: the caller's contract, passed on to each copy.
         unsafe { self.enqueue_runs(lane, base, &runs)? };
-        let mut scratch_used = 0;
+        // SAFETY: as above.
+        unsafe { self.enqueue_transforms(lane, state, base, ops)? };
         for op in ops {
-            // SAFETY: as above.
-            unsafe {
-                match *op {
-                    CopyOp::Linear { .. } => {}
-                    CopyOp::Strided {
-                        source,
-                        source_pitch,
-                        destination,
-                        destination_pitch,
-                        width,
-                        rows,
-                    } => self.enqueue_rows(
-                        lane,
-                        (base + source, source_pitch),
-                        (destination, destination_pitch),
-                        (width, rows),
-                    )?,
-                    CopyOp::Kernel { source, len, work } => {
-                        let to = self.scratch(state, &mut scratch_used, len)?;
-                        self.enqueue_runs(lane, base, &[(source, to, len)])?;
-                        work.launch(&lane.stream, to)?;
-                    }
-                }
+            if let CopyOp::Strided {
+                source,
+                source_pitch,
+                destination,
+                destination_pitch,
+                width,
+                rows,
+            } = *op
+            {
+                let (from, to) = ((base + source, source_pitch), (destination, destination_pitch));
+                self.counters.bytes.fetch_add(width * rows, Ordering::Relaxed);
+                self.counters.copy_calls.fetch_add(1, Ordering::Relaxed);
+                // SAFETY: as above.
+                unsafe { copy_rows(&lane.stream, From::Host, from, to, (width, rows))? };
             }
         }
         Ok(())
     }
 
-    /// A place in the lane's scratch memory. Reuse is safe without waiting: what is there is read
-    /// by work queued earlier on the same stream that will write it.
-    fn scratch(&self, state: &mut LaneState, used: &mut u64, len: u64) -> Result<u64> {
-        let least = self.block_bytes() as u64;
-        if state.scratch.as_ref().is_none_or(|s| s.len() < len) {
-            // Freeing a smaller one waits for the device by itself; it happens only when a mapped
-            // range is longer than a block.
-            if state.scratch.is_some() {
-                self.device.synchronize()?;
+    /// Brings the bytes of all transforms to scratch memory and launches their kernels.
+    ///
+    /// Scratch memory is reused without waiting: what is there is read by work queued earlier on
+    /// the same stream that will write it.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Pipeline::enqueue`].
+    unsafe fn enqueue_transforms(
+        &self,
+        lane: &Lane,
+        state: &mut LaneState,
+        base: u64,
+        ops: &[CopyOp],
+    ) -> Result<()> {
+        let mut transforms: Vec<(u64, u64, Kernel, StridedJob)> = ops
+            .iter()
+            .filter_map(|op| match *op {
+                CopyOp::Transform { kernel, job } => {
+                    let (start, end) = source_range(op)?;
+                    (end > start).then_some((start, end, kernel, job))
+                }
+                _ => None,
+            })
+            .collect();
+        transforms.sort_by_key(|t| t.0);
+        let room = self.block_bytes() as u64;
+        let mut rest = &transforms[..];
+        while let Some(&(first, mut end, ..)) = rest.first() {
+            // As many as lie within one copy, over small gaps.
+            let mut count = 1;
+            for &(start, other, ..) in &rest[1..] {
+                let longer = end.max(other);
+                if start > end + TRANSFORM_GAP || longer - first > room {
+                    break;
+                }
+                end = longer;
+                count += 1;
             }
-            state.scratch = Some(DeviceArena::new(&self.device, len.max(least))?);
-            *used = 0;
+            if end - first > room {
+                return Err(Error::OutOfRange {
+                    what: "source of a transform, which must fit a block",
+                    start: first,
+                    end,
+                    len: room,
+                });
+            }
+            if state.scratch.is_none() {
+                // Kernels may read a few bytes around their source.
+                state.scratch = Some(DeviceArena::new(&self.device, room + 2 * DEVICE_ALIGN)?);
+            }
+            let Some(scratch) = &state.scratch else { break };
+            // The source's alignment is kept: kernels are fastest on aligned elements.
+            let to = scratch.address() + DEVICE_ALIGN / 2 + first % (DEVICE_ALIGN / 2);
+            // SAFETY: the caller's contract; the scratch memory has room for a block.
+            unsafe { self.enqueue_runs(lane, base, &[(first, to, end - first)])? };
+            for &(start, _, kernel, job) in &rest[..count] {
+                let job = StridedJob { src: to + (start - first), ..job };
+                // SAFETY: the source is in scratch memory, the destination the caller's.
+                unsafe { lane.stream.run(kernel, job)? };
+            }
+            rest = &rest[count..];
         }
-        let Some(scratch) = &state.scratch else {
-            return Ok(0);
-        };
-        if *used + len > scratch.len() {
-            *used = 0;
-        }
-        let address = scratch.range(*used, len)?;
-        *used = (*used + len).next_multiple_of(DEVICE_ALIGN);
-        Ok(address)
+        Ok(())
     }
 
     /// # Safety
@@ -244,51 +269,111 @@ impl Pipeline {
         }
         Ok(())
     }
+}
 
-    /// # Safety
-    ///
-    /// As for [`Pipeline::enqueue`].
-    unsafe fn enqueue_rows(
-        &self,
-        lane: &Lane,
-        (source, source_pitch): (u64, u64),
-        (destination, destination_pitch): (u64, u64),
-        (width, rows): (u64, u64),
-    ) -> Result<()> {
-        if width == 0 || rows == 0 {
-            return Ok(());
-        }
-        self.counters.bytes.fetch_add(width * rows, Ordering::Relaxed);
-        self.counters.copy_calls.fetch_add(1, Ordering::Relaxed);
-        let copy = sys::CUDA_MEMCPY2D {
-            srcXInBytes: 0,
-            srcY: 0,
-            srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
-            srcHost: source as *const _,
-            srcDevice: 0,
-            srcArray: std::ptr::null_mut(),
-            srcPitch: source_pitch as usize,
-            dstXInBytes: 0,
-            dstY: 0,
-            dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
-            dstHost: std::ptr::null_mut(),
-            dstDevice: destination,
-            dstArray: std::ptr::null_mut(),
-            dstPitch: destination_pitch as usize,
-            WidthInBytes: width as usize,
-            Height: rows as usize,
-        };
-        // SAFETY: the caller's contract; the description is read during the call.
-        let result = unsafe { sys::cuMemcpy2DAsync_v2(&copy, lane.stream.handle()) };
-        self.device.check(result, "cuMemcpy2DAsync")
+/// Where the rows of a [`CopyOp::Strided`] come from.
+#[derive(Clone, Copy)]
+enum From {
+    Host,
+    Device,
+}
+
+/// Queues a copy of rows to the device.
+///
+/// # Safety
+///
+/// Both sides hold the rows, and stay until the stream's work has run.
+unsafe fn copy_rows(
+    stream: &Stream,
+    from: From,
+    (source, source_pitch): (u64, u64),
+    (destination, destination_pitch): (u64, u64),
+    (width, rows): (u64, u64),
+) -> Result<()> {
+    if width == 0 || rows == 0 {
+        return Ok(());
     }
+    let (kind, host, device) = match from {
+        From::Host => (sys::CUmemorytype::CU_MEMORYTYPE_HOST, source, 0),
+        From::Device => (sys::CUmemorytype::CU_MEMORYTYPE_DEVICE, 0, source),
+    };
+    let copy = sys::CUDA_MEMCPY2D {
+        srcXInBytes: 0,
+        srcY: 0,
+        srcMemoryType: kind,
+        srcHost: host as *const _,
+        srcDevice: device,
+        srcArray: std::ptr::null_mut(),
+        srcPitch: source_pitch as usize,
+        dstXInBytes: 0,
+        dstY: 0,
+        dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+        dstHost: std::ptr::null_mut(),
+        dstDevice: destination,
+        dstArray: std::ptr::null_mut(),
+        dstPitch: destination_pitch as usize,
+        WidthInBytes: width as usize,
+        Height: rows as usize,
+    };
+    // SAFETY: the caller's contract; the description is read during the call.
+    let result = unsafe { sys::cuMemcpy2DAsync_v2(&copy, stream.handle()) };
+    stream.device().check(result, "cuMemcpy2DAsync")
+}
+
+/// Queues the operations of a block whose `len` bytes are on the device already, at `base`.
+///
+/// # Safety
+///
+/// The bytes stay until the stream's work has run, and may be read a little around (see
+/// [`crate::kernel`]); for destinations as for [`Pipeline::submit`].
+pub(crate) unsafe fn enqueue_on_device(
+    stream: &Stream,
+    base: u64,
+    len: u64,
+    ops: &[CopyOp],
+) -> Result<()> {
+    check_ranges(ops, len)?;
+    let _current = stream.device().make_current()?;
+    for (source, destination, len) in joined(ops) {
+        // SAFETY: the caller's contract, ranges checked.
+        let result = unsafe {
+            sys::cuMemcpyDtoDAsync_v2(destination, base + source, len as usize, stream.handle())
+        };
+        stream.device().check(result, "cuMemcpyDtoDAsync")?;
+    }
+    for op in ops {
+        // SAFETY: as above.
+        unsafe {
+            match *op {
+                CopyOp::Linear { .. } => {}
+                CopyOp::Strided {
+                    source,
+                    source_pitch,
+                    destination,
+                    destination_pitch,
+                    width,
+                    rows,
+                } => copy_rows(
+                    stream,
+                    From::Device,
+                    (base + source, source_pitch),
+                    (destination, destination_pitch),
+                    (width, rows),
+                )?,
+                CopyOp::Transform { kernel, job } => {
+                    stream.run(kernel, StridedJob { src: base + job.src, ..job })?;
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn linear(source: u64, destination: u64, len: u64) -> CopyOp<'static> {
+    fn linear(source: u64, destination: u64, len: u64) -> CopyOp {
         CopyOp::Linear { source, destination, len }
     }
 

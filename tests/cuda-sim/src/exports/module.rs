@@ -7,7 +7,7 @@ use crate::world::{Outcome, World};
 use std::ffi::{CStr, c_char, c_void};
 
 fn load(w: &mut World, out: *mut u64, image: *const c_void) -> Outcome {
-    w.here()?;
+    let here = w.here()?;
     if image.is_null() {
         return Err(ERROR_INVALID_VALUE);
     }
@@ -15,7 +15,7 @@ fn load(w: &mut World, out: *mut u64, image: *const c_void) -> Outcome {
     let text = unsafe { CStr::from_ptr(image.cast::<c_char>()) };
     let entries = text.to_str().ok().and_then(crate::ptx::entries).ok_or(ERROR_INVALID_PTX)?;
     let id = w.id();
-    w.modules.insert(id, entries);
+    w.modules.insert(id, (here, entries));
     put(out, id)
 }
 
@@ -56,7 +56,7 @@ api! {
         w.here()?;
         // SAFETY: a NUL-terminated name, as the API asks.
         let name = unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned();
-        let entries = w.modules.get(&module).ok_or(ERROR_INVALID_HANDLE)?;
+        let (_, entries) = w.modules.get(&module).ok_or(ERROR_INVALID_HANDLE)?;
         if !entries.contains_key(&name) {
             return Err(ERROR_NOT_FOUND);
         }
@@ -101,7 +101,7 @@ api! {
         let stream = w.stream(stream)?;
         let (module, name) = w.functions.get(&function).cloned().ok_or(ERROR_INVALID_HANDLE)?;
         let kernel = kernel(w, &name).ok_or(ERROR_NOT_FOUND)?;
-        let sizes = &w.modules.get(&module).ok_or(ERROR_INVALID_HANDLE)?[&name];
+        let sizes = &w.modules.get(&module).ok_or(ERROR_INVALID_HANDLE)?.1[&name];
         let (grid, block) = ([grid_x, grid_y, grid_z], [block_x, block_y, block_z]);
         if grid.contains(&0) || block.contains(&0) || grid_y > 65535 || grid_z > 65535 {
             return Err(ERROR_INVALID_VALUE);

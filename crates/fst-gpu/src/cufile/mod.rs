@@ -1,0 +1,455 @@
+//! NVIDIA GPUDirect Storage: reads from storage into device memory through cuFile.
+//!
+//! The library is opened at run time under the names that installations and wheels give it. Its
+//! functions follow NVIDIA's "cuFile API Reference Guide" (`cufile.h`); codes are kept as integers.
+//! Without the `nvidia-fs` kernel module cuFile may still work in its compatibility mode, where it
+//! reads into host memory and copies: then the pinned pipeline is the faster way, and
+//! [`GdsStatus`] says so.
+
+mod read;
+mod status;
+
+pub use read::{GdsError, GdsOptions, GdsStats, read};
+pub use status::{GdsMode, GdsStatus};
+
+use crate::buffer::device::DeviceArena;
+use crate::error::Error;
+use libloading::Library;
+use std::ffi::{c_int, c_uint, c_void};
+use std::fmt;
+use std::fs::File;
+use std::mem::ManuallyDrop;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::sync::OnceLock;
+
+/// The names under which cuFile is looked for.
+pub const CUFILE_LIBRARIES: [&str; 2] = ["libcufile.so.0", "libcufile.so"];
+
+/// What can go wrong with cuFile.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum CuFileError {
+    /// The library is not there.
+    #[error("no cuFile library: looked for {}; {reason}", looked_for.join(", "))]
+    NotFound {
+        /// The names tried.
+        looked_for: Vec<String>,
+        /// The loader's words for the last of them.
+        reason: String,
+    },
+    /// The library lacks a function.
+    #[error("the cuFile library {library} lacks {symbol}")]
+    MissingSymbol {
+        /// The library opened.
+        library: String,
+        /// The first function not found in it.
+        symbol: &'static str,
+    },
+    /// A call failed.
+    #[error("{call} failed: {} ({code}), CUDA code {cuda}", code_name(*code))]
+    Call {
+        /// The call.
+        call: &'static str,
+        /// `CUfileOpError`.
+        code: i32,
+        /// The `CUresult` beside it, 0 for none.
+        cuda: i32,
+    },
+    /// A read failed with a system error.
+    #[error("cuFileRead at byte {offset}: {}", std::io::Error::from_raw_os_error(*errno))]
+    Read {
+        /// First byte of the read in the file.
+        offset: u64,
+        /// `errno`.
+        errno: i32,
+    },
+    /// A file ended before all wanted bytes were read.
+    #[error("file ends at byte {end}; bytes up to {wanted} are needed")]
+    Short {
+        /// Where the reads ended.
+        end: u64,
+        /// One past the last byte wanted.
+        wanted: u64,
+    },
+    /// The device's part failed.
+    #[error(transparent)]
+    Device(#[from] Error),
+}
+
+/// The name of a `CUfileOpError`.
+fn code_name(code: i32) -> &'static str {
+    match code {
+        5001 => "the nvidia-fs driver is not loaded and compatibility mode is off",
+        5002 => "invalid driver properties",
+        5003 => "unsupported driver limit",
+        5004 => "nvidia-fs driver version mismatch",
+        5005 => "nvidia-fs driver version not readable",
+        5006 => "driver closing",
+        5007 => "platform not supported",
+        5008 => "I/O not supported",
+        5009 => "device not supported",
+        5010 => "nvidia-fs driver error",
+        5011 => "CUDA driver error",
+        5012 => "invalid device pointer",
+        5013 => "invalid memory type",
+        5014 => "pointer range exceeds the allocation",
+        5015 => "CUDA context mismatch",
+        5016 => "invalid mapping size",
+        5017 => "invalid mapping range",
+        5018 => "invalid file type",
+        5019 => "invalid file open flag",
+        5020 => "file not opened with O_DIRECT",
+        5022 => "invalid value",
+        5023 => "memory already registered",
+        5024 => "memory not registered",
+        5025 => "permission denied",
+        5026 => "driver already open",
+        5027 => "file not registered",
+        5028 => "file already registered",
+        5029 => "device not found",
+        5030 => "internal error",
+        5031 => "no new file descriptor",
+        5033 => "nvidia-fs setup error",
+        5034 => "I/O disabled",
+        5036 => "device memory could not be pinned",
+        _ => "cuFile error",
+    }
+}
+
+/// `CUfileError_t`, returned in a register.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Status {
+    code: c_int,
+    cuda: c_int,
+}
+
+/// `CUfileDescr_t`.
+#[repr(C)]
+struct Description {
+    /// 1: a file descriptor.
+    kind: c_uint,
+    descriptor: DescriptorUnion,
+    operations: *const c_void,
+}
+
+/// The union of a descriptor and a Windows handle.
+#[repr(C)]
+union DescriptorUnion {
+    descriptor: c_int,
+    _handle: *mut c_void,
+}
+
+/// `CUfileDrvProps_t`, with room for what later versions append.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Properties {
+    major: c_uint,
+    minor: c_uint,
+    poll_threshold: usize,
+    max_direct: usize,
+    status_flags: c_uint,
+    control_flags: c_uint,
+    feature_flags: c_uint,
+    max_cache: c_uint,
+    buffer_cache: c_uint,
+    max_pinned: c_uint,
+    max_batch: c_uint,
+    batch_timeout: c_uint,
+    _later: [u64; 8],
+}
+
+type Handle = *mut c_void;
+
+/// cuFile, open for the rest of the process.
+pub struct CuFile {
+    library: String,
+    driver_open: unsafe extern "C" fn() -> Status,
+    properties: unsafe extern "C" fn(*mut Properties) -> Status,
+    handle_register: unsafe extern "C" fn(*mut Handle, *mut Description) -> Status,
+    handle_deregister: unsafe extern "C" fn(Handle),
+    buffer_register: unsafe extern "C" fn(*const c_void, usize, c_int) -> Status,
+    buffer_deregister: unsafe extern "C" fn(*const c_void) -> Status,
+    read: unsafe extern "C" fn(Handle, *mut c_void, usize, i64, i64) -> isize,
+    version: Option<unsafe extern "C" fn(*mut c_int) -> Status>,
+    /// The pointers above lead into it.
+    _library: ManuallyDrop<Library>,
+}
+
+static CUFILE: OnceLock<CuFile> = OnceLock::new();
+
+impl fmt::Debug for CuFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CuFile").field("library", &self.library).finish_non_exhaustive()
+    }
+}
+
+fn check(status: Status, call: &'static str) -> Result<(), CuFileError> {
+    match status.code {
+        0 => Ok(()),
+        code => Err(CuFileError::Call { call, code, cuda: status.cuda }),
+    }
+}
+
+impl CuFile {
+    /// Opens cuFile and its driver; once, and then the same one for the rest of the process.
+    ///
+    /// # Errors
+    ///
+    /// [`CuFileError::NotFound`], [`CuFileError::MissingSymbol`], [`CuFileError::Call`].
+    pub fn open() -> Result<&'static Self, CuFileError> {
+        Self::open_named(&CUFILE_LIBRARIES)
+    }
+
+    /// The same with the library at `path`, for one that the system's search does not find. The
+    /// first opening of the process decides.
+    ///
+    /// # Errors
+    ///
+    /// As for [`open`](Self::open).
+    pub fn open_at(path: &Path) -> Result<&'static Self, CuFileError> {
+        Self::open_named(&[&path.to_string_lossy()])
+    }
+
+    fn open_named(names: &[&str]) -> Result<&'static Self, CuFileError> {
+        if let Some(open) = CUFILE.get() {
+            return Ok(open);
+        }
+        let found = Self::look_for(names)?;
+        // SAFETY: the function as declared in cufile.h. Opening twice, by another user of the
+        // library in this process too, is counted there.
+        match check(unsafe { (found.driver_open)() }, "cuFileDriverOpen") {
+            Ok(()) | Err(CuFileError::Call { code: 5026, .. }) => {}
+            Err(error) => return Err(error),
+        }
+        Ok(CUFILE.get_or_init(|| found))
+    }
+
+    fn look_for(names: &[&str]) -> Result<Self, CuFileError> {
+        let mut reason = String::new();
+        for name in names {
+            // SAFETY: loading runs the library's initialisers, which are meant for any process.
+            match unsafe { Library::new(*name) } {
+                // SAFETY: signatures as declared in cufile.h.
+                Ok(library) => return unsafe { Self::bind(name, library) },
+                Err(e) => {
+                    reason = std::error::Error::source(&e)
+                        .map_or_else(|| e.to_string(), ToString::to_string);
+                }
+            }
+        }
+        let looked_for = names.iter().map(|n| (*n).to_owned()).collect();
+        Err(CuFileError::NotFound { looked_for, reason })
+    }
+
+    /// # Safety
+    ///
+    /// Symbols of these names in `library` have cufile.h's signatures.
+    unsafe fn bind(name: &str, library: Library) -> Result<Self, CuFileError> {
+        let library = ManuallyDrop::new(library);
+        macro_rules! symbol {
+            ($symbol:literal) => {
+                // SAFETY: the caller's contract.
+                *unsafe { library.get($symbol.as_bytes()) }.map_err(|_| {
+                    CuFileError::MissingSymbol { library: name.to_owned(), symbol: $symbol }
+                })?
+            };
+        }
+        Ok(Self {
+            library: name.to_owned(),
+            driver_open: symbol!("cuFileDriverOpen"),
+            properties: symbol!("cuFileDriverGetProperties"),
+            handle_register: symbol!("cuFileHandleRegister"),
+            handle_deregister: symbol!("cuFileHandleDeregister"),
+            buffer_register: symbol!("cuFileBufRegister"),
+            buffer_deregister: symbol!("cuFileBufDeregister"),
+            read: symbol!("cuFileRead"),
+            // SAFETY: the caller's contract.
+            version: unsafe { library.get(b"cuFileGetVersion\0") }.ok().map(|f| *f),
+            _library: library,
+        })
+    }
+
+    /// The name under which the library was opened.
+    pub fn library(&self) -> &str {
+        &self.library
+    }
+
+    /// The library's version, as 1.14, where it tells.
+    pub fn version(&self) -> Option<(u32, u32)> {
+        let mut encoded = 0;
+        // SAFETY: a valid out pointer.
+        let status = unsafe { (self.version?)(&mut encoded) };
+        let encoded = u32::try_from(encoded).ok()?;
+        (status.code == 0).then_some((encoded / 1000, encoded % 1000 / 10))
+    }
+
+    fn driver_properties(&self) -> Result<Properties, CuFileError> {
+        let mut properties = Properties::default();
+        // SAFETY: room for every version's structure.
+        check(unsafe { (self.properties)(&mut properties) }, "cuFileDriverGetProperties")?;
+        Ok(properties)
+    }
+
+    /// Registers an open file; one opened with `O_DIRECT` can be read without the page cache.
+    ///
+    /// # Errors
+    ///
+    /// [`CuFileError::Call`].
+    pub fn register_file<'a>(&'static self, file: &'a File) -> Result<GdsFile<'a>, CuFileError> {
+        let mut handle = std::ptr::null_mut();
+        let mut description = Description {
+            kind: 1,
+            descriptor: DescriptorUnion { descriptor: file.as_raw_fd() },
+            operations: std::ptr::null(),
+        };
+        // SAFETY: a valid description and out pointer; the descriptor stays open as long as the
+        // handle, which borrows the file.
+        let status = unsafe { (self.handle_register)(&mut handle, &mut description) };
+        check(status, "cuFileHandleRegister")?;
+        Ok(GdsFile { cufile: self, handle, _file: file })
+    }
+
+    /// Registers an arena, so that reads into it need no mapping of their own.
+    ///
+    /// # Errors
+    ///
+    /// [`CuFileError::Call`].
+    pub fn register_arena(&'static self, arena: &DeviceArena) -> Result<GdsArena, CuFileError> {
+        let _current = arena.device().make_current()?;
+        let address = arena.address() as usize as *const c_void;
+        // SAFETY: a live allocation of that length, kept by the result.
+        let status = unsafe { (self.buffer_register)(address, arena.len() as usize, 0) };
+        check(status, "cuFileBufRegister")?;
+        Ok(GdsArena { cufile: self, arena: arena.clone() })
+    }
+}
+
+/// A file registered with cuFile.
+pub struct GdsFile<'a> {
+    cufile: &'static CuFile,
+    /// From `cuFileHandleRegister`, deregistered on drop.
+    handle: Handle,
+    _file: &'a File,
+}
+
+// SAFETY: cuFile's handles may be used from any thread, several at once.
+unsafe impl Send for GdsFile<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for GdsFile<'_> {}
+
+impl fmt::Debug for GdsFile<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GdsFile").field("file", &self._file).finish_non_exhaustive()
+    }
+}
+
+impl GdsFile<'_> {
+    /// Reads `len` bytes from `offset` of the file to `place` of the arena. Fewer come only where
+    /// the file ends; the number that came.
+    ///
+    /// The bytes are there when this returns. Work queued earlier on the same bytes of the arena
+    /// must be finished.
+    ///
+    /// # Errors
+    ///
+    /// [`CuFileError::Read`], [`CuFileError::Call`], or a range outside the arena.
+    pub fn read(
+        &self,
+        arena: &GdsArena,
+        place: u64,
+        offset: u64,
+        len: u64,
+    ) -> Result<u64, CuFileError> {
+        arena.arena.range(place, len)?;
+        let _current = arena.arena.device().make_current()?;
+        let base = arena.arena.address() as usize as *mut c_void;
+        let mut done = 0;
+        while done < len {
+            // SAFETY: a live handle, and a range of a live allocation, checked above.
+            let got = unsafe {
+                (self.cufile.read)(
+                    self.handle,
+                    base,
+                    (len - done) as usize,
+                    (offset + done) as i64,
+                    (place + done) as i64,
+                )
+            };
+            match got {
+                0 => break,
+                1.. => done += got as u64,
+                -1 => {
+                    let error = std::io::Error::last_os_error();
+                    if error.kind() == std::io::ErrorKind::Interrupted {
+                        continue;
+                    }
+                    let errno = error.raw_os_error().unwrap_or(0);
+                    return Err(CuFileError::Read { offset: offset + done, errno });
+                }
+                _ => {
+                    let code = i32::try_from(got.unsigned_abs()).unwrap_or(i32::MAX);
+                    return Err(CuFileError::Call { call: "cuFileRead", code, cuda: 0 });
+                }
+            }
+        }
+        Ok(done)
+    }
+}
+
+impl Drop for GdsFile<'_> {
+    fn drop(&mut self) {
+        // SAFETY: registered once, deregistered once; reads borrow this value.
+        unsafe { (self.cufile.handle_deregister)(self.handle) };
+    }
+}
+
+/// An arena registered with cuFile.
+#[derive(Debug)]
+pub struct GdsArena {
+    cufile: &'static CuFile,
+    arena: DeviceArena,
+}
+
+impl GdsArena {
+    /// The arena.
+    pub fn arena(&self) -> &DeviceArena {
+        &self.arena
+    }
+}
+
+impl Drop for GdsArena {
+    fn drop(&mut self) {
+        if let Ok(_current) = self.arena.device().make_current() {
+            // SAFETY: registered once, deregistered once.
+            let _ = unsafe {
+                (self.cufile.buffer_deregister)(self.arena.address() as usize as *const c_void)
+            };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn absence_says_what_was_looked_for() {
+        let error = CuFile::look_for(&["libfst-no-cufile.so.0"]).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("libfst-no-cufile.so.0") && text.contains("No such file"), "{text}");
+        let error = CuFile::look_for(&["libc.so.6"]).unwrap_err();
+        assert_eq!(
+            error,
+            CuFileError::MissingSymbol { library: "libc.so.6".into(), symbol: "cuFileDriverOpen" }
+        );
+    }
+
+    #[test]
+    fn layouts_are_those_of_the_header() {
+        assert_eq!(size_of::<Description>(), 24);
+        assert_eq!(std::mem::offset_of!(Properties, status_flags), 24);
+        assert_eq!(std::mem::offset_of!(Properties, feature_flags), 32);
+    }
+}

@@ -1,0 +1,301 @@
+//! Carries a read plan out through cuFile: aligned blocks into a few registered slots of device
+//! memory, and from there, at the speed of the device, to their places.
+//!
+//! Tensors start where headers let them start, which suits neither cuFile's alignment nor the
+//! device's. Reading aligned blocks and moving their parts on the device costs a pass over device
+//! memory, some fifty times faster than storage, and no second pass over the data on the way in.
+
+use super::{CuFile, CuFileError, GdsArena, GdsFile};
+use crate::buffer::device::DeviceArena;
+use crate::device::CudaDevice;
+use crate::pipeline::{Done, enqueue_on_device};
+use crate::sink::{Admit, Landing, Route};
+use crate::stream::{Event, Stream};
+use fst_io::plan::{Block, ReadPlan};
+use fst_io::sink::SinkError;
+use fst_io::{Control, SourceFile};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+/// Slots start at multiples of this in their arena: cuFile bounces what does not suit the device's
+/// pages of 4 KiB.
+const SLOT_ALIGN: u64 = 4096;
+
+/// How to read through cuFile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GdsOptions {
+    /// Threads, each with one read in flight.
+    pub workers: usize,
+    /// Slots of device memory for each worker.
+    pub slots: usize,
+}
+
+impl Default for GdsOptions {
+    /// 16 workers with 2 slots each.
+    fn default() -> Self {
+        Self { workers: 16, slots: 2 }
+    }
+}
+
+/// What a read through cuFile did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct GdsStats {
+    /// Bytes that came from files.
+    pub bytes_read: u64,
+    /// Reads made.
+    pub reads: u64,
+    /// Worker threads.
+    pub workers: usize,
+}
+
+/// Why a read through cuFile ended.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum GdsError {
+    /// cuFile or the device failed while bytes of a file were read.
+    #[error("{}: {source}", path.display())]
+    File {
+        /// The file.
+        path: std::path::PathBuf,
+        /// First byte of the block.
+        offset: u64,
+        /// Why.
+        source: CuFileError,
+    },
+    /// Something failed before or after reading.
+    #[error(transparent)]
+    CuFile(#[from] CuFileError),
+    /// A file changed meanwhile.
+    #[error(transparent)]
+    Source(#[from] fst_io::Error),
+    /// The consumer's own error.
+    #[error("{0}")]
+    Consumer(SinkError),
+    /// The owner asked for the end.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl From<crate::Error> for GdsError {
+    fn from(error: crate::Error) -> Self {
+        Self::CuFile(error.into())
+    }
+}
+
+/// Shared by the workers of one read.
+struct Job<'a> {
+    cufile: &'static CuFile,
+    device: &'a CudaDevice,
+    files: &'a [SourceFile],
+    handles: Vec<GdsFile<'a>>,
+    plan: &'a ReadPlan,
+    route: Route<'a>,
+    admit: Option<Admit<'a>>,
+    control: &'a Control,
+    slots: usize,
+    next: AtomicUsize,
+    failure: Mutex<Option<GdsError>>,
+}
+
+/// Reads every block of `plan` and does with it what `route` says; returns when all is done.
+///
+/// # Errors
+///
+/// The first that any worker met.
+///
+/// # Safety
+///
+/// What [`Pipeline::submit`](crate::Pipeline::submit) asks of destinations holds, until this
+/// returns, for all that `route` names.
+#[expect(clippy::too_many_arguments)]
+pub unsafe fn read<'a>(
+    cufile: &'static CuFile,
+    device: &'a CudaDevice,
+    files: &'a [SourceFile],
+    plan: &'a ReadPlan,
+    route: Route<'a>,
+    admit: Option<Admit<'a>>,
+    options: GdsOptions,
+    control: &'a Control,
+) -> Result<GdsStats, GdsError> {
+    let handles = files
+        .iter()
+        .map(|file| cufile.register_file(file.direct().unwrap_or_else(|| file.buffered())))
+        .collect::<Result<_, _>>()?;
+    let workers = options.workers.clamp(1, plan.blocks().len().max(1));
+    let job = Job {
+        cufile,
+        device,
+        files,
+        handles,
+        plan,
+        route,
+        admit,
+        control,
+        slots: options.slots.max(1),
+        next: AtomicUsize::new(0),
+        failure: Mutex::new(None),
+    };
+    let mut stats = GdsStats { workers, ..GdsStats::default() };
+    let totals = Mutex::new((0, 0));
+    std::thread::scope(|scope| {
+        for _ in 0..workers {
+            scope.spawn(|| match job.work() {
+                Ok((bytes, reads)) => {
+                    let mut totals = totals.lock().unwrap_or_else(PoisonError::into_inner);
+                    totals.0 += bytes;
+                    totals.1 += reads;
+                }
+                Err(error) => job.fail(error),
+            });
+        }
+    });
+    if let Some(error) = job.failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        return Err(error);
+    }
+    for file in files {
+        file.verify_unchanged()?;
+    }
+    (stats.bytes_read, stats.reads) = totals.into_inner().unwrap_or_else(PoisonError::into_inner);
+    Ok(stats)
+}
+
+/// Device memory for one block, and the event behind the work that reads it.
+struct Slot {
+    place: u64,
+    event: Event,
+    busy: bool,
+    done: Option<Done>,
+}
+
+impl Slot {
+    /// Waits until the slot's work is done, and says so to whoever asked.
+    fn settle(&mut self) -> Result<(), crate::Error> {
+        if self.busy {
+            self.event.synchronize()?;
+            self.busy = false;
+            if let Some(done) = self.done.take() {
+                done();
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Job<'_> {
+    fn fail(&self, error: GdsError) {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+    }
+
+    fn failed(&self) -> bool {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    fn work(&self) -> Result<(u64, u64), GdsError> {
+        let stream = Stream::new(self.device)?;
+        let pitch = self.plan.limits().block.next_multiple_of(SLOT_ALIGN) + SLOT_ALIGN;
+        // Kernels may read a few bytes around their source: a margin before and behind.
+        let arena = DeviceArena::new(self.device, SLOT_ALIGN + pitch * self.slots as u64)?;
+        let registered = self.cufile.register_arena(&arena)?;
+        let mut slots: Vec<Slot> = (0..self.slots as u64)
+            .map(|i| {
+                let place = SLOT_ALIGN + i * pitch;
+                Ok(Slot { place, event: Event::new(self.device)?, busy: false, done: None })
+            })
+            .collect::<Result<_, crate::Error>>()?;
+        let result = self.run(&stream, &registered, &mut slots);
+        // Whatever happened, nothing may run on the slots when they are freed.
+        let drained = stream.synchronize();
+        let totals = result?;
+        drained?;
+        for slot in &mut slots {
+            slot.settle()?;
+        }
+        Ok(totals)
+    }
+
+    fn run(
+        &self,
+        stream: &Stream,
+        registered: &GdsArena,
+        slots: &mut [Slot],
+    ) -> Result<(u64, u64), GdsError> {
+        let (mut bytes, mut reads) = (0, 0);
+        loop {
+            let index = self.next.fetch_add(1, Ordering::Relaxed);
+            let Some(block) = self.plan.blocks().get(index) else { return Ok((bytes, reads)) };
+            if self.failed() {
+                return Ok((bytes, reads));
+            }
+            if self.control.is_cancelled() {
+                return Err(GdsError::Cancelled);
+            }
+            if let Some(admit) = self.admit
+                && !self.admitted(admit, block, slots)?
+            {
+                return Ok((bytes, reads));
+            }
+            let turn = reads as usize % slots.len();
+            let slot = &mut slots[turn];
+            slot.settle()?;
+            bytes += self
+                .read_block(block, registered, slot.place)
+                .map_err(|source| self.located(block, source))?;
+            reads += 1;
+            let Landing { ops, done } = (self.route)(block).map_err(GdsError::Consumer)?;
+            let base = registered.arena().address() + slot.place;
+            slot.busy = true;
+            // SAFETY: the contract of `read`; the slot is settled before it is used again, and the
+            // stream is waited for before the slots are freed.
+            unsafe { enqueue_on_device(stream, base, block.len, &ops) }
+                .and_then(|()| slot.event.record(stream))
+                .map_err(|e| self.located(block, e.into()))?;
+            slot.done = done;
+        }
+    }
+
+    /// Asks for room; settles this worker's own slots before it waits, since what they hold may be
+    /// what is to make room.
+    fn admitted(
+        &self,
+        admit: Admit<'_>,
+        block: &Block,
+        slots: &mut [Slot],
+    ) -> Result<bool, GdsError> {
+        if admit(block, false).map_err(GdsError::Consumer)? {
+            return Ok(true);
+        }
+        for slot in slots {
+            slot.settle()?;
+        }
+        admit(block, true).map_err(GdsError::Consumer)
+    }
+
+    fn read_block(
+        &self,
+        block: &Block,
+        registered: &GdsArena,
+        place: u64,
+    ) -> Result<u64, CuFileError> {
+        let Some(handle) = self.handles.get(block.file as usize) else { return Ok(0) };
+        let got = handle.read(registered, place, block.offset, block.len)?;
+        if got < block.need {
+            // A block behind the end says nothing about where that is.
+            let end =
+                self.files.get(block.file as usize).and_then(|f| f.buffered().metadata().ok());
+            let end = end.map_or(block.offset + got, |metadata| metadata.len());
+            return Err(CuFileError::Short { end, wanted: block.need_end() });
+        }
+        Ok(got)
+    }
+
+    fn located(&self, block: &Block, source: CuFileError) -> GdsError {
+        match self.files.get(block.file as usize) {
+            Some(file) => {
+                GdsError::File { path: file.path().to_owned(), offset: block.offset, source }
+            }
+            None => source.into(),
+        }
+    }
+}

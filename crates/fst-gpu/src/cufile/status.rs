@@ -1,0 +1,85 @@
+//! Whether GPUDirect Storage works here, and how.
+
+use super::{CuFile, CuFileError};
+use std::path::Path;
+
+/// How cuFile would move bytes on this machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum GdsMode {
+    /// From storage to the device with no host memory in between, on file systems that allow it.
+    Direct,
+    /// Through host memory, by cuFile's own copies: slower than the pinned pipeline.
+    Compatibility,
+    /// Not at all.
+    Unavailable(CuFileError),
+}
+
+/// What was found out about GPUDirect Storage.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct GdsStatus {
+    /// Whether the `nvidia-fs` kernel module is loaded.
+    pub nvidia_fs: bool,
+    /// The module's version, where it tells.
+    pub nvidia_fs_version: Option<String>,
+    /// The cuFile library opened, if any.
+    pub library: Option<String>,
+    /// The library's version.
+    pub version: Option<(u32, u32)>,
+    /// How it would work.
+    pub mode: GdsMode,
+}
+
+/// `CU_FILE_NVME_P2P_SUPPORTED`: peer-to-peer transfers by the kernel, without `nvidia-fs`.
+const NVME_P2P: u32 = 1 << 11;
+
+impl GdsStatus {
+    /// Looks. Opens cuFile and its driver if there is one.
+    pub fn probe() -> Self {
+        Self::with(CuFile::open(), Path::new("/"))
+    }
+
+    /// [`probe`](Self::probe) with a cuFile opened before and another root folder, for tests.
+    #[doc(hidden)]
+    pub fn with(cufile: Result<&'static CuFile, CuFileError>, root: &Path) -> Self {
+        let proc = root.join("proc/driver/nvidia-fs");
+        let nvidia_fs = proc.is_dir() || root.join("dev/nvidia-fs0").exists();
+        let nvidia_fs_version = std::fs::read_to_string(proc.join("version"))
+            .ok()
+            .and_then(|text| text.split_once(':').map(|(_, v)| v.trim().to_owned()));
+        let (library, version) = match cufile {
+            Ok(cufile) => (Some(cufile.library().to_owned()), cufile.version()),
+            Err(_) => (None, None),
+        };
+        let mode = match cufile.and_then(CuFile::driver_properties) {
+            Err(error) => GdsMode::Unavailable(error),
+            Ok(properties) if nvidia_fs || properties.status_flags & NVME_P2P != 0 => {
+                GdsMode::Direct
+            }
+            Ok(_) => GdsMode::Compatibility,
+        };
+        Self { nvidia_fs, nvidia_fs_version, library, version, mode }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_module_is_found() {
+        let absent = || CuFileError::NotFound { looked_for: vec![], reason: String::new() };
+        let root = std::env::temp_dir().join(format!("fst-gds-{}", std::process::id()));
+        let proc = root.join("proc/driver/nvidia-fs");
+        let status = GdsStatus::with(Err(absent()), &root);
+        assert!(!status.nvidia_fs);
+        assert_eq!(status.mode, GdsMode::Unavailable(absent()));
+        std::fs::create_dir_all(&proc).unwrap();
+        std::fs::write(proc.join("version"), "version: 2.24.2\n").unwrap();
+        let status = GdsStatus::with(Err(absent()), &root);
+        std::fs::remove_dir_all(&root).unwrap();
+        assert!(status.nvidia_fs);
+        assert_eq!(status.nvidia_fs_version.as_deref(), Some("2.24.2"));
+    }
+}

@@ -1,0 +1,105 @@
+//! The pipeline as the receiving end of fst-io's readers: blocks are read straight into pinned
+//! memory and leave for the device as they land.
+
+use crate::pipeline::{CopyOp, Done, Pipeline};
+use fst_io::plan::Block;
+use fst_io::sink::{Sink, SinkError, Target};
+use std::fmt;
+
+/// What is to happen with a block that has landed. Offsets count from the block's first byte.
+#[derive(Default)]
+pub struct Landing {
+    /// Copies, slices and casts.
+    pub ops: Vec<CopyOp>,
+    /// Called when they are done.
+    pub done: Option<Done>,
+}
+
+impl fmt::Debug for Landing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Landing").field("ops", &self.ops).finish_non_exhaustive()
+    }
+}
+
+/// Says what is to happen with a block; called from reader threads when it has landed.
+pub type Route<'a> = &'a (dyn Fn(&Block) -> Result<Landing, SinkError> + Send + Sync);
+
+/// Asked before a block is read whether what it leads to has room (see
+/// [`fst_io::scratch::Admit`]).
+pub type Admit<'a> = &'a (dyn Fn(&Block, bool) -> Result<bool, SinkError> + Send + Sync);
+
+/// Lends the blocks of a [`Pipeline`] to readers and submits them when they have landed.
+///
+/// After the read, [`Pipeline::flush`] waits for the copies.
+pub struct PipelineSink<'a> {
+    pipeline: &'a Pipeline,
+    admit: Option<Admit<'a>>,
+    route: Route<'a>,
+}
+
+impl fmt::Debug for PipelineSink<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PipelineSink").field("pipeline", &self.pipeline).finish_non_exhaustive()
+    }
+}
+
+impl<'a> PipelineSink<'a> {
+    /// A sink that asks `route` what to do with each block.
+    ///
+    /// # Safety
+    ///
+    /// What [`Pipeline::submit`] asks of destinations holds for all that `route` names.
+    pub unsafe fn new(pipeline: &'a Pipeline, route: Route<'a>) -> Self {
+        Self { pipeline, admit: None, route }
+    }
+
+    /// Asks `admit` before a block is read. It makes room for the block's destinations (device
+    /// memory within a budget, say) or holds the reader back.
+    pub fn with_admission(self, admit: Admit<'a>) -> Self {
+        Self { admit: Some(admit), ..self }
+    }
+}
+
+// SAFETY: a target is a pinned block given up for its number: nobody else has it until the number
+// comes back with the target. A target that is dropped loses its block to the ring. The ring's
+// memory lives as long as the pipeline, which this value borrows.
+unsafe impl Sink for PipelineSink<'_> {
+    fn reserve(&self, block: &Block, wait: bool) -> Result<Option<Target>, SinkError> {
+        let capacity = self.pipeline.block_bytes();
+        if block.len > capacity as u64 {
+            return Err(Box::new(crate::Error::BadSetting {
+                what: "bytes of a block to be read into pinned memory",
+                value: block.len,
+                least: 1,
+                most: capacity as u64,
+            }));
+        }
+        if let Some(admit) = self.admit
+            && !admit(block, wait)?
+        {
+            return Ok(None);
+        }
+        let pinned =
+            if wait { Some(self.pipeline.acquire()?) } else { self.pipeline.try_acquire()? };
+        Ok(pinned.map(|pinned| {
+            let start = pinned.as_ptr();
+            // SAFETY: see the comment on the implementation.
+            unsafe { Target::new(start, capacity, u64::from(pinned.into_index())) }
+        }))
+    }
+
+    fn landed(&self, block: &Block, target: Target) -> Result<(), SinkError> {
+        // SAFETY: the target came from `reserve` and is given back once, by value.
+        let pinned = unsafe { self.pipeline.block(target.token() as u32) };
+        let Some(pinned) = pinned else { return Ok(()) };
+        let Landing { ops, done } = (self.route)(block)?;
+        // SAFETY: the contract of `new`.
+        unsafe { self.pipeline.submit_then(pinned, &ops, done)? };
+        Ok(())
+    }
+
+    fn abandoned(&self, _block: &Block, target: Target) {
+        // SAFETY: as in `landed`.
+        drop(unsafe { self.pipeline.block(target.token() as u32) });
+    }
+}
