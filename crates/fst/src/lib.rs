@@ -58,3 +58,8 @@ pub use tensor::{Tensor, Tensors};
 pub use fst_format as format;
 /// The layer below, for pipelines of one's own: engines, plans and memory.
 pub use fst_io as io;
+
+/// The example of the README, compiled and run as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;
