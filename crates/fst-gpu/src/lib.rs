@@ -33,6 +33,7 @@ mod device;
 pub mod dlpack;
 mod error;
 pub mod kernel;
+pub mod measure;
 mod modules;
 mod pipeline;
 mod sink;

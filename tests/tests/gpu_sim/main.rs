@@ -8,6 +8,7 @@
 mod arena;
 mod cufile;
 mod interop;
+mod measure;
 mod pipeline;
 mod presence;
 mod sink;
