@@ -11,6 +11,8 @@ mod interop;
 mod measure;
 mod pipeline;
 mod presence;
+mod program;
+mod simulator;
 mod sink;
 mod support;
 mod transform;
