@@ -1,7 +1,7 @@
 //! Rates of this machine's ways to the device, measured where a choice or a report needs them.
 
 use crate::buffer::device::DeviceArena;
-use crate::buffer::pinned::{HostAccess, RegisteredHost};
+use crate::buffer::registered::{HostAccess, RegisteredHost};
 use crate::device::CudaDevice;
 use crate::error::{Error, Result};
 use crate::pipeline::{CopyOp, Pipeline};
