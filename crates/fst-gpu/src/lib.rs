@@ -33,6 +33,7 @@ mod device;
 pub mod dlpack;
 mod error;
 pub mod kernel;
+pub mod measure;
 mod modules;
 mod pipeline;
 mod sink;
@@ -41,9 +42,8 @@ mod sys;
 mod view;
 
 pub use buffer::device::{DEVICE_ALIGN, DeviceArena};
-pub use buffer::pinned::{
-    Afterwards, HostAccess, PinnedBlock, PinnedRing, RegisteredHost, RingOptions, release_kept,
-};
+pub use buffer::pinned::{Afterwards, PinnedBlock, PinnedRing, RingOptions, release_kept};
+pub use buffer::registered::{HostAccess, RegisteredHost};
 pub use device::{CudaDevice, CurrentContext, DeviceMemory};
 pub use error::{Code, CudaVersion, Error, Result};
 pub use pipeline::{CopyOp, Done, Pipeline, PipelineOptions, PipelineStats};

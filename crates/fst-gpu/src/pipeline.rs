@@ -14,7 +14,8 @@ pub use enqueue::CopyOp;
 pub(crate) use enqueue::enqueue_on_device;
 
 use crate::buffer::device::DeviceArena;
-use crate::buffer::pinned::{PinnedBlock, PinnedRing, RegisteredHost, RingOptions, Shared};
+use crate::buffer::pinned::{PinnedBlock, PinnedRing, RingOptions, Shared};
+use crate::buffer::registered::RegisteredHost;
 use crate::device::CudaDevice;
 use crate::error::{Error, Result};
 use crate::stream::{Event, Stream};

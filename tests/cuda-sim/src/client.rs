@@ -69,7 +69,8 @@ pub struct Report {
 }
 
 impl Report {
-    fn parse(text: &str) -> Self {
+    /// Reads what a process left in the file that `FST_SIM_REPORT` named.
+    pub fn parse(text: &str) -> Self {
         let mut report = Self::default();
         for line in text.lines() {
             let (name, value) = line.split_once(' ').unwrap_or((line, ""));
@@ -168,6 +169,13 @@ impl Sim {
     /// The shared library's path (it exports cuFile's functions too).
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The environment that puts the simulator into a program started by a test; `report` is where
+    /// it leaves its [`Report`] at exit. `FST_SIM_DEVICES` and the others (see the crate's page)
+    /// may be added.
+    pub fn environment(&self, report: &Path) -> [(&'static str, PathBuf); 2] {
+        [("LD_PRELOAD", self.path.clone()), ("FST_SIM_REPORT", report.to_owned())]
     }
 
     /// Takes the simulator for one test: a fresh machine, and a check on drop that nothing leaked

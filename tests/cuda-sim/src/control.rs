@@ -70,11 +70,9 @@ pub unsafe extern "C" fn fst_sim_add_kernels(path: *const c_char) -> bool {
     true
 }
 
-/// Writes the report, lines of `name value` and `violation text`, into `to`; returns its length,
-/// also when that is more than `len` (then nothing is written).
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn fst_sim_report(to: *mut u8, len: usize) -> usize {
-    let report = with(|w| {
+/// The report: lines of `name value` and `violation text`.
+fn report() -> String {
+    with(|w| {
         let mut out = String::new();
         let live = w.streams.values().filter(|s| !s.legacy && !s.destroyed).count();
         let contexts: u64 = w.devices.iter().map(|d| d.retained).sum();
@@ -94,7 +92,21 @@ pub unsafe extern "C" fn fst_sim_report(to: *mut u8, len: usize) -> usize {
             let _ = writeln!(out, "violation {violation}");
         }
         out
-    });
+    })
+}
+
+/// Writes the report to the file that `FST_SIM_REPORT` names.
+pub(crate) extern "C" fn report_at_exit() {
+    if let Some(path) = std::env::var_os("FST_SIM_REPORT") {
+        let _ = std::fs::write(path, report());
+    }
+}
+
+/// Writes the report into `to`; returns its length, also when that is more than `len` (then nothing
+/// is written).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn fst_sim_report(to: *mut u8, len: usize) -> usize {
+    let report = report();
     if report.len() <= len {
         // SAFETY: the caller gives `len` bytes at `to`.
         unsafe { std::ptr::copy_nonoverlapping(report.as_ptr(), to, report.len()) };

@@ -19,7 +19,9 @@
 //! looked up in the libraries given to [`Sim::add_kernels`] and then in the process.
 //!
 //! Environment, read when the library is first used and at every reset: `FST_SIM_DEVICES` (1),
-//! `FST_SIM_MEMORY` (bytes per device, 1 GiB), `FST_SIM_FAIL` (`NAME:N:CODE,...`).
+//! `FST_SIM_MEMORY` (bytes per device, 1 GiB), `FST_SIM_FAIL` (`NAME:N:CODE,...`),
+//! `FST_SIM_KERNELS` (a library of host kernels), `FST_SIM_REPORT` (a file that is given the report
+//! at exit). A program started by a test finds the simulator through [`Sim::environment`].
 
 mod client;
 mod codes;

@@ -96,6 +96,10 @@ pub(crate) fn with<T>(f: impl FnOnce(&mut World) -> T) -> T {
     let mut guard = lock();
     let world = guard.get_or_insert_with(Box::default);
     if !world.ready {
+        if std::env::var_os("FST_SIM_REPORT").is_some() {
+            // SAFETY: registers a function without arguments.
+            unsafe { libc::atexit(crate::control::report_at_exit) };
+        }
         world.reset(env_number("FST_SIM_DEVICES", 1), env_number("FST_SIM_MEMORY", 1 << 30));
     }
     f(world)
@@ -139,6 +143,15 @@ impl World {
             next_id,
             ..World::default()
         };
+        if self.kernel_libraries.is_empty()
+            && let Some(path) = std::env::var_os("FST_SIM_KERNELS")
+        {
+            // SAFETY: a library of kernels has no initialisers that matter.
+            match unsafe { libloading::Library::new(path) } {
+                Ok(library) => self.kernel_libraries.push(library),
+                Err(e) => self.violation(format!("FST_SIM_KERNELS: {e}")),
+            }
+        }
         for item in std::env::var("FST_SIM_FAIL").unwrap_or_default().split(',') {
             let mut parts = item.split(':');
             if let (Some(call), Some(Ok(nth)), Some(Ok(code))) =

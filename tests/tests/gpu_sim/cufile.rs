@@ -72,7 +72,9 @@ fn failures_name_the_file_and_leave_nothing() {
         sim.fail(call, nth, 5010);
         let error = load(&case, cufile, &device, GdsOptions { workers: 2, slots: 2 }).unwrap_err();
         let text = error.to_string();
-        assert!(text.contains("5010"), "{call} {nth}: {text}");
+        // A worker that meets the dead context first may be the one to report.
+        let dead = call == "run:copy" && text.contains("CUDA driver error");
+        assert!(dead || text.contains("5010"), "{call} {nth}: {text}");
         if call == "cuFileRead" {
             assert!(text.contains(".bin: ") && text.contains("nvidia-fs driver error"), "{text}");
         }

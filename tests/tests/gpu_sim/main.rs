@@ -8,8 +8,11 @@
 mod arena;
 mod cufile;
 mod interop;
+mod measure;
 mod pipeline;
 mod presence;
+mod program;
+mod simulator;
 mod sink;
 mod support;
 mod transform;

@@ -2,11 +2,12 @@
 //! still reads the bytes that were there.
 
 use super::put;
-use crate::codes::SUCCESS;
+use crate::codes::{ERROR_INVALID_CONTEXT, SUCCESS};
 use crate::world::{World, enter, with};
 use std::ffi::{c_int, c_void};
 
 const DRIVER_NOT_INITIALIZED: i32 = 5001;
+const CUDA_DRIVER_ERROR: i32 = 5011;
 const CUDA_POINTER_INVALID: i32 = 5012;
 const CUDA_CONTEXT_MISMATCH: i32 = 5015;
 const INVALID_FILE_TYPE: i32 = 5018;
@@ -32,7 +33,17 @@ pub struct Description {
 }
 
 fn status(call: &'static str, f: impl FnOnce(&mut World) -> Result<(), i32>) -> Status {
-    Status { code: enter(call, f), cuda: 0 }
+    let code = enter(call, f);
+    // A dead context's own error travels beside cuFile's.
+    let cuda = if code == CUDA_DRIVER_ERROR { with(|w| w.here()).err().unwrap_or(0) } else { 0 };
+    Status { code, cuda }
+}
+
+/// The device whose context is current; as cuFile's errors.
+fn here(w: &World) -> Result<usize, i32> {
+    w.here().map_err(|code| {
+        if code == ERROR_INVALID_CONTEXT { CUDA_CONTEXT_MISMATCH } else { CUDA_DRIVER_ERROR }
+    })
 }
 
 fn ready(w: &World) -> Result<(), i32> {
@@ -98,7 +109,7 @@ pub unsafe extern "C" fn cuFileBufRegister(
 ) -> Status {
     status("cuFileBufRegister", |w| {
         ready(w)?;
-        let here = w.here().map_err(|_| CUDA_CONTEXT_MISMATCH)?;
+        let here = here(w)?;
         if w.memory.owner(base as u64, len) != Some(here) {
             return Err(CUDA_POINTER_INVALID);
         }
@@ -134,7 +145,7 @@ pub unsafe extern "C" fn cuFileRead(
     let mut got = 0;
     let code = enter("cuFileRead", |w| {
         ready(w)?;
-        let here = w.here().map_err(|_| CUDA_CONTEXT_MISMATCH)?;
+        let here = here(w)?;
         let descriptor = *w.cufile_files.get(&handle).ok_or(INVALID_VALUE)?;
         let to = base as u64 + buffer_offset as u64;
         if w.memory.owner(to, len) != Some(here) {
