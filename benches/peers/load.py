@@ -9,6 +9,7 @@ import argparse
 import glob
 import hashlib
 import json
+import mmap
 import os
 import resource
 import struct
@@ -102,6 +103,27 @@ def status_bytes(key):
     raise SystemExit(f"no {key} in /proc/self/status")
 
 
+def settle(size):
+    """Touches and frees memory, as src/memory.rs does and for the reason given there."""
+    with open("/proc/meminfo") as meminfo:
+        free = next(int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemFree:"))
+    size = min(size, free - (512 << 20))
+    if size <= 0:
+        return
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block.madvise(mmap.MADV_HUGEPAGE)
+    numpy.frombuffer(block, dtype=numpy.uint8)[::4096] = 0
+    block.close()
+
+
+def returned_bytes():
+    try:
+        with open("/sys/module/page_reporting/parameters/reported_kib") as reported:
+            return int(reported.read()) * 1024
+    except OSError:
+        return None
+
+
 def cpu_seconds():
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
@@ -127,17 +149,20 @@ def main():
     arguments.add_argument("--contender", required=True)
     arguments.add_argument("--op", default="load")
     arguments.add_argument("--path", required=True)
+    arguments.add_argument("--settle", type=int, default=0)
     arguments.add_argument("--digest", action="store_true")
     options = arguments.parse_args()
 
     load = contender(options.contender)
     torch.zeros(1).clone()
     files = sorted(glob.glob(os.path.join(options.path, "*.safetensors")))
+    settle(options.settle)
     try:
         with open("/proc/self/clear_refs", "w") as refs:
             refs.write("5")
     except OSError:
         pass  # the peak then covers the imports too
+    returned_before = returned_bytes()
     base_rss = status_bytes("VmRSS:")
     cpu_before = cpu_seconds()
     start = time.perf_counter()
@@ -150,12 +175,15 @@ def main():
         "peak_rss_bytes": status_bytes("VmHWM:"),
         "base_rss_bytes": base_rss,
     }
+    if returned_before is not None:
+        result["returned_bytes"] = returned_bytes() - returned_before
     if options.digest:
         result["digest"] = digest(tensors)
     print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
+    import numpy
     import torch
 
     main()

@@ -41,6 +41,9 @@ pub struct Args {
     /// Check in the first round that every contender gives the same bytes (slow on large data).
     #[arg(long)]
     pub verify: bool,
+    /// Take free memory as it is found instead of touching and freeing some before each run.
+    #[arg(long)]
+    pub unsettled: bool,
     /// List workloads and contenders.
     #[arg(long)]
     pub list: bool,
@@ -104,6 +107,7 @@ pub fn run(args: &Args, contender: &Path) -> Result<Option<Results>> {
         peers_venv: std::env::var_os("FST_PEERS_VENV")
             .map_or_else(|| package.join("peers/.venv"), PathBuf::from),
         peers_script: package.join("peers/load.py"),
+        settle: !args.unsettled,
         time_limit: Duration::from_secs(600),
     };
     fs::create_dir_all(&data).with_context(|| format!("create {}", data.display()))?;

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::contender::{self, Op};
 use crate::digest::TensorDigest;
+use crate::memory;
 
 /// The line that a contender's process prints, also by `peers/load.py`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -23,6 +24,10 @@ pub struct Measurement {
     pub peak_rss_bytes: u64,
     /// Resident set just before the load: what the program itself needs.
     pub base_rss_bytes: u64,
+    /// Free memory that the kernel gave back to the hypervisor during the load, where it tells
+    /// ([`memory::returned_bytes`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub returned_bytes: Option<u64>,
     /// The digest of all tensors ([`TensorDigest`]), when asked for; taken after the measurement.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<String>,
@@ -44,6 +49,9 @@ pub struct ContenderArgs {
     /// Folder of the checkpoint.
     #[arg(long)]
     pub path: PathBuf,
+    /// Touch and free this much memory first ([`memory::settle`]).
+    #[arg(long, default_value_t = 0)]
+    pub settle: u64,
     /// Also print the digest of the loaded tensors.
     #[arg(long)]
     pub digest: bool,
@@ -56,7 +64,9 @@ pub struct ContenderArgs {
 pub fn run(args: &ContenderArgs) -> Result<Measurement> {
     let files = contender::safetensors_files(&args.path)?;
     let job = contender::prepare(&args.contender, args.op, &args.path, &files)?;
+    memory::settle(args.settle)?;
     reset_peak_rss();
+    let returned_before = memory::returned_bytes();
     let base_rss_bytes = status_bytes("VmRSS:").context("VmRSS in /proc/self/status")?;
     let cpu_before = cpu_seconds()?;
     let start = Instant::now();
@@ -64,6 +74,8 @@ pub fn run(args: &ContenderArgs) -> Result<Measurement> {
     let seconds = start.elapsed().as_secs_f64();
     let cpu_seconds = cpu_seconds()? - cpu_before;
     let peak_rss_bytes = status_bytes("VmHWM:").context("VmHWM in /proc/self/status")?;
+    let returned_bytes =
+        returned_before.zip(memory::returned_bytes()).map(|(before, after)| after - before);
     let digest = if args.digest {
         let mut digest = TensorDigest::default();
         loaded.for_each(&mut |name, shape, data| digest.add(name, shape, data))?;
@@ -77,6 +89,7 @@ pub fn run(args: &ContenderArgs) -> Result<Measurement> {
         cpu_seconds,
         peak_rss_bytes,
         base_rss_bytes,
+        returned_bytes,
         digest,
         detail: loaded.detail(),
     })

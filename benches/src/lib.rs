@@ -6,6 +6,7 @@
 //! - contenders are interleaved and the order rotates, so slow drift of the machine hits all ([`runner`]);
 //! - the page cache is put into the wanted state before each run and *checked*; a run whose state could
 //!   not be confirmed is kept in the record but never enters a median ([`page_cache`]);
+//! - free memory is touched and freed just before each run, since a hypervisor may have taken it ([`memory`]);
 //! - comparisons are ratios of runs of the same round, given with their spread ([`stats`]);
 //! - all contenders are held to the same bytes by a digest of every tensor ([`digest`]).
 //!
@@ -19,6 +20,7 @@ pub mod data;
 pub mod digest;
 pub mod huge;
 pub mod machine;
+pub mod memory;
 pub mod models;
 pub mod page_cache;
 pub mod plot;

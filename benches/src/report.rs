@@ -223,6 +223,17 @@ impl Results {
                 busy.max * 100.0
             );
         }
+        let returned: Vec<f64> = runs
+            .iter()
+            .filter_map(|run| Some(run.valid()?.returned_bytes? as f64 / f64::from(1 << 20)))
+            .collect();
+        if let Some(returned) = summary(&returned) {
+            let _ = writeln!(
+                out,
+                "The kernel gave {:.0} MiB of free memory back to the hypervisor during a run (median), {:.0} at most.",
+                returned.median, returned.max
+            );
+        }
         let _ = writeln!(out);
         let mut failures: Vec<String> = runs
             .iter()

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::child::Measurement;
 use crate::contender::{Kind, Op, safetensors_files};
 use crate::machine::busy_seconds;
+use crate::memory;
 use crate::page_cache::{self, CacheState, Part};
 use crate::workload::{Entry, Workload};
 
@@ -61,6 +62,8 @@ pub struct Runner {
     pub peers_venv: PathBuf,
     /// `peers/load.py`.
     pub peers_script: PathBuf,
+    /// Whether memory is settled before each run ([`memory::settle`]).
+    pub settle: bool,
     /// A run longer than this is killed and counts as failed.
     pub time_limit: Duration,
 }
@@ -123,7 +126,8 @@ impl Runner {
         let resident_before = page_cache::establish(parts, state)?;
         let busy_before = busy_seconds();
         let start = Instant::now();
-        let result = self.start(entry, folder, digest);
+        let settle = if self.settle { memory::settle_for(workload.bytes(entry.op)) } else { 0 };
+        let result = self.start(entry, folder, settle, digest);
         let wall = start.elapsed().as_secs_f64();
         let busy = busy_before.zip(busy_seconds()).map_or(0.0, |(before, after)| after - before);
         let cores = std::thread::available_parallelism().map_or(1, usize::from) as f64;
@@ -153,7 +157,13 @@ impl Runner {
     }
 
     /// Runs one contender's process; gives its measurement and the CPU seconds of the whole process.
-    fn start(&self, entry: &Entry, folder: &Path, digest: bool) -> Result<(Measurement, f64)> {
+    fn start(
+        &self,
+        entry: &Entry,
+        folder: &Path,
+        settle: u64,
+        digest: bool,
+    ) -> Result<(Measurement, f64)> {
         let mut command = match entry.contender.kind {
             Kind::Rust => Command::new(&self.program),
             Kind::Python { packages } => {
@@ -165,7 +175,7 @@ impl Runner {
             }
         };
         command.args(["--contender", entry.contender.name, "--op", entry.op.name(), "--path"]);
-        command.arg(folder);
+        command.arg(folder).arg("--settle").arg(settle.to_string());
         if digest {
             command.arg("--digest");
         }
@@ -263,6 +273,7 @@ mod tests {
                 cpu_seconds: 1.0,
                 peak_rss_bytes: 1,
                 base_rss_bytes: 1,
+                returned_bytes: None,
                 digest: digest.map(str::to_owned),
                 detail: None,
             }),

@@ -211,6 +211,7 @@ mod tests {
                 cpu_seconds: seconds / 2.0,
                 peak_rss_bytes: 5 << 20,
                 base_rss_bytes: 3 << 20,
+                returned_bytes: None,
                 digest: None,
                 detail: None,
             }),

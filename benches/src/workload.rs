@@ -2,7 +2,7 @@
 
 use crate::contender::{self, CONTENDERS, Contender, Op};
 use crate::data::{DataSet, Fill};
-use crate::models::{Llama, QwenMoe, TensorSpec, gpt2, many, odd};
+use crate::models::{cut, many, odd, published};
 use crate::page_cache::CacheState;
 
 /// A contender together with what it loads.
@@ -73,27 +73,21 @@ pub const WORKLOADS: &[Workload] = &[
     },
     Workload {
         name: "single",
-        what: "TinyLlama-1.1B cut to 14 layers, bf16, one file of 1.5 GB",
+        what: "llama-2-70b cut to 3 layers, half as wide: bf16, one file of 1.5 GB",
         op: Op::Load,
         states: BOTH,
         rounds: 7,
-        data: || DataSet {
-            name: "single",
-            tensors: Llama { hidden: 2048, ffn: 5632, kv: 256, layers: 14, vocab: 32000 }.tensors(),
-            shards: 1,
-            fill: Fill::Random,
-        },
+        data: || DataSet { name: "single", files: cut("llama-2-70b", 3, 2, 1), fill: Fill::Random },
     },
     Workload {
         name: "moe",
-        what: "Qwen3-30B-A3B cut to 12 layers with experts a sixth as wide: 4,719 tensors, bf16, 2 shards, 4.1 GB",
+        what: "Qwen3-30B-A3B a quarter as wide: 18,867 tensors, bf16, 2 shards, 3.8 GB",
         op: Op::Load,
         states: BOTH,
         rounds: 5,
         data: || DataSet {
             name: "moe",
-            tensors: QwenMoe { layers: 12, expert_ffn: 128, ..QwenMoe::FULL }.tensors(),
-            shards: 2,
+            files: cut("qwen3-30b-a3b", usize::MAX, 4, 2),
             fill: Fill::Random,
         },
     },
@@ -103,12 +97,7 @@ pub const WORKLOADS: &[Workload] = &[
         op: Op::Load,
         states: BOTH,
         rounds: 9,
-        data: || DataSet {
-            name: "gpt2",
-            tensors: gpt2(12, 768, 50257),
-            shards: 1,
-            fill: Fill::Random,
-        },
+        data: || DataSet { name: "gpt2", files: published("gpt2"), fill: Fill::Random },
     },
     Workload {
         name: "open-18867",
@@ -118,8 +107,7 @@ pub const WORKLOADS: &[Workload] = &[
         rounds: 15,
         data: || DataSet {
             name: "open-18867",
-            tensors: QwenMoe::FULL.tensors(),
-            shards: 16,
+            files: published("qwen3-30b-a3b"),
             fill: Fill::Hole,
         },
     },
@@ -129,12 +117,7 @@ pub const WORKLOADS: &[Workload] = &[
         op: Op::Open,
         states: WARM,
         rounds: 15,
-        data: || DataSet {
-            name: "open-100000",
-            tensors: many(100_000),
-            shards: 1,
-            fill: Fill::Hole,
-        },
+        data: || DataSet { name: "open-100000", files: many(100_000), fill: Fill::Hole },
     },
 ];
 
@@ -170,7 +153,7 @@ pub const QUICK: &[Workload] = &[
         op: Op::Load,
         states: BOTH,
         rounds: 1,
-        data: || DataSet { name: "quick-odd", tensors: odd(), shards: 1, fill: Fill::Random },
+        data: || DataSet { name: "quick-odd", files: odd(), fill: Fill::Random },
     },
     Workload {
         name: "quick-open",
@@ -178,26 +161,16 @@ pub const QUICK: &[Workload] = &[
         op: Op::Open,
         states: WARM,
         rounds: 1,
-        data: || DataSet { name: "quick-open", tensors: many(2000), shards: 1, fill: Fill::Hole },
+        data: || DataSet { name: "quick-open", files: many(2000), fill: Fill::Hole },
     },
 ];
 
 fn llama() -> DataSet {
-    DataSet {
-        name: "llama",
-        tensors: Llama { hidden: 4096, ffn: 11008, kv: 4096, layers: 10, vocab: 32000 }.tensors(),
-        shards: 3,
-        fill: Fill::Random,
-    }
+    DataSet { name: "llama", files: cut("llama-2-7b", 10, 1, 3), fill: Fill::Random }
 }
 
 fn quick_llama() -> DataSet {
-    DataSet {
-        name: "quick-llama",
-        tensors: Llama { hidden: 256, ffn: 688, kv: 64, layers: 4, vocab: 4000 }.tensors(),
-        shards: 3,
-        fill: Fill::Random,
-    }
+    DataSet { name: "quick-llama", files: cut("llama-2-7b", 4, 16, 3), fill: Fill::Random }
 }
 
 impl Workload {
@@ -227,7 +200,7 @@ impl Workload {
     #[must_use]
     pub fn bytes(&self, op: Op) -> u64 {
         let data = self.data();
-        data.tensors.iter().map(|t: &TensorSpec| op.bytes_of(&t.shape, t.bytes())).sum()
+        data.tensors().map(|t| op.bytes_of(&t.shape, t.bytes())).sum()
     }
 }
 
@@ -243,7 +216,7 @@ mod tests {
         };
         assert_eq!(size("llama"), 4.6);
         assert_eq!(size("single"), 1.5);
-        assert_eq!(size("moe"), 4.1);
+        assert_eq!(size("moe"), 3.8);
         assert_eq!(size("gpt2"), 0.5);
     }
 
