@@ -4,6 +4,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::memory::Space;
+
 /// A shard specification that does not fit its tensor.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -296,6 +298,31 @@ pub enum GroupError {
         bytes: usize,
         /// What the copier said.
         source: Arc<dyn std::error::Error + Send + Sync>,
+    },
+    /// Memory that this group does not reach.
+    #[error("this group does not reach memory of {space:?}")]
+    #[non_exhaustive]
+    Memory {
+        /// The memory's space.
+        space: Space,
+    },
+    /// MPI could not be used.
+    #[error("MPI: {why}")]
+    #[non_exhaustive]
+    MpiInit {
+        /// Why not.
+        why: &'static str,
+    },
+    /// A call of MPI failed.
+    #[error("{call}: {text} (code {code})")]
+    #[non_exhaustive]
+    Mpi {
+        /// The function.
+        call: &'static str,
+        /// What it returned.
+        code: i32,
+        /// MPI's words for the code.
+        text: String,
     },
 }
 

@@ -20,7 +20,25 @@ pub struct TensorDesc {
     pub file_range: Range<u64>,
 }
 
+impl From<&fst_format::TensorInfo> for TensorDesc {
+    fn from(tensor: &fst_format::TensorInfo) -> Self {
+        Self {
+            name: tensor.name().to_owned(),
+            bits: tensor.dtype().bits(),
+            shape: tensor.shape().iter().map(|&extent| extent as u64).collect(),
+            shard: tensor.shard() as u32,
+            file_range: tensor.file_range(),
+        }
+    }
+}
+
 impl TensorDesc {
+    /// The tensors of a checkpoint, in its order.
+    #[must_use]
+    pub fn table(checkpoint: &fst_format::Checkpoint) -> Vec<Self> {
+        checkpoint.tensors().iter().map(Self::from).collect()
+    }
+
     /// Bytes of the data.
     #[must_use]
     pub fn byte_len(&self) -> u64 {

@@ -6,11 +6,16 @@
 
 pub mod conformance;
 mod local;
+#[cfg(feature = "mpi")]
+mod mpi;
 
 use std::fmt;
 use std::time::Duration;
 
 pub use local::{Copier, CopyError, HostCopier, LocalGroup};
+
+#[cfg(feature = "mpi")]
+pub use mpi::MpiGroup;
 
 use crate::error::GroupError;
 use crate::memory::{Dst, Src};

@@ -1,0 +1,155 @@
+//! `MpiGroup`: this program starts itself under `mpirun` with 2, 3 and 4 processes, which run the
+//! battery, load a plan from a file, and see one another fail.
+//!
+//! Without `mpirun` it fails: whoever asks for the feature has MPI.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::process::{Command, ExitCode, Output};
+use std::time::{Duration, Instant};
+
+use fst_dist::group::{MpiGroup, conformance};
+use fst_dist::{Cause, Group, Planner, ReadInto, Reader, Shard, TensorDesc, Topology, load_host};
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().collect();
+    if let [_, flag, scene, path] = &args[..]
+        && flag == "--scene"
+    {
+        return act(scene, path);
+    }
+    // `cargo test NAME` and `-- --list` address the tests of other files.
+    if args.iter().any(|arg| arg == "--list") {
+        return ExitCode::SUCCESS;
+    }
+    let folder = std::env::temp_dir().join(format!("fst-mpi-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let path = folder.join("data");
+    std::fs::write(&path, bytes(0..6_000_000)).unwrap();
+    let path = path.to_str().unwrap();
+    for world in [2, 3, 4] {
+        for scene in ["battery", "load"] {
+            let output = mpirun(world, scene, path);
+            assert!(output.status.success(), "{scene} of {world}: {output:?}");
+            println!("{scene} with {world} processes ... ok");
+        }
+    }
+    for (scene, cause) in [
+        ("fail-0", "rank 0: reading tensor rows"),
+        ("fail-2", "rank 2: reading tensor rows"),
+        ("silent", "waited 300ms"),
+        ("differ", "the plan of rank 1 differs from that of rank 0"),
+    ] {
+        let start = Instant::now();
+        let output = mpirun(3, scene, path);
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let lines: Vec<&str> = text.lines().filter(|line| line.contains("says: ")).collect();
+        assert_eq!(lines.len(), 3, "{scene}: {output:?}");
+        assert!(lines.iter().all(|line| line.contains(cause)), "{scene}: {lines:?}");
+        assert!(start.elapsed() < Duration::from_secs(20), "{scene}");
+        println!("{scene} ... ok");
+    }
+    // A killed process: mpirun ends the others.
+    let start = Instant::now();
+    let output = mpirun(3, "kill", path);
+    assert!(!output.status.success());
+    assert!(start.elapsed() < Duration::from_secs(20));
+    println!("kill ... ok");
+    std::fs::remove_dir_all(&folder).unwrap();
+    ExitCode::SUCCESS
+}
+
+fn mpirun(world: u32, scene: &str, path: &str) -> Output {
+    Command::new("mpirun")
+        .args(["--allow-run-as-root", "--oversubscribe", "-n", &world.to_string()])
+        .args(["--host", &format!("127.0.0.1:{world}"), "--mca", "btl_tcp_if_include", "lo"])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--scene", scene, path])
+        .output()
+        .unwrap()
+}
+
+fn bytes(range: std::ops::Range<u64>) -> Vec<u8> {
+    range.map(|at| (at.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32) as u8).collect()
+}
+
+/// Reads the file, or fails at a certain read.
+struct OneFile {
+    file: File,
+    fails: bool,
+}
+
+impl Reader for OneFile {
+    fn read(&self, ranges: &mut [ReadInto<'_>]) -> Result<(), (usize, Cause)> {
+        for (index, range) in ranges.iter_mut().enumerate() {
+            if self.fails {
+                return Err((index, "no such sector".into()));
+            }
+            self.file.read_exact_at(range.into, range.offset).map_err(|e| (index, e.into()))?;
+        }
+        Ok(())
+    }
+}
+
+/// What one process does.
+fn act(scene: &str, path: &str) -> ExitCode {
+    let deadline = Duration::from_millis(if scene == "silent" { 300 } else { 60_000 });
+    let group = MpiGroup::init(deadline).unwrap();
+    let rank = group.rank();
+    let result = match scene {
+        "battery" => conformance::run(&group).map_err(|failure| failure.to_string()),
+        "silent" if rank == 1 => {
+            std::thread::sleep(Duration::from_millis(800));
+            group.barrier().map_err(|error| error.to_string())
+        }
+        "silent" => group.barrier().map_err(|error| error.to_string()),
+        "kill" if rank == 1 => {
+            let me = std::process::id().to_string();
+            Command::new("kill").args(["-9", &me]).status().unwrap();
+            Ok(())
+        }
+        "kill" => group.barrier().map_err(|error| error.to_string()),
+        _ => load(&group, scene, path),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            println!("rank {rank} says: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn load(group: &MpiGroup, scene: &str, path: &str) -> Result<(), String> {
+    let (rank, world) = (group.rank(), group.world_size());
+    let (rows, columns) = ([1000, 1500], [750, 2000]);
+    let tensor = |name: &str, shape: [u64; 2], start: u64| {
+        let (name, shape) = (name.to_owned(), shape.to_vec());
+        TensorDesc { name, bits: 16, shape, shard: 0, file_range: start..start + 3_000_000 }
+    };
+    let tensors = [tensor("rows", rows, 0), tensor("columns", columns, 3_000_000)];
+    // Everything is read once and sent on: direct reads are not what is tested here.
+    let day = if scene == "differ" && rank == 1 { "another" } else { "one" };
+    let plan = Planner::new(Topology::one_node(world))
+        .budget(1 << 20)
+        .fingerprint(day)
+        .plan(tensors, |t| if t.name == "rows" { Shard::replicate() } else { Shard::split(1) })
+        .unwrap();
+    let view = plan.rank(rank);
+    let mut outputs: Vec<Vec<u8>> =
+        view.outputs().iter().map(|o| vec![0; o.bytes as usize]).collect();
+    let mut slices: Vec<&mut [u8]> = outputs.iter_mut().map(|o| &mut o[..]).collect();
+    let fails = scene == format!("fail-{rank}");
+    let reader = OneFile { file: File::open(path).unwrap(), fails };
+    load_host(&view, group, reader, &mut slices).map_err(|error| error.to_string())?;
+    let data = bytes(0..6_000_000);
+    assert!(outputs[0] == data[..3_000_000], "rank {rank}: rows");
+    let width = columns[1].div_ceil(u64::from(world));
+    let (start, end) = (u64::from(rank) * width, columns[1].min((u64::from(rank) + 1) * width));
+    let row = |r: u64| 3_000_000 + (r * columns[1] + start) as usize * 2..;
+    let expected = (0..columns[0]).flat_map(|r| &data[row(r)][..(end - start) as usize * 2]);
+    assert!(outputs[1].iter().eq(expected), "rank {rank}: columns");
+    Ok(())
+}
