@@ -5,13 +5,39 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering::AcqRel};
 use std::sync::{Arc, Mutex};
 
-use crate::budget::Budget;
+use crate::budget::{Budget, Lease};
 use crate::buffer::{HostBuffer, SharedBuffer};
 use crate::error::Error;
 use crate::sink::SinkError;
 
+/// What arenas are made of: host memory here, device memory elsewhere.
+pub trait ArenaMemory: Sized + Send + Sync {
+    /// What an arena becomes when it is full.
+    type Full;
+
+    /// Declares an arena full.
+    ///
+    /// # Safety
+    ///
+    /// Nobody writes to its bytes from here on, whoever else may hold a reference to it.
+    unsafe fn full(this: Arc<Self>) -> Self::Full;
+}
+
+impl ArenaMemory for HostBuffer {
+    type Full = SharedBuffer;
+
+    unsafe fn full(this: Arc<Self>) -> SharedBuffer {
+        // SAFETY: passed on from the caller.
+        unsafe { SharedBuffer::new(this) }
+    }
+}
+
 /// Told when an arena is full, with its index; from the thread that filled it last.
-pub type OnArena<'a> = &'a (dyn Fn(usize, SharedBuffer) -> Result<(), SinkError> + Send + Sync);
+pub type OnArena<'a, M = HostBuffer> =
+    &'a (dyn Fn(usize, <M as ArenaMemory>::Full) -> Result<(), SinkError> + Send + Sync);
+
+/// Makes an arena of a length in bytes, which keeps its part of the budget as long as it lives.
+type Make<'a, M> = Box<dyn Fn(u64, Option<Lease>) -> Result<M, SinkError> + Send + Sync + 'a>;
 
 /// An arena does not fit into the memory budget.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -23,38 +49,60 @@ pub struct OverBudget {
     pub budget: u64,
 }
 
-/// A row of arenas. They are reserved in order, each when it or a later one is first needed, and handed to its taker once
-/// everything that was announced for it has been [filled](Self::fill) in.
-pub struct Arenas<'a> {
-    arenas: Vec<Arena>,
+/// A row of arenas. They are reserved in order, each when it or a later one is first needed, and
+/// handed to their taker once everything that was announced for them has been
+/// [filled](Self::fill) in.
+pub struct Arenas<'a, M: ArenaMemory = HostBuffer> {
+    arenas: Vec<Arena<M>>,
     /// How many arenas, from the first, have been reserved.
     reserved: Mutex<usize>,
     budget: Option<&'a Budget>,
-    on_full: OnArena<'a>,
+    make: Make<'a, M>,
+    on_full: OnArena<'a, M>,
 }
 
-#[derive(Debug)]
-struct Arena {
+struct Arena<M> {
     len: u64,
     /// What is still to come, in the owner's unit.
     missing: AtomicU64,
-    buffer: Mutex<Option<Arc<HostBuffer>>>,
+    buffer: Mutex<Option<Arc<M>>>,
 }
 
-impl fmt::Debug for Arenas<'_> {
+impl<M: ArenaMemory> fmt::Debug for Arenas<'_, M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Arenas").field("arenas", &self.arenas).finish_non_exhaustive()
+        let lens: Vec<u64> = self.arenas.iter().map(|arena| arena.len).collect();
+        f.debug_struct("Arenas").field("lens", &lens).finish_non_exhaustive()
     }
 }
 
 impl<'a> Arenas<'a> {
-    /// Arenas of given lengths in bytes, and how much each waits for, in any unit that the owner
-    /// counts in. With a budget, the arenas that live at once (here or with whoever took them)
-    /// stay within it.
+    /// Arenas in host memory, as [`with`](Self::with).
     pub fn new(
         arenas: impl IntoIterator<Item = (u64, u64)>,
         budget: Option<&'a Budget>,
         on_full: OnArena<'a>,
+    ) -> Self {
+        let make = |bytes, lease| {
+            let too_much = |_| Error::Memory { bytes, source: io::ErrorKind::OutOfMemory.into() };
+            let buffer = HostBuffer::new(usize::try_from(bytes).map_err(too_much)?)?;
+            Ok(match lease {
+                Some(lease) => buffer.with_lease(lease),
+                None => buffer,
+            })
+        };
+        Self::with(arenas, budget, make, on_full)
+    }
+}
+
+impl<'a, M: ArenaMemory> Arenas<'a, M> {
+    /// Arenas of given lengths in bytes, and how much each waits for, in any unit that the owner
+    /// counts in. With a budget, the arenas that live at once (here or with whoever took them)
+    /// stay within it.
+    pub fn with(
+        arenas: impl IntoIterator<Item = (u64, u64)>,
+        budget: Option<&'a Budget>,
+        make: impl Fn(u64, Option<Lease>) -> Result<M, SinkError> + Send + Sync + 'a,
+        on_full: OnArena<'a, M>,
     ) -> Self {
         let arena =
             |(len, missing)| Arena { len, missing: AtomicU64::new(missing), buffer: None.into() };
@@ -62,6 +110,7 @@ impl<'a> Arenas<'a> {
             arenas: arenas.into_iter().map(arena).collect(),
             reserved: Mutex::new(0),
             budget,
+            make: Box::new(make),
             on_full,
         }
     }
@@ -71,8 +120,8 @@ impl<'a> Arenas<'a> {
     ///
     /// # Errors
     ///
-    /// [`OverBudget`], or [`Error::Memory`].
-    pub fn get(&self, index: usize, wait: bool) -> Result<Option<Arc<HostBuffer>>, SinkError> {
+    /// [`OverBudget`], or why there is no memory.
+    pub fn get(&self, index: usize, wait: bool) -> Result<Option<Arc<M>>, SinkError> {
         if let Some(buffer) = self.existing(index) {
             return Ok(Some(buffer));
         }
@@ -104,12 +153,12 @@ impl<'a> Arenas<'a> {
         }
     }
 
-    fn existing(&self, index: usize) -> Option<Arc<HostBuffer>> {
+    fn existing(&self, index: usize) -> Option<Arc<M>> {
         self.arenas.get(index)?.buffer.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
     /// Memory for an arena, or `None` when the budget has no room for it now.
-    fn reserve(&self, bytes: u64) -> Result<Option<HostBuffer>, SinkError> {
+    fn reserve(&self, bytes: u64) -> Result<Option<M>, SinkError> {
         let lease = match self.budget {
             None => None,
             Some(budget) if bytes > budget.limit() => {
@@ -120,12 +169,7 @@ impl<'a> Arenas<'a> {
                 lease => lease,
             },
         };
-        let too_much = |_| Error::Memory { bytes, source: io::ErrorKind::OutOfMemory.into() };
-        let buffer = HostBuffer::new(usize::try_from(bytes).map_err(too_much)?)?;
-        Ok(Some(match lease {
-            Some(lease) => buffer.with_lease(lease),
-            None => buffer,
-        }))
+        (self.make)(bytes, lease).map(Some)
     }
 
     /// Counts `amount` as filled in; the last of it hands the arena over. The caller's writes
@@ -148,6 +192,6 @@ impl<'a> Arenas<'a> {
         let buffer = arena.buffer.lock().unwrap_or_else(|e| e.into_inner()).take();
         let Some(buffer) = buffer else { return Ok(()) };
         // SAFETY: all that was announced has been counted, each by a caller that is done with it.
-        (self.on_full)(index, unsafe { SharedBuffer::new(buffer) })
+        (self.on_full)(index, unsafe { M::full(buffer) })
     }
 }
