@@ -1,6 +1,7 @@
 //! A hard limit on memory: who wants some waits until others have given theirs back.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
 
 /// Bytes that may be in use at once. Cloning gives another handle on the same budget.
 #[derive(Debug, Clone)]
@@ -93,6 +94,18 @@ impl Budget {
         !state.closed
     }
 
+    /// As [`wait_past`](Self::wait_past), but not longer than `timeout`.
+    pub fn wait_past_for(&self, seen: u64, timeout: Duration) -> bool {
+        let mut state = self.state();
+        if !state.closed && state.generation == seen {
+            state.waiting += 1;
+            let waited = self.0.changed.wait_timeout(state, timeout);
+            state = waited.unwrap_or_else(|e| e.into_inner()).0;
+            state.waiting -= 1;
+        }
+        !state.closed
+    }
+
     /// Changes the state, and tells those who wait if `change` says that it did.
     fn change(&self, change: impl FnOnce(&mut State) -> bool) {
         let mut state = self.state();
@@ -125,7 +138,6 @@ impl Drop for Lease {
 mod tests {
     use super::*;
     use std::thread;
-    use std::time::Duration;
 
     #[test]
     fn bytes_are_limited_and_come_back() {

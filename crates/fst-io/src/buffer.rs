@@ -136,6 +136,22 @@ impl SharedBuffer {
         Self(buffer)
     }
 
+    /// A buffer of `len` bytes that `fill` writes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`], or what `fill` returns.
+    pub fn filled<E: From<Error>>(
+        len: usize,
+        fill: impl FnOnce(&mut [u8]) -> Result<(), E>,
+    ) -> Result<Self, E> {
+        let buffer = HostBuffer::new(len)?;
+        // SAFETY: nobody else has the buffer yet.
+        fill(unsafe { buffer.slice_mut(0..len) }.unwrap_or_default())?;
+        // SAFETY: the only writer is done.
+        Ok(unsafe { Self::new(Arc::new(buffer)) })
+    }
+
     /// A buffer without bytes.
     pub fn empty() -> Self {
         Self(Arc::new(HostBuffer { map: None, len: 0, lease: None }))

@@ -119,6 +119,12 @@ pub enum Error {
     Cancelled,
 }
 
+impl From<fst_io::Error> for Error {
+    fn from(source: fst_io::Error) -> Self {
+        crate::host::locate(source, &[])
+    }
+}
+
 fn in_tensor(tensor: Option<&str>) -> String {
     tensor.map(|name| format!(" (tensor {name:?})")).unwrap_or_default()
 }
@@ -132,5 +138,35 @@ pub enum DeviceError {
     Unknown {
         /// The name given.
         name: String,
+    },
+    /// CUDA: no driver, no such device, out of memory, a failed call.
+    #[error(transparent)]
+    Cuda(#[from] fst_gpu::Error),
+    /// What is to be loaded does not fit into the device's memory.
+    #[error("{source}; the largest tensor is {largest:?} with {bytes} bytes")]
+    TooLarge {
+        /// Bytes needed and free.
+        source: fst_gpu::Error,
+        /// Name of the largest tensor.
+        largest: String,
+        /// Its bytes.
+        bytes: u64,
+    },
+    /// GPUDirect Storage.
+    #[error("{0}")]
+    Gds(Box<fst_gpu::cufile::GdsError>),
+    /// The bytes of the tensor are not in a CUDA device's memory.
+    #[error("tensor {tensor:?} is in host memory")]
+    NotOnDevice {
+        /// The tensor.
+        tensor: String,
+    },
+    /// The type of element has no counterpart there.
+    #[error("{dtype} elements cannot be handed out as {as_what}")]
+    NoCounterpart {
+        /// The type of the elements.
+        dtype: Dtype,
+        /// What was asked for.
+        as_what: &'static str,
     },
 }

@@ -12,10 +12,10 @@ use fst_io::scratch::Scratch;
 use fst_io::sink::SinkError;
 use fst_io::{Budget, Control, Extent, ReadOptions, ReadStats, SharedBuffer, SourceFile};
 
-use crate::error::{Error, Result};
+use crate::error::{DeviceError, Error, Result};
 use crate::options::Item;
 use crate::tensor::{Data, Tensor};
-use crate::transform::{Transform, TransformPlan};
+use crate::transform::{HOST_ALIGN, Transform, TransformPlan};
 
 /// Bytes of scratch memory, in slots of [`SCRATCH_BLOCK`].
 pub(crate) const SCRATCH: u64 = 32 << 20;
@@ -51,17 +51,7 @@ impl HostLoad {
         arena: u64,
         in_order: bool,
     ) -> Result<Self> {
-        let mut number = vec![None; checkpoint.shards().len()];
-        let mut files = Vec::new();
-        for item in items.iter().filter(|item| item.source_len() > 0) {
-            let shard = item.info.shard();
-            if number[shard].is_none() {
-                let source = &checkpoint.shards()[shard];
-                let file = SourceFile::open(source.path(), Some(source.file_metadata()));
-                number[shard] = Some(files.len() as u32);
-                files.push(file.map_err(|e| locate(e, &items))?);
-            }
-        }
+        let (files, number) = open_files(checkpoint, &items)?;
         let align = files.iter().map(SourceFile::align).max().unwrap_or(Limits::MIN_ALIGN);
         let limits = Limits { align, segment: arena, ..Limits::default() };
 
@@ -95,7 +85,7 @@ impl HostLoad {
             }
         }
         let limits = Limits { block: SCRATCH_BLOCK, segment: u64::MAX, ..limits };
-        let transform = TransformPlan::new(&works, limits, arena).map_err(io)?;
+        let transform = TransformPlan::new(&works, limits, arena, HOST_ALIGN).map_err(io)?;
         Ok(Self {
             items,
             files,
@@ -206,6 +196,25 @@ impl HostLoad {
     }
 }
 
+/// Opens the files that items have bytes in; says for each shard which of them it is.
+pub(crate) fn open_files(
+    checkpoint: &Checkpoint,
+    items: &[Item],
+) -> Result<(Vec<SourceFile>, Vec<Option<u32>>)> {
+    let mut number = vec![None; checkpoint.shards().len()];
+    let mut files = Vec::new();
+    for item in items.iter().filter(|item| item.source_len() > 0) {
+        let shard = item.info.shard();
+        if number[shard].is_none() {
+            let source = &checkpoint.shards()[shard];
+            let file = SourceFile::open(source.path(), Some(source.file_metadata()));
+            number[shard] = Some(files.len() as u32);
+            files.push(file.map_err(|e| locate(e, items))?);
+        }
+    }
+    Ok((files, number))
+}
+
 /// Follows the reads of one load: how many bytes they brought, and whether to end.
 #[derive(Debug, Default)]
 pub(crate) struct Watch {
@@ -218,7 +227,7 @@ impl Watch {
         Self { flag, ..Self::default() }
     }
 
-    fn next(&self) -> Arc<Control> {
+    pub(crate) fn next(&self) -> Arc<Control> {
         let control = Arc::new(Control::with_flag(self.flag.clone()));
         self.controls.lock().unwrap_or_else(|e| e.into_inner()).push(control.clone());
         control
@@ -233,8 +242,12 @@ impl Watch {
 
 /// Turns what a sink passed through a reader back into this crate's error.
 pub(crate) fn from_sink(error: SinkError) -> Error {
-    match error.downcast::<Error>() {
-        Ok(own) => *own,
+    let error = match error.downcast::<Error>() {
+        Ok(own) => return *own,
+        Err(other) => other,
+    };
+    match error.downcast::<fst_gpu::Error>() {
+        Ok(gpu) => DeviceError::Cuda(*gpu).into(),
         Err(other) => Error::Io { tensor: None, source: fst_io::Error::Sink(other) },
     }
 }

@@ -31,10 +31,12 @@
 //! It does not download checkpoints, does not read formats other than safetensors, and does not
 //! compute with tensors.
 
+mod cuda;
 mod device;
 mod doctor;
 mod error;
 mod host;
+mod load;
 mod loader;
 mod options;
 mod progress;
@@ -56,6 +58,8 @@ pub use tensor::{Tensor, Tensors};
 
 /// The layer below, for pipelines of one's own: headers, checkpoints, slices, writing.
 pub use fst_format as format;
+/// The layer below, for pipelines of one's own: CUDA devices, arenas, the copy pipeline, kernels.
+pub use fst_gpu as gpu;
 /// The layer below, for pipelines of one's own: engines, plans and memory.
 pub use fst_io as io;
 

@@ -7,11 +7,12 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use fst_format::{Checkpoint, Dtype, TensorInfo};
-use fst_io::{Engine, ReadOptions, ResolvedEngine};
+use fst_io::{Engine, ReadOptions};
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::host::{HostLoad, Watch, locate};
+use crate::host::Watch;
+use crate::load::{Load, resolve_engine};
 use crate::options::Selection;
 use crate::progress::{CancelToken, Progress};
 use crate::report::LoadReport;
@@ -164,11 +165,12 @@ impl Loader {
     /// What is wrong with the request, the files or the machine; see [`Error`].
     pub fn load(&self, checkpoint: &Checkpoint) -> Result<Tensors> {
         let began = Instant::now();
-        let engine = ResolvedEngine::resolve(self.read.engine).map_err(|e| locate(e, &[]))?;
+        let engine = resolve_engine(self.read.engine, &self.device)?;
         let mut report = LoadReport::new(engine, self.device.clone());
         report.push("open", checkpoint.open_time(), 0);
         let items = self.selection.resolve(checkpoint)?;
-        let load = HostLoad::new(checkpoint, items, ARENA, false)?;
+        let load = Load::new(&self.device, checkpoint, items, ARENA, false)?;
+        load.check_memory()?;
         report.resident_bytes = load.resident_bytes();
         report.push("plan", began.elapsed(), 0);
 

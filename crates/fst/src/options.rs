@@ -68,6 +68,14 @@ impl Item {
         cast_type(self.info.dtype()).zip(cast_type(self.dtype))
     }
 
+    /// Whether elements that are to be converted do not start at multiples of their size in the
+    /// file, so that block borders can cut them.
+    pub(crate) fn is_torn(&self) -> bool {
+        self.cast().is_some_and(|(from, _)| {
+            !self.info.file_range().start.is_multiple_of(from.size() as u64)
+        })
+    }
+
     /// Bytes of the loaded tensor.
     pub(crate) fn len(&self) -> u64 {
         match self.cast() {

@@ -9,10 +9,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use fst_format::Checkpoint;
-use fst_io::{Budget, ResolvedEngine};
+use fst_io::{Budget, Engine};
 
 use crate::error::{Error, Result};
-use crate::host::{HostLoad, SCRATCH, Watch, locate};
+use crate::host::{Watch, locate};
+use crate::load::{Load, resolve_engine};
 use crate::loader::{ARENA, Loader};
 use crate::progress::CancelToken;
 use crate::report::LoadReport;
@@ -50,14 +51,22 @@ impl fmt::Debug for TensorStream {
 impl TensorStream {
     pub(crate) fn start(loader: &Loader, checkpoint: &Checkpoint) -> Result<Self> {
         let began = Instant::now();
-        let engine = ResolvedEngine::resolve(loader.read.engine).map_err(|e| locate(e, &[]))?;
-        let mut report = LoadReport::new(engine, loader.target().clone());
+        let device = loader.target();
+        let engine = resolve_engine(loader.read.engine, device)?;
+        if engine.used == Engine::Gds {
+            return Err(Error::Engine {
+                engine: engine.used,
+                device: device.clone(),
+                reason: "it loads whole selections; streams go through pinned memory".to_owned(),
+            });
+        }
+        let mut report = LoadReport::new(engine, device.clone());
         report.push("open", checkpoint.open_time(), 0);
         let items = loader.selection.resolve(checkpoint)?;
         let limit = loader.budget.unwrap_or(DEFAULT_BUDGET);
         let arena = (limit / 8).clamp(1 << 20, ARENA / 4);
-        let load = HostLoad::new(checkpoint, items, arena, loader.in_order)?;
-        let scratch = if load.uses_scratch() { SCRATCH } else { 0 };
+        let load = Load::new(device, checkpoint, items, arena, loader.in_order)?;
+        let scratch = load.scratch();
         let needed = load.largest_arena() + scratch;
         if limit < needed {
             return Err(Error::Budget { budget: limit, needed });

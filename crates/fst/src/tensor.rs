@@ -1,13 +1,19 @@
 //! Tensors that own their memory, and the set that a load returns.
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::Arc;
 
+use cudarc::driver::CudaStream;
 use fst_format::{Dtype, Element, TensorInfo};
+use fst_gpu::ArenaView;
+use fst_gpu::dlpack::{DlDataType, DlDevice, DlSource};
 use fst_io::SharedBuffer;
 
+use crate::cuda::CudaMemory;
 use crate::device::Device;
-use crate::error::{Error, Result};
+use crate::error::{DeviceError, Error, Result};
 use crate::report::LoadReport;
 
 /// A loaded tensor: a name, a shape, a dtype, and a counted reference to the memory that holds its
@@ -29,6 +35,8 @@ pub struct Tensor {
 pub(crate) enum Data {
     /// `offset..offset + len` of an arena in host memory.
     Host { arena: SharedBuffer, offset: usize, len: usize },
+    /// `offset..offset + len` of an arena on a CUDA device.
+    Cuda { memory: Arc<CudaMemory>, offset: u64, len: u64 },
 }
 
 impl Tensor {
@@ -60,6 +68,7 @@ impl Tensor {
     pub fn byte_len(&self) -> usize {
         match &self.data {
             Data::Host { len, .. } => *len,
+            Data::Cuda { len, .. } => *len as usize,
         }
     }
 
@@ -72,6 +81,7 @@ impl Tensor {
     pub fn device(&self) -> Device {
         match &self.data {
             Data::Host { .. } => Device::host(),
+            Data::Cuda { memory, .. } => Device::of_cuda(memory.arena.device()),
         }
     }
 
@@ -81,14 +91,88 @@ impl Tensor {
     ///
     /// [`Error::NotOnHost`] when they are in a device's memory.
     pub fn bytes(&self) -> Result<&[u8]> {
+        let bytes = match &self.data {
+            Data::Host { arena, offset, len } => arena.get(*offset..*offset + *len),
+            Data::Cuda { .. } => None,
+        };
+        bytes.ok_or_else(|| Error::NotOnHost {
+            tensor: self.name().to_owned(),
+            device: self.device(),
+        })
+    }
+
+    /// The tensor in host memory: itself if it is there already, else a copy.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Device`] when the copy fails, [`Error::Io`] when there is no memory for it.
+    pub fn to_host(&self) -> Result<Self> {
+        let Data::Cuda { memory, offset, len } = &self.data else { return Ok(self.clone()) };
+        let arena = SharedBuffer::filled(*len as usize, |bytes| {
+            memory.arena.copy_to_host(*offset, bytes).map_err(DeviceError::Cuda)?;
+            Ok::<(), Error>(())
+        })?;
+        let data = Data::Host { arena, offset: 0, len: *len as usize };
+        Ok(Self { data, ..self.clone() })
+    }
+
+    /// Address of the first element in the memory of its CUDA device; `None` for tensors in host
+    /// memory. Valid as long as a tensor of the same arena lives.
+    pub fn device_ptr(&self) -> Option<u64> {
         match &self.data {
-            Data::Host { arena, offset, len } => {
-                arena.get(*offset..*offset + *len).ok_or_else(|| Error::NotOnHost {
-                    tensor: self.name().to_owned(),
-                    device: self.device(),
-                })
-            }
+            Data::Cuda { memory, offset, .. } => Some(memory.arena.address() + offset),
+            Data::Host { .. } => None,
         }
+    }
+
+    /// The elements as a cudarc view, without a copy, for use on `stream`. The view keeps the
+    /// memory alive.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::WrongDtype`], or [`Error::Device`] when the tensor is not on the stream's device.
+    pub fn cuda_view<T: Element>(&self, stream: &Arc<CudaStream>) -> Result<ArenaView<T>> {
+        let Data::Cuda { memory, offset, .. } = &self.data else {
+            return Err(DeviceError::NotOnDevice { tensor: self.name().to_owned() }.into());
+        };
+        self.check_dtype::<T>()?;
+        ArenaView::new(&memory.arena, stream, *offset, self.elements())
+            .map_err(|e| DeviceError::Cuda(e).into())
+    }
+
+    /// The tensor for export through DLPack, without a copy; whoever takes it keeps the memory
+    /// alive until it calls the deleter. Other tensors may share the arena, and host tensors are
+    /// shared by reference in Rust: consumers must not write
+    /// ([`Writes::Forbidden`](fst_gpu::dlpack::Writes)).
+    ///
+    /// # Errors
+    ///
+    /// [`DeviceError::NoCounterpart`] for elements that DLPack has no code for.
+    pub fn dlpack(&self) -> Result<DlSource> {
+        let (owner, address, device): (Arc<dyn Any + Send + Sync>, u64, DlDevice) = match &self.data
+        {
+            Data::Host { arena, .. } => {
+                let address = self.bytes()?.as_ptr() as u64;
+                (Arc::new(arena.clone()), address, DlDevice::CPU)
+            }
+            Data::Cuda { memory, offset, .. } => {
+                let arena = &memory.arena;
+                let device = DlDevice::cuda(arena.device().ordinal());
+                (memory.clone(), arena.address() + offset, device)
+            }
+        };
+        let dtype = dl_dtype(self.dtype)
+            .ok_or(DeviceError::NoCounterpart { dtype: self.dtype, as_what: "DLPack" })?;
+        let shape = self.shape().iter().map(|dim| *dim as i64).collect();
+        Ok(DlSource { owner, address, device, dtype, shape })
+    }
+
+    fn check_dtype<T: Element>(&self) -> Result<()> {
+        if T::DTYPE == self.dtype {
+            return Ok(());
+        }
+        let tensor = self.name().to_owned();
+        Err(Error::WrongDtype { tensor, asked: T::DTYPE, found: self.dtype })
     }
 
     /// Its elements, typed. On a big-endian machine this is refused for elements of more than one
@@ -99,15 +183,40 @@ impl Tensor {
     /// [`Error::WrongDtype`] when the tensor holds another type, [`Error::NotOnHost`] when it is in
     /// a device's memory.
     pub fn as_slice<T: Element>(&self) -> Result<&[T]> {
-        let tensor = || self.name().to_owned();
-        if T::DTYPE != self.dtype {
-            return Err(Error::WrongDtype { tensor: tensor(), asked: T::DTYPE, found: self.dtype });
-        }
+        self.check_dtype::<T>()?;
         bytemuck::try_cast_slice(self.bytes()?)
             .ok()
             .filter(|_| cfg!(target_endian = "little") || size_of::<T>() == 1)
-            .ok_or_else(|| Error::Misaligned { tensor: tensor(), dtype: self.dtype })
+            .ok_or_else(|| Error::Misaligned { tensor: self.name().to_owned(), dtype: self.dtype })
     }
+}
+
+/// What DLPack calls a type of element. Packed types of fewer than 8 bits are left out: DLPack's
+/// consumers do not agree on how they are packed.
+fn dl_dtype(dtype: Dtype) -> Option<DlDataType> {
+    let (code, bits) = match dtype {
+        Dtype::Bool => (DlDataType::BOOL, 8),
+        Dtype::U8 => (DlDataType::UINT, 8),
+        Dtype::U16 => (DlDataType::UINT, 16),
+        Dtype::U32 => (DlDataType::UINT, 32),
+        Dtype::U64 => (DlDataType::UINT, 64),
+        Dtype::I8 => (DlDataType::INT, 8),
+        Dtype::I16 => (DlDataType::INT, 16),
+        Dtype::I32 => (DlDataType::INT, 32),
+        Dtype::I64 => (DlDataType::INT, 64),
+        Dtype::F16 => (DlDataType::FLOAT, 16),
+        Dtype::BF16 => (DlDataType::BFLOAT, 16),
+        Dtype::F32 => (DlDataType::FLOAT, 32),
+        Dtype::F64 => (DlDataType::FLOAT, 64),
+        Dtype::C64 => (DlDataType::COMPLEX, 64),
+        Dtype::F8E4M3 => (DlDataType::FLOAT8_E4M3FN, 8),
+        Dtype::F8E5M2 => (DlDataType::FLOAT8_E5M2, 8),
+        Dtype::F8E4M3Fnuz => (DlDataType::FLOAT8_E4M3FNUZ, 8),
+        Dtype::F8E5M2Fnuz => (DlDataType::FLOAT8_E5M2FNUZ, 8),
+        Dtype::F8E8M0 => (DlDataType::FLOAT8_E8M0FNU, 8),
+        _ => return None,
+    };
+    Some(DlDataType::new(code, bits))
 }
 
 impl fmt::Debug for Tensor {

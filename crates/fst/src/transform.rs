@@ -3,6 +3,7 @@
 //! wanted of them is moved or converted into the tensor's final place.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Mutex;
 
 use fst_format::Runs;
@@ -24,12 +25,62 @@ pub(crate) struct Dest {
 
 /// One tensor to bring into shape.
 #[derive(Debug)]
-struct Work {
+pub(crate) struct Work {
     /// First byte of the tensor in its file.
-    start: u64,
+    pub(crate) start: u64,
     runs: Runs,
-    cast: Option<(CastType, CastType)>,
-    dest: Dest,
+    pub(crate) cast: Option<(CastType, CastType)>,
+    pub(crate) dest: Dest,
+}
+
+/// Rows of wanted bytes, equally long and equally far apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Cut {
+    /// First byte, from the start of the bytes at hand.
+    pub(crate) at: u64,
+    /// How many wanted bytes of the tensor lie before it.
+    pub(crate) position: u64,
+    /// Bytes of a row.
+    pub(crate) len: u64,
+    /// Bytes from row to row.
+    pub(crate) pitch: u64,
+    /// Number of rows.
+    pub(crate) rows: u64,
+}
+
+impl Work {
+    /// What is wanted of bytes `at..at + available` of the tensor: the rest of a run that began
+    /// earlier, whole runs, and the beginning of one that goes on.
+    pub(crate) fn cuts(&self, at: u64, available: u64) -> impl Iterator<Item = Cut> + use<> {
+        let Runs { first, len, stride, count } = self.runs;
+        let end = at + available;
+        let (stride, bytes_of) = (stride.max(1), move |run: u64| first + run * stride);
+        // Runs that begin before `at`, and runs that end by `end`.
+        let begun = if at > first { (at - first).div_ceil(stride).min(count) } else { 0 };
+        let ended =
+            if end >= first + len { ((end - first - len) / stride + 1).min(count) } else { 0 };
+        let single = move |run: u64| {
+            let (lo, hi) = (bytes_of(run).max(at), (bytes_of(run) + len).min(end));
+            (run < count && lo < hi).then(|| Cut {
+                at: lo - at,
+                position: run * len + (lo - bytes_of(run)),
+                len: hi - lo,
+                pitch: hi - lo,
+                rows: 1,
+            })
+        };
+        let head = begun.checked_sub(1).and_then(single);
+        let whole = (begun < ended).then(|| Cut {
+            at: bytes_of(begun) - at,
+            position: begun * len,
+            len,
+            pitch: stride,
+            rows: ended - begun,
+        });
+        // The run that the end cuts, unless it is the one that the start cuts too.
+        let tail = if ended >= begun { single(ended) } else { None };
+        [head, whole, tail].into_iter().flatten()
+    }
 }
 
 /// What to read and where it goes. Pure.
@@ -43,8 +94,8 @@ pub(crate) struct TransformPlan {
     pub(crate) arenas: Vec<(u64, u64)>,
 }
 
-/// Alignment of tensors in their arena, in bytes: a cache line.
-const ALIGN: u64 = 64;
+/// Alignment of tensors in a host arena, in bytes: a cache line.
+pub(crate) const HOST_ALIGN: u64 = 64;
 
 impl TransformPlan {
     /// Plans for `items`, each with the index of its source file, sorted by file and offset.
@@ -52,6 +103,7 @@ impl TransformPlan {
         items: &[(&Item, u32)],
         limits: Limits,
         arena: u64,
+        align: u64,
     ) -> Result<Self, fst_io::Error> {
         let mut extents = Vec::new();
         let mut owners = Vec::new();
@@ -59,7 +111,7 @@ impl TransformPlan {
         let mut work = Vec::with_capacity(items.len());
         for (index, (item, file)) in items.iter().enumerate() {
             let (start, runs, len) = (item.info.file_range().start, item.runs(), item.len());
-            let mut push = |range: std::ops::Range<u64>| {
+            let mut push = |range: Range<u64>| {
                 extents.push(Extent::new(*file, start + range.start..start + range.end));
                 owners.push(index as u32);
             };
@@ -71,8 +123,8 @@ impl TransformPlan {
                 });
             }
             let offset = match arenas.last_mut() {
-                Some((end, missing)) if end.next_multiple_of(ALIGN) + len <= arena => {
-                    let offset = end.next_multiple_of(ALIGN);
+                Some((end, missing)) if end.next_multiple_of(align) + len <= arena => {
+                    let offset = end.next_multiple_of(align);
                     *end = offset + len;
                     *missing += item.source_len();
                     offset
@@ -89,11 +141,41 @@ impl TransformPlan {
         Ok(Self { plan, work, owners, arenas })
     }
 
+    /// The tensors that have bytes in a block, and the part of the file where these are.
+    pub(crate) fn parts_of(
+        &self,
+        block: &Block,
+    ) -> impl Iterator<Item = (u32, &Work, Range<u64>)> + use<'_> {
+        let (start, end) = (block.offset, block.need_end());
+        block.extents.clone().filter_map(move |extent| {
+            let owner = *self.owners.get(extent as usize)?;
+            let work = self.work.get(owner as usize)?;
+            let extent = self.plan.extents().get(extent as usize)?;
+            let part = extent.offset.max(start)..extent.end().min(end);
+            (part.start < part.end).then_some((owner, work, part))
+        })
+    }
+
+    /// The arenas that a block leads to, each once.
+    pub(crate) fn arenas_of(&self, block: &Block) -> impl Iterator<Item = usize> + use<'_> {
+        let mut last = None;
+        // Tensors are packed in the order of the file, so that equal arenas come together.
+        self.parts_of(block).filter_map(move |(_, work, _)| {
+            let arena = work.dest.arena;
+            (last.replace(arena) != Some(arena)).then_some(arena)
+        })
+    }
+
     /// Where each item goes, in the order given.
     pub(crate) fn dests(&self) -> impl Iterator<Item = Dest> + '_ {
         self.work.iter().map(|work| work.dest)
     }
 }
+
+/// Elements to convert that lie across two blocks, by tensor and position. Only tensors that their
+/// file leaves misaligned have any.
+#[derive(Debug, Default)]
+pub(crate) struct TornElements(Mutex<HashMap<(u32, u64), Torn>>);
 
 /// An element of which a part has arrived.
 #[derive(Debug, Default)]
@@ -102,38 +184,79 @@ struct Torn {
     seen: usize,
 }
 
+/// A converted element.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Mended {
+    /// First byte in the loaded tensor.
+    pub(crate) at: u64,
+    /// Bytes of the element.
+    pub(crate) len: usize,
+    bytes: [u8; 8],
+}
+
+impl Mended {
+    /// The element's bytes.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+}
+
+impl TornElements {
+    /// Keeps a part of an element (`position` counts wanted source bytes) until the rest has come,
+    /// then converts the element.
+    pub(crate) fn join(
+        &self,
+        owner: u32,
+        (from, to): (CastType, CastType),
+        position: u64,
+        part: &[u8],
+    ) -> Result<Option<Mended>, SinkError> {
+        if part.is_empty() {
+            return Ok(None);
+        }
+        let size = from.size();
+        let element = position / size as u64;
+        let mut torn = self.0.lock().unwrap_or_else(|e| e.into_inner());
+        let whole = torn.entry((owner, element)).or_default();
+        let offset = (position % size as u64) as usize;
+        whole.bytes[offset..offset + part.len()].copy_from_slice(part);
+        whole.seen += part.len();
+        if whole.seen < size {
+            return Ok(None);
+        }
+        let whole = whole.bytes;
+        torn.remove(&(owner, element));
+        let mut mended = Mended { at: element * to.size() as u64, len: to.size(), bytes: [0; 8] };
+        cast::cast(&whole[..size], from, &mut mended.bytes[..to.size()], to)?;
+        Ok(Some(mended))
+    }
+}
+
+/// The whole elements in a part of a run, and the parts of elements at its ends, as lengths in
+/// bytes. `position` counts the wanted source bytes before the part.
+pub(crate) fn whole_elements(position: u64, len: u64, size: u64) -> (u64, u64, u64) {
+    let head = ((size - position % size) % size).min(len);
+    let whole = (len - head) / size * size;
+    (head, whole, len - head - whole)
+}
+
 /// Carries a [`TransformPlan`] out, block by block, from any thread.
 pub(crate) struct Transform<'a> {
     plan: &'a TransformPlan,
     arenas: Arenas<'a>,
-    /// Elements that lie across two blocks, by work and position. Only tensors that their file
-    /// leaves misaligned have any.
-    torn: Mutex<HashMap<(u32, u64), Torn>>,
+    torn: TornElements,
 }
 
 impl<'a> Transform<'a> {
     pub(crate) fn new(plan: &'a TransformPlan, arenas: Arenas<'a>) -> Self {
-        Self { plan, arenas, torn: Mutex::default() }
-    }
-
-    fn work_of(&self, block: &Block) -> impl Iterator<Item = (u32, &'a Work, Extent)> + use<'a> {
-        let plan = self.plan;
-        block.extents.clone().filter_map(move |extent| {
-            let owner = *plan.owners.get(extent as usize)?;
-            let work = plan.work.get(owner as usize)?;
-            Some((owner, work, *plan.plan.extents().get(extent as usize)?))
-        })
+        Self { plan, arenas, torn: TornElements::default() }
     }
 
     /// Whether all arenas that a block leads to have memory.
     pub(crate) fn admit(&self, block: &Block, wait: bool) -> Result<bool, SinkError> {
-        let mut last = None;
-        for (_, work, extent) in self.work_of(block) {
-            if extent.len > 0 && last != Some(work.dest.arena) {
-                if self.arenas.get(work.dest.arena, wait)?.is_none() {
-                    return Ok(false);
-                }
-                last = Some(work.dest.arena);
+        for arena in self.plan.arenas_of(block) {
+            if self.arenas.get(arena, wait)?.is_none() {
+                return Ok(false);
             }
         }
         Ok(true)
@@ -141,17 +264,12 @@ impl<'a> Transform<'a> {
 
     /// Takes what is wanted out of a block.
     pub(crate) fn take(&self, block: &Block, bytes: &[u8]) -> Result<(), SinkError> {
-        for (owner, work, extent) in self.work_of(block) {
-            let lo = extent.offset.max(block.offset);
-            let hi = extent.end().min(block.need_end());
-            if lo >= hi {
-                continue;
-            }
-            let Some(here) = bytes.get((lo - block.offset) as usize..(hi - block.offset) as usize)
-            else {
+        for (owner, work, part) in self.plan.parts_of(block) {
+            let within = (part.start - block.offset) as usize..(part.end - block.offset) as usize;
+            let Some(here) = bytes.get(within) else {
                 return Err(format!("block at {} came short", block.offset).into());
             };
-            let moved = self.scatter(owner, work, lo - work.start, here)?;
+            let moved = self.scatter(owner, work, part.start - work.start, here)?;
             // SAFETY: `scatter` wrote what these source bytes become. Source bytes arrive once
             // (the plan's blocks are disjoint), and each belongs to one place.
             unsafe { self.arenas.fill(work.dest.arena, moved)? };
@@ -162,20 +280,12 @@ impl<'a> Transform<'a> {
     /// Moves the wanted parts of `bytes`, which start at byte `at` of the tensor; says how many
     /// source bytes were wanted.
     fn scatter(&self, owner: u32, work: &Work, at: u64, bytes: &[u8]) -> Result<u64, SinkError> {
-        let Runs { first, len, stride, count } = work.runs;
-        let end = at + bytes.len() as u64;
         let mut moved = 0;
-        let mut run = at.saturating_sub(first) / stride.max(1);
-        while run < count {
-            let start = first + run * stride;
-            if start >= end {
-                break;
-            }
-            let (lo, hi) = (start.max(at), (start + len).min(end));
-            if lo < hi {
-                let part = &bytes[(lo - at) as usize..(hi - at) as usize];
-                // Position among the wanted source bytes.
-                let position = run * len + (lo - start);
+        for cut in work.cuts(at, bytes.len() as u64) {
+            for row in 0..cut.rows {
+                let start = (cut.at + row * cut.pitch) as usize;
+                let part = &bytes[start..start + cut.len as usize];
+                let position = cut.position + row * cut.len;
                 match work.cast {
                     None => self.write(work.dest, position, part.len(), |out| {
                         out.copy_from_slice(part);
@@ -183,9 +293,8 @@ impl<'a> Transform<'a> {
                     })?,
                     Some(types) => self.convert(owner, work.dest, types, position, part)?,
                 }
-                moved += hi - lo;
             }
-            run += 1;
+            moved += cut.rows * cut.len;
         }
         Ok(moved)
     }
@@ -199,9 +308,9 @@ impl<'a> Transform<'a> {
         part: &[u8],
     ) -> Result<(), SinkError> {
         let (size, out_size) = (from.size(), to.size());
-        let lead = (size - (position % size as u64) as usize) % size;
-        let (head, rest) = part.split_at(lead.min(part.len()));
-        let (whole, tail) = rest.split_at(rest.len() / size * size);
+        let (head, whole, _) = whole_elements(position, part.len() as u64, size as u64);
+        let (head, rest) = part.split_at(head as usize);
+        let (whole, tail) = rest.split_at(whole as usize);
         let element = (position + head.len() as u64) / size as u64;
         self.torn_part(owner, dest, (from, to), position, head)?;
         let tail_at = position + (head.len() + whole.len()) as u64;
@@ -215,34 +324,21 @@ impl<'a> Transform<'a> {
         })
     }
 
-    /// Keeps a part of an element until the rest has come, then converts the element.
     fn torn_part(
         &self,
         owner: u32,
         dest: Dest,
-        (from, to): (CastType, CastType),
+        types: (CastType, CastType),
         position: u64,
         part: &[u8],
     ) -> Result<(), SinkError> {
-        if part.is_empty() {
-            return Ok(());
+        match self.torn.join(owner, types, position, part)? {
+            Some(whole) => self.write(dest, whole.at, whole.len, |out| {
+                out.copy_from_slice(whole.bytes());
+                Ok(())
+            }),
+            None => Ok(()),
         }
-        let size = from.size();
-        let element = position / size as u64;
-        let mut torn = self.torn.lock().unwrap_or_else(|e| e.into_inner());
-        let whole = torn.entry((owner, element)).or_default();
-        let offset = (position % size as u64) as usize;
-        whole.bytes[offset..offset + part.len()].copy_from_slice(part);
-        whole.seen += part.len();
-        if whole.seen < size {
-            return Ok(());
-        }
-        let whole = whole.bytes;
-        torn.remove(&(owner, element));
-        drop(torn);
-        self.write(dest, element * to.size() as u64, to.size(), |out| {
-            cast::cast(&whole[..size], from, out, to).map_err(Into::into)
-        })
     }
 
     /// Lets `fill` write bytes `at..at + len` of a tensor.

@@ -1,0 +1,369 @@
+//! Loads into a CUDA device's memory: blocks are read into pinned memory and leave from there by
+//! asynchronous copies, cut and converted on the device on the way.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use fst_format::Checkpoint;
+use fst_gpu::cufile::{self, CuFile, GdsError, GdsOptions};
+use fst_gpu::kernel::{Kernel, StridedJob};
+use fst_gpu::{
+    CopyOp, CudaDevice, DEVICE_ALIGN, DeviceArena, Landing, Pipeline, PipelineOptions, PipelineSink,
+};
+use fst_io::arenas::{ArenaMemory, Arenas};
+use fst_io::budget::Lease;
+use fst_io::plan::{Block, Limits};
+use fst_io::sink::SinkError;
+use fst_io::{Budget, Engine, ReadOptions, ReadStats, SourceFile};
+
+use crate::error::{DeviceError, Error, Result};
+use crate::host::{Deliver, HostLoad, Watch, from_sink, locate, open_files};
+use crate::options::Item;
+use crate::tensor::{Data, Tensor};
+use crate::transform::{Cut, TransformPlan, Work};
+
+/// One arena on a device, and the part of a memory budget that it takes.
+#[derive(Debug)]
+pub(crate) struct CudaMemory {
+    pub(crate) arena: DeviceArena,
+    /// Declared behind the arena: the bytes are back in the budget once they are back on the
+    /// device.
+    _lease: Option<Lease>,
+}
+
+impl ArenaMemory for CudaMemory {
+    type Full = Arc<Self>;
+
+    unsafe fn full(this: Arc<Self>) -> Arc<Self> {
+        this
+    }
+}
+
+/// A load that is planned and whose files are open.
+#[derive(Debug)]
+pub(crate) struct CudaLoad {
+    device: CudaDevice,
+    items: Vec<Item>,
+    files: Vec<SourceFile>,
+    /// Items without a byte.
+    empty: Vec<usize>,
+    /// The items of the plan's work, in order.
+    order: Vec<usize>,
+    plan: TransformPlan,
+    /// Those to be converted whose file leaves them misaligned, so that elements lie across
+    /// blocks: they are converted on the host. No writer of today makes such files.
+    torn: Option<(HostLoad, Vec<usize>)>,
+}
+
+impl CudaLoad {
+    /// Plans the loading of `items` into arenas of about `arena` bytes.
+    pub(crate) fn new(
+        checkpoint: &Checkpoint,
+        items: Vec<Item>,
+        device: &CudaDevice,
+        arena: u64,
+    ) -> Result<Self> {
+        let (files, number) = open_files(checkpoint, &items)?;
+        let align = files.iter().map(SourceFile::align).max().unwrap_or(Limits::MIN_ALIGN);
+        let block = PipelineOptions::default().ring.block_bytes as u64;
+        let limits = Limits { align, block, ..Limits::default() };
+        let (mut empty, mut order, mut works) = (Vec::new(), Vec::new(), Vec::new());
+        let mut torn = Vec::new();
+        for (index, item) in items.iter().enumerate() {
+            match number[item.info.shard()].filter(|_| item.source_len() > 0) {
+                Some(_) if item.is_torn() => torn.push(index),
+                Some(file) => {
+                    order.push(index);
+                    works.push((item, file));
+                }
+                None => empty.push(index),
+            }
+        }
+        let plan = TransformPlan::new(&works, limits, arena, DEVICE_ALIGN)
+            .map_err(|e| locate(e, &items))?;
+        let torn = match torn.is_empty() {
+            true => None,
+            false => {
+                let items = torn.iter().map(|index| items[*index].clone()).collect();
+                Some((HostLoad::new(checkpoint, items, arena, false)?, torn))
+            }
+        };
+        Ok(Self { device: device.clone(), items, files, empty, order, plan, torn })
+    }
+
+    pub(crate) fn items(&self) -> &[Item] {
+        &self.items
+    }
+
+    /// Bytes that will be read.
+    pub(crate) fn bytes_read(&self) -> u64 {
+        let torn = self.torn.as_ref().map_or(0, |(load, _)| load.bytes_read());
+        self.plan.plan.bytes_read() + torn
+    }
+
+    /// Bytes of the longest arena: what must be in the device's memory at once.
+    pub(crate) fn largest_arena(&self) -> u64 {
+        self.plan.arenas.iter().map(|(len, _)| *len).max().unwrap_or(0)
+    }
+
+    /// Bytes of the files that the page cache holds, if the system tells.
+    pub(crate) fn resident_bytes(&self) -> Option<u64> {
+        self.files.iter().map(|file| file.resident_bytes().ok()).sum()
+    }
+
+    /// Refuses a load that the device has no room for, before anything is read.
+    pub(crate) fn check_memory(&self) -> Result<()> {
+        let needed = self.plan.arenas.iter().map(|(len, _)| *len).sum();
+        DeviceArena::check_fits(&self.device, needed).map_err(|source| {
+            let largest = self.items.iter().max_by_key(|item| item.len());
+            match largest {
+                Some(item) => DeviceError::TooLarge {
+                    source,
+                    largest: item.info.name().to_owned(),
+                    bytes: item.len(),
+                },
+                None => DeviceError::Cuda(source),
+            }
+            .into()
+        })
+    }
+
+    /// Reads everything; every item is delivered once, unless there is an error.
+    pub(crate) fn run(
+        &self,
+        options: &ReadOptions,
+        budget: Option<&Budget>,
+        watch: &Watch,
+        deliver: Deliver<'_>,
+    ) -> Result<Vec<ReadStats>> {
+        for index in &self.empty {
+            let arena = DeviceArena::new(&self.device, 0).map_err(DeviceError::Cuda)?;
+            let memory = Arc::new(CudaMemory { arena, _lease: None });
+            deliver(*index, self.tensor(*index, memory, 0)).map_err(from_sink)?;
+        }
+        let mut reads = Vec::new();
+        if let Some((load, indices)) = &self.torn {
+            let upload = |index: usize, tensor: Tensor| -> Result<(), SinkError> {
+                let bytes = tensor.bytes()?;
+                let lease = None;
+                let arena = DeviceArena::new(&self.device, bytes.len() as u64)?;
+                arena.copy_from_host(0, bytes)?;
+                let index = indices[index];
+                deliver(index, self.tensor(index, Arc::new(CudaMemory { arena, _lease: lease }), 0))
+            };
+            let mut options = options.clone();
+            options.engine = host_engine(options.engine);
+            reads = load.run(&options, None, watch, &upload)?;
+        }
+        if self.order.is_empty() {
+            return Ok(reads);
+        }
+        let mut by_arena = vec![Vec::new(); self.plan.arenas.len()];
+        for (index, dest) in self.order.iter().zip(self.plan.dests()) {
+            by_arena[dest.arena].push((*index, dest.offset));
+        }
+        let on_arena = |arena: usize, memory: Arc<CudaMemory>| {
+            by_arena[arena].iter().try_for_each(|(index, offset)| {
+                deliver(*index, self.tensor(*index, memory.clone(), *offset))
+            })
+        };
+        let make = |bytes, lease| {
+            let arena = DeviceArena::new(&self.device, bytes)
+                .map_err(|e| Error::from(DeviceError::Cuda(e)))?;
+            Ok(CudaMemory { arena, _lease: lease })
+        };
+        let arenas = Arenas::with(self.plan.arenas.iter().copied(), budget, make, &on_arena);
+        let landing = LandingSite { load: self, arenas, arrived: Arc::default() };
+        match options.engine {
+            Engine::Gds => landing.run_gds(watch)?,
+            _ => reads.push(landing.run_pipeline(options, budget, watch)?),
+        }
+        Ok(reads)
+    }
+
+    fn tensor(&self, index: usize, memory: Arc<CudaMemory>, offset: u64) -> Tensor {
+        let item = &self.items[index];
+        let shape = item.slice.as_ref().map(|slice| slice.shape());
+        let data = Data::Cuda { memory, offset, len: item.len() };
+        Tensor::new(item.info.clone(), item.dtype, shape, data)
+    }
+}
+
+/// The engine for what passes through host memory.
+fn host_engine(engine: Engine) -> Engine {
+    if engine == Engine::Gds { Engine::Auto } else { engine }
+}
+
+/// How often a reader that waits for device memory looks whether copies have ended.
+const POLL: Duration = Duration::from_micros(500);
+
+/// Source bytes that have arrived in an arena.
+type Arrival = (usize, u64);
+
+/// Where blocks become tensors.
+struct LandingSite<'a> {
+    load: &'a CudaLoad,
+    arenas: Arenas<'a, CudaMemory>,
+    /// What copies have brought since somebody last looked.
+    arrived: Arc<Mutex<Vec<Arrival>>>,
+}
+
+impl LandingSite<'_> {
+    fn run_pipeline(
+        &self,
+        options: &ReadOptions,
+        budget: Option<&Budget>,
+        watch: &Watch,
+    ) -> Result<ReadStats> {
+        let load = self.load;
+        let pipeline = Pipeline::new(&load.device, PipelineOptions::default());
+        let pipeline = pipeline.map_err(DeviceError::Cuda)?;
+        let route = |block: &Block| self.route(block);
+        let admit = |block: &Block, wait: bool| loop {
+            let seen = budget.map(Budget::generation);
+            pipeline.poll()?;
+            self.take_arrivals()?;
+            if self.has_room(block)? {
+                return Ok(true);
+            }
+            // Waiting for the budget must not keep anybody from seeing copies end: it is these
+            // that complete the tensors whose memory will come back.
+            let again = match (budget, seen) {
+                (Some(budget), Some(seen)) if wait => budget.wait_past_for(seen, POLL),
+                _ => false,
+            };
+            if !again {
+                return Ok(false);
+            }
+        };
+        // SAFETY: every destination lies in an arena of the plan, at the place of one tensor;
+        // source bytes arrive once and have one place each. Whoever finishes a submission holds
+        // its arenas (see `route`), so that they live until the copies are done.
+        let sink = unsafe { PipelineSink::new(&pipeline, &route) }.with_admission(&admit);
+        let plan = &load.plan.plan;
+        let stats = fst_io::read(&load.files, plan, &sink, options, &watch.next())
+            .map_err(|e| locate(e, &load.items))?;
+        pipeline.flush().map_err(DeviceError::Cuda)?;
+        self.take_arrivals().map_err(from_sink)?;
+        Ok(stats)
+    }
+
+    fn run_gds(&self, watch: &Watch) -> Result<()> {
+        let load = self.load;
+        let gds = |e: GdsError| match e {
+            GdsError::Cancelled => Error::Cancelled,
+            GdsError::Consumer(error) => from_sink(error),
+            GdsError::Source(error) => locate(error, &load.items),
+            other => DeviceError::Gds(Box::new(other)).into(),
+        };
+        let cufile = CuFile::open().map_err(|e| gds(e.into()))?;
+        let route = |block: &Block| {
+            self.take_arrivals()?;
+            self.route(block)
+        };
+        // Without a budget there is room, or there is an error.
+        let admit = |block: &Block, _wait: bool| self.has_room(block);
+        let plan = &load.plan.plan;
+        // SAFETY: as for the pipeline.
+        unsafe {
+            cufile::read(
+                cufile,
+                &load.device,
+                &load.files,
+                plan,
+                &route,
+                Some(&admit),
+                GdsOptions::default(),
+                &watch.next(),
+            )
+        }
+        .map_err(gds)?;
+        self.take_arrivals().map_err(from_sink)
+    }
+
+    /// Whether the arenas of a block have memory; gives it to them if there is some.
+    fn has_room(&self, block: &Block) -> Result<bool, SinkError> {
+        for arena in self.load.plan.arenas_of(block) {
+            if self.arenas.get(arena, false)?.is_none() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Counts what copies have brought, and delivers the tensors that are complete.
+    fn take_arrivals(&self) -> Result<(), SinkError> {
+        let arrived = std::mem::take(&mut *self.arrived.lock().unwrap_or_else(|e| e.into_inner()));
+        for (arena, bytes) in arrived {
+            // SAFETY: each submission counts its bytes once, when the device is done with it.
+            unsafe { self.arenas.fill(arena, bytes)? };
+        }
+        Ok(())
+    }
+
+    /// What is to happen with a block that has landed.
+    fn route(&self, block: &Block) -> Result<Landing, SinkError> {
+        let mut ops = Vec::new();
+        let mut arrivals: Vec<Arrival> = Vec::new();
+        let mut held = Vec::new();
+        for (_, work, part) in self.load.plan.parts_of(block) {
+            let index = work.dest.arena;
+            if arrivals.last().is_none_or(|(last, _)| *last != index) {
+                let missing = || format!("arena {index} is gone");
+                held.push(self.arenas.get(index, false)?.ok_or_else(missing)?);
+                arrivals.push((index, 0));
+            }
+            let (Some(memory), Some((_, bytes))) = (held.last(), arrivals.last_mut()) else {
+                continue;
+            };
+            let base = part.start - block.offset;
+            for cut in work.cuts(part.start - work.start, part.end - part.start) {
+                *bytes += cut.rows * cut.len;
+                ops.push(op(work, &memory.arena, base + cut.at, cut)?);
+            }
+        }
+        let arrived = self.arrived.clone();
+        Ok(Landing {
+            ops,
+            done: Some(Box::new(move || {
+                arrived.lock().unwrap_or_else(|e| e.into_inner()).extend(arrivals);
+                drop(held);
+            })),
+        })
+    }
+}
+
+/// The copy of a cut, whose bytes start at `source` in their block.
+fn op(work: &Work, arena: &DeviceArena, source: u64, cut: Cut) -> Result<CopyOp, SinkError> {
+    let dest = |at: u64, len: u64| {
+        if at.checked_add(len).is_none_or(|end| end > work.dest.len) {
+            return Err(format!("bytes {at}..+{len} lie outside of the tensor"));
+        }
+        arena.range(work.dest.offset + at, len).map_err(|e| e.to_string())
+    };
+    let Some((from, to)) = work.cast else {
+        let destination = dest(cut.position, cut.rows * cut.len)?;
+        return Ok(if cut.rows == 1 {
+            CopyOp::Linear { source, destination, len: cut.len }
+        } else {
+            CopyOp::Strided {
+                source,
+                source_pitch: cut.pitch,
+                destination,
+                destination_pitch: cut.len,
+                width: cut.len,
+                rows: cut.rows,
+            }
+        });
+    };
+    let (size, out) = (from.size() as u64, to.size() as u64);
+    let elements = cut.len / size;
+    let job = StridedJob {
+        src: source,
+        dst: dest(cut.position / size * out, cut.rows * elements * out)?,
+        rows: cut.rows,
+        cols: elements,
+        src_pitch: cut.pitch,
+    };
+    Ok(CopyOp::Transform { kernel: Kernel::Cast { from, to }, job })
+}

@@ -1,0 +1,118 @@
+//! A planned load, wherever it goes.
+
+use fst_format::Checkpoint;
+use fst_gpu::cufile::{GdsMode, GdsStatus};
+use fst_io::{Budget, Engine, ReadOptions, ReadStats, ResolvedEngine};
+
+use crate::cuda::CudaLoad;
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::host::{Deliver, HostLoad, SCRATCH, Watch, locate};
+use crate::options::Item;
+
+/// A load that is planned and whose files are open.
+#[derive(Debug)]
+pub(crate) enum Load {
+    Host(Box<HostLoad>),
+    Cuda(Box<CudaLoad>),
+}
+
+impl Load {
+    /// Plans the loading of `items` into arenas of about `arena` bytes. With `in_order`, arenas
+    /// become complete in the order of the items.
+    pub(crate) fn new(
+        device: &Device,
+        checkpoint: &Checkpoint,
+        items: Vec<Item>,
+        arena: u64,
+        in_order: bool,
+    ) -> Result<Self> {
+        Ok(match device.as_cuda() {
+            None => Self::Host(Box::new(HostLoad::new(checkpoint, items, arena, in_order)?)),
+            Some(device) => Self::Cuda(Box::new(CudaLoad::new(checkpoint, items, device, arena)?)),
+        })
+    }
+
+    pub(crate) fn items(&self) -> &[Item] {
+        match self {
+            Self::Host(load) => load.items(),
+            Self::Cuda(load) => load.items(),
+        }
+    }
+
+    /// Bytes that will be read.
+    pub(crate) fn bytes_read(&self) -> u64 {
+        match self {
+            Self::Host(load) => load.bytes_read(),
+            Self::Cuda(load) => load.bytes_read(),
+        }
+    }
+
+    /// Bytes of the longest arena: what must be in memory at once.
+    pub(crate) fn largest_arena(&self) -> u64 {
+        match self {
+            Self::Host(load) => load.largest_arena(),
+            Self::Cuda(load) => load.largest_arena(),
+        }
+    }
+
+    /// Bytes of the tensors' memory that are used beside the arenas.
+    pub(crate) fn scratch(&self) -> u64 {
+        match self {
+            Self::Host(load) if load.uses_scratch() => SCRATCH,
+            _ => 0,
+        }
+    }
+
+    /// Bytes of the files that the page cache holds, if the system tells.
+    pub(crate) fn resident_bytes(&self) -> Option<u64> {
+        match self {
+            Self::Host(load) => load.resident_bytes(),
+            Self::Cuda(load) => load.resident_bytes(),
+        }
+    }
+
+    /// Refuses, before anything is read, what the device has no room for.
+    pub(crate) fn check_memory(&self) -> Result<()> {
+        match self {
+            Self::Host(_) => Ok(()),
+            Self::Cuda(load) => load.check_memory(),
+        }
+    }
+
+    /// Reads everything; every item is delivered once, unless there is an error.
+    pub(crate) fn run(
+        &self,
+        options: &ReadOptions,
+        budget: Option<&Budget>,
+        watch: &Watch,
+        deliver: Deliver<'_>,
+    ) -> Result<Vec<ReadStats>> {
+        match self {
+            Self::Host(load) => load.run(options, budget, watch, deliver),
+            Self::Cuda(load) => load.run(options, budget, watch, deliver),
+        }
+    }
+}
+
+/// The engine that runs for `asked` on this machine, to this device.
+pub(crate) fn resolve_engine(asked: Engine, device: &Device) -> Result<ResolvedEngine> {
+    if asked != Engine::Gds || device.is_host() {
+        return ResolvedEngine::resolve(asked).map_err(|e| locate(e, &[]));
+    }
+    let refuse = |reason| Error::Engine { engine: asked, device: device.clone(), reason };
+    match GdsStatus::probe().mode {
+        GdsMode::Direct => Ok(ResolvedEngine {
+            asked,
+            used: asked,
+            reason: "asked for; cuFile moves bytes directly where the file system allows".into(),
+        }),
+        GdsMode::Compatibility => Ok(ResolvedEngine {
+            asked,
+            used: asked,
+            reason: "asked for; cuFile runs in compatibility mode, through host memory".into(),
+        }),
+        GdsMode::Unavailable(why) => Err(refuse(why.to_string())),
+        _ => Err(refuse("cuFile reports a mode that is not known".to_owned())),
+    }
+}

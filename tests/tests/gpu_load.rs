@@ -1,0 +1,225 @@
+//! Loads to CUDA devices under the simulated driver, held to loads to the host, which other tests
+//! hold to the official crate. Copies happen at the latest moment that the driver's contract
+//! allows, fresh and freed memory is poisoned, and whatever is left over fails the test.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::path::PathBuf;
+
+use cuda_sim::{Guard, Sim};
+use fst::{Checkpoint, Device, DeviceError, Dtype, Engine, Error, Loader, Tensor, Tensors};
+use fst_tests::{misaligned_checkpoint, odd_checkpoint};
+
+const MEMORY: u64 = 256 << 20;
+
+fn machine(devices: u64, memory: u64) -> Guard {
+    let sim = Sim::load().expect("the simulator").exclusive(devices, memory);
+    assert!(sim.add_kernels(fst_cuda_sim_kernels::LIBRARY.as_ref()));
+    sim
+}
+
+fn open(paths: &[PathBuf]) -> Checkpoint {
+    Checkpoint::open_all(paths).unwrap()
+}
+
+/// Both sets hold the same tensors with the same bytes, wherever they are.
+fn assert_same<'a>(
+    device: impl IntoIterator<Item = &'a Tensor>,
+    host: &Tensors,
+    what: &dyn std::fmt::Debug,
+) {
+    let mut count = 0;
+    for tensor in device {
+        let expected = host.get(tensor.name()).unwrap();
+        assert_eq!(tensor.dtype(), expected.dtype());
+        assert_eq!(tensor.shape(), expected.shape());
+        assert_eq!(tensor.device().to_string(), "cuda:0");
+        assert_eq!(tensor.device_ptr().unwrap() % 256, 0, "{}", tensor.name());
+        assert!(matches!(tensor.bytes(), Err(Error::NotOnHost { .. })));
+        let copy = tensor.to_host().unwrap();
+        assert!(copy.bytes().unwrap() == expected.bytes().unwrap(), "{what:?}: {}", tensor.name());
+        count += 1;
+    }
+    assert_eq!(count, host.len());
+}
+
+#[test]
+fn whole_checkpoints_arrive_through_every_engine() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = open(&odd_checkpoint(dir.path()));
+    let host = Loader::new().load(&checkpoint).unwrap();
+    for engine in [Engine::Auto, Engine::Uring, Engine::Pread, Engine::Mmap] {
+        let _sim = machine(1, MEMORY);
+        let loader = Loader::new().device(Device::cuda(0).unwrap()).engine(engine);
+        let tensors = loader.load(&checkpoint).unwrap();
+        assert_same(&tensors, &host, &engine);
+        assert_eq!(tensors.report().bytes, host.report().bytes);
+        assert_eq!(tensors.report().device.to_string(), "cuda:0");
+    }
+}
+
+#[test]
+fn slices_and_conversions_happen_on_the_way() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = open(&odd_checkpoint(dir.path()));
+    let dtypes = [None, Some(Dtype::F32), Some(Dtype::F16), Some(Dtype::F64), Some(Dtype::F8E5M2)];
+    for dtype in dtypes {
+        let mut loader =
+            Loader::new().slice("huge", 1, 3..1500).slice("big", 0, 7..1400).slice("wide", 1, 1..3);
+        if let Some(dtype) = dtype {
+            loader = loader.dtype(dtype);
+        }
+        let host = loader.load(&checkpoint).unwrap();
+        let _sim = machine(1, MEMORY);
+        let tensors = loader.device(Device::cuda(0).unwrap()).load(&checkpoint).unwrap();
+        assert_same(&tensors, &host, &dtype);
+    }
+}
+
+#[test]
+fn misaligned_tensors_are_moved_and_converted() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("odd.safetensors");
+    misaligned_checkpoint(&path);
+    let checkpoint = open(&[path]);
+    for loader in [Loader::new(), Loader::new().dtype(Dtype::F64)] {
+        let host = loader.load(&checkpoint).unwrap();
+        let _sim = machine(1, MEMORY);
+        let tensors = loader.device(Device::cuda(0).unwrap()).load(&checkpoint).unwrap();
+        assert_same(&tensors, &host, &"misaligned");
+    }
+}
+
+#[test]
+fn streams_keep_to_a_budget_of_device_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = open(&odd_checkpoint(dir.path()));
+    let host = Loader::new().load(&checkpoint).unwrap();
+    for in_order in [false, true] {
+        let _sim = machine(1, MEMORY);
+        let budget = 9 << 20;
+        let loader = Loader::new().device(Device::cuda(0).unwrap()).memory_budget(budget);
+        let mut stream = loader.in_order(in_order).stream(&checkpoint).unwrap();
+        let mut names = Vec::new();
+        for tensor in &mut stream {
+            let tensor = tensor.unwrap();
+            let copy = tensor.to_host().unwrap();
+            let expected = host.get(tensor.name()).unwrap();
+            assert!(copy.bytes().unwrap() == expected.bytes().unwrap(), "{}", tensor.name());
+            names.push(tensor.name().to_owned());
+        }
+        assert_eq!(names.len(), host.len());
+        if in_order {
+            let order = checkpoint.tensors().iter().map(|t| t.name().to_owned());
+            assert_eq!(names, order.collect::<Vec<_>>());
+        }
+        assert!(stream.peak_bytes() <= budget);
+    }
+}
+
+#[test]
+fn a_stream_dropped_midway_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = open(&odd_checkpoint(dir.path()));
+    let _sim = machine(1, MEMORY);
+    let loader = Loader::new().device(Device::cuda(0).unwrap()).memory_budget(9 << 20);
+    let mut stream = loader.stream(&checkpoint).unwrap();
+    let kept = stream.next().unwrap().unwrap();
+    drop(stream);
+    assert!(kept.to_host().is_ok());
+}
+
+#[test]
+fn too_little_device_memory_is_told_before_anything_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = open(&odd_checkpoint(dir.path()));
+    let sim = machine(1, 8 << 20);
+    let error = Loader::new().device(Device::cuda(0).unwrap()).load(&checkpoint).unwrap_err();
+    let Error::Device(DeviceError::TooLarge { largest, bytes, .. }) = &error else {
+        panic!("{error}")
+    };
+    assert_eq!((largest.as_str(), *bytes), ("huge", 2048 * 2051 * 2));
+    assert!(error.to_string().contains("out of memory on cuda:0"), "{error}");
+    assert_eq!(sim.report().copied_bytes, 0);
+}
+
+#[test]
+fn failures_at_every_call_end_the_load_and_leave_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = open(&odd_checkpoint(dir.path()));
+    let expected = checkpoint.tensors().len();
+    let calls = ["cuMemAlloc_v2", "cuStreamCreate", "cuEventCreate", "cuEventRecord", "run:copy"];
+    for call in calls {
+        let mut failed = 0;
+        for nth in [1, 2, 5] {
+            let sim = machine(1, MEMORY);
+            let device = Device::cuda(0).unwrap();
+            sim.fail(call, nth, 2);
+            match Loader::new().device(device).load(&checkpoint) {
+                // The load was over before the call that was to fail.
+                Ok(tensors) => assert_eq!(tensors.len(), expected),
+                Err(Error::Device(_)) => failed += 1,
+                Err(other) => panic!("{call} {nth}: {other}"),
+            }
+        }
+        assert!(failed > 0, "{call} was never reached");
+    }
+}
+
+#[test]
+fn two_devices_and_two_loads_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = open(&odd_checkpoint(dir.path()));
+    let host = Loader::new().load(&checkpoint).unwrap();
+    let _sim = machine(2, MEMORY);
+    std::thread::scope(|scope| {
+        let loads: Vec<_> = [0, 1, 0]
+            .map(|ordinal| {
+                let (checkpoint, host) = (&checkpoint, &host);
+                scope.spawn(move || {
+                    let loader = Loader::new().device(Device::cuda(ordinal).unwrap());
+                    for tensor in &loader.load(checkpoint).unwrap() {
+                        assert_eq!(tensor.device(), Device::cuda(ordinal).unwrap());
+                        let copy = tensor.to_host().unwrap();
+                        let expected = host.get(tensor.name()).unwrap();
+                        assert!(copy.bytes().unwrap() == expected.bytes().unwrap());
+                    }
+                })
+            })
+            .into_iter()
+            .collect();
+        for load in loads {
+            load.join().unwrap();
+        }
+    });
+}
+
+#[test]
+fn devices_that_are_not_there_are_errors() {
+    let _sim = machine(1, MEMORY);
+    assert_eq!(Device::available().len(), 2);
+    let error = Device::cuda(1).unwrap_err().to_string();
+    assert!(error.contains("no CUDA device 1"), "{error}");
+    assert!("cuda:x".parse::<Device>().is_err());
+    assert!("tpu".parse::<Device>().is_err());
+    assert_eq!("cuda:0".parse::<Device>().unwrap(), Device::cuda(0).unwrap());
+}
+
+#[test]
+fn tensors_are_handed_to_cudarc_and_dlpack_without_a_copy() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = open(&odd_checkpoint(dir.path()));
+    let _sim = machine(1, MEMORY);
+    let loader = Loader::new().device(Device::cuda(0).unwrap()).select("big");
+    let tensor = loader.load(&checkpoint).unwrap().get("big").unwrap().clone();
+    let source = tensor.dlpack().unwrap();
+    assert_eq!(source.address, tensor.device_ptr().unwrap());
+    assert_eq!(source.shape, [1500, 1001]);
+    drop(tensor);
+    let managed = source.into_managed();
+    // SAFETY: a managed tensor that nobody else has; its deleter is called once.
+    unsafe {
+        let deleter = managed.as_ref().deleter.unwrap();
+        deleter(managed.as_ptr());
+    }
+}
