@@ -306,6 +306,83 @@ pub enum GroupError {
         /// The memory's space.
         space: Space,
     },
+    /// A variable of the launch environment is missing or not sound.
+    #[error(
+        "{variable} is {}",
+        .value.as_ref().map_or("not set".to_owned(), |value| format!("{value:?}"))
+    )]
+    #[non_exhaustive]
+    Environment {
+        /// The variable.
+        variable: &'static str,
+        /// Its value; `None` if it is not set.
+        value: Option<String>,
+    },
+    /// Ranks could not be met.
+    #[error("cannot {what} {address}: {source}")]
+    #[non_exhaustive]
+    Network {
+        /// What was tried.
+        what: &'static str,
+        /// Where.
+        address: String,
+        /// What the system said.
+        source: Arc<std::io::Error>,
+    },
+    /// Two processes claim to be the same rank.
+    #[error("two processes claim to be rank {rank}")]
+    #[non_exhaustive]
+    RankTaken {
+        /// The rank.
+        rank: u32,
+    },
+    /// A process was started with another world size.
+    #[error("rank {rank} was started with world size {theirs}, rank 0 with {ours}")]
+    #[non_exhaustive]
+    WorldSizes {
+        /// The rank that differs.
+        rank: u32,
+        /// Its world size.
+        theirs: u32,
+        /// That of rank 0.
+        ours: u32,
+    },
+    /// A library is not there.
+    #[error("looked for {}: {reason}", looked_for.join(", "))]
+    #[non_exhaustive]
+    Library {
+        /// The names tried.
+        looked_for: Vec<String>,
+        /// The loader's words for the last of them.
+        reason: String,
+    },
+    /// A library lacks a function.
+    #[error("{library} lacks {symbol}")]
+    #[non_exhaustive]
+    MissingSymbol {
+        /// The library.
+        library: String,
+        /// The function.
+        symbol: &'static str,
+    },
+    /// A call of NCCL failed.
+    #[error("{call}: {text} (ncclResult_t {code})")]
+    #[non_exhaustive]
+    Nccl {
+        /// The function, or what was under way.
+        call: &'static str,
+        /// The result code.
+        code: i32,
+        /// NCCL's words for it.
+        text: String,
+    },
+    /// Work on the device's stream failed.
+    #[error("device stream: {source}")]
+    #[non_exhaustive]
+    Stream {
+        /// What the driver said.
+        source: Arc<dyn std::error::Error + Send + Sync>,
+    },
     /// MPI could not be used.
     #[error("MPI: {why}")]
     #[non_exhaustive]

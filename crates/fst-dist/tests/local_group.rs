@@ -5,7 +5,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
-use fst_dist::group::{HostCopier, Op, conformance};
+use fst_dist::group::{Control, HostCopier, Op, conformance};
 use fst_dist::{Dst, Group, GroupError, LocalGroup, Src};
 
 /// Runs `f` on a thread for each rank; a panic counts as no result.

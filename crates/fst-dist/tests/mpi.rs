@@ -10,8 +10,8 @@ use std::os::unix::fs::FileExt;
 use std::process::{Command, ExitCode, Output};
 use std::time::{Duration, Instant};
 
-use fst_dist::group::{MpiGroup, conformance};
-use fst_dist::{Cause, Group, Planner, ReadInto, Reader, Shard, TensorDesc, Topology, load_host};
+use fst_dist::group::{Control, MpiGroup, conformance};
+use fst_dist::{Cause, Planner, ReadInto, Reader, Shard, TensorDesc, Topology, load_host};
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().collect();

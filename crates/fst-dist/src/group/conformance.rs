@@ -1,8 +1,12 @@
 //! The battery that every group passes: call [`run`] on all ranks at the same time.
 
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
 use super::{Group, Op};
+use crate::backend::Cause;
 use crate::error::GroupError;
-use crate::memory::{Dst, Src};
+use crate::memory::{Dst, Space, Src};
 
 /// A check that a group did not pass.
 #[derive(Debug, thiserror::Error)]
@@ -16,6 +20,28 @@ pub enum Failure {
         check: &'static str,
         /// What the group said.
         source: GroupError,
+    },
+    /// The scratch memory failed.
+    #[error("{check}: scratch memory: {source}")]
+    #[non_exhaustive]
+    Memory {
+        /// The check.
+        check: &'static str,
+        /// What the memory said.
+        source: Cause,
+    },
+    /// A message of another length.
+    #[error("{check} on rank {rank}: {found} bytes, not {expected}")]
+    #[non_exhaustive]
+    Length {
+        /// The check.
+        check: &'static str,
+        /// The rank that received it.
+        rank: u32,
+        /// Bytes it should have.
+        expected: usize,
+        /// Bytes it has.
+        found: usize,
     },
     /// Bytes that are not what was sent.
     #[error("{check} on rank {rank}: byte {at} is {found}, not {expected}")]
@@ -41,6 +67,10 @@ fn message(from: u32, to: u32, number: u32, len: usize) -> Vec<u8> {
 }
 
 fn same(check: &'static str, rank: u32, found: &[u8], expected: &[u8]) -> Result<(), Failure> {
+    if found.len() != expected.len() {
+        let (expected, found) = (expected.len(), found.len());
+        return Err(Failure::Length { check, rank, expected, found });
+    }
     let differ = found.iter().zip(expected).position(|(a, b)| a != b);
     match differ {
         None => Ok(()),
@@ -54,92 +84,209 @@ fn same(check: &'static str, rank: u32, found: &[u8], expected: &[u8]) -> Result
 /// Lengths around what transports treat differently: empty, eager, and beyond.
 const LENGTHS: [usize; 5] = [0, 1, 1000, 70_000, 3 << 20];
 
+/// Memory for the battery's messages, of the kind that the group moves.
+pub trait Scratch {
+    /// Its space.
+    fn space(&self) -> Space;
+
+    /// Allocates memory that holds `bytes`.
+    ///
+    /// # Errors
+    /// No memory, or the bytes cannot be moved there.
+    fn put(&self, bytes: &[u8]) -> Result<u64, Cause>;
+
+    /// Gives the bytes at an address that `put` gave, and frees the memory.
+    ///
+    /// # Errors
+    /// The bytes cannot be moved here.
+    fn take(&self, addr: u64) -> Result<Vec<u8>, Cause>;
+}
+
+/// Host memory.
+#[derive(Debug, Default)]
+pub struct HostScratch(Mutex<HashMap<u64, Box<[u8]>>>);
+
+impl Scratch for HostScratch {
+    fn space(&self) -> Space {
+        Space::Host
+    }
+
+    fn put(&self, bytes: &[u8]) -> Result<u64, Cause> {
+        // One byte more: empty messages have addresses of their own too.
+        let mut memory = vec![0; bytes.len() + 1].into_boxed_slice();
+        memory[..bytes.len()].copy_from_slice(bytes);
+        let addr = memory.as_mut_ptr() as u64;
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(addr, memory);
+        Ok(addr)
+    }
+
+    fn take(&self, addr: u64) -> Result<Vec<u8>, Cause> {
+        let memory = self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&addr);
+        let mut bytes = memory.ok_or("no such memory")?.into_vec();
+        bytes.pop();
+        Ok(bytes)
+    }
+}
+
+/// Messages in scratch memory.
+struct Messages<'a> {
+    group: &'a dyn Group,
+    scratch: &'a dyn Scratch,
+    check: &'static str,
+    rank: u32,
+}
+
+/// A message in scratch memory.
+#[derive(Clone, Copy)]
+struct Held {
+    addr: u64,
+    len: usize,
+    space: Space,
+}
+
+impl Held {
+    fn src<'a>(self) -> Src<'a> {
+        // SAFETY: scratch memory is initialised and lives until it is taken, after the exchange.
+        unsafe { Src::from_addr(self.addr, self.len, self.space) }
+    }
+
+    fn dst<'a>(self) -> Dst<'a> {
+        // SAFETY: as for `src`; each place is received into once.
+        unsafe { Dst::from_addr(self.addr, self.len, self.space) }
+    }
+}
+
+impl Messages<'_> {
+    fn put(&self, bytes: &[u8]) -> Result<Held, Failure> {
+        let addr = self.scratch.put(bytes).map_err(|source| self.memory(source))?;
+        Ok(Held { addr, len: bytes.len(), space: self.scratch.space() })
+    }
+
+    fn memory(&self, source: Cause) -> Failure {
+        Failure::Memory { check: self.check, source }
+    }
+
+    /// A place of `len` bytes to receive into.
+    fn place(&self, len: usize) -> Result<Held, Failure> {
+        self.put(&vec![0xEE; len])
+    }
+
+    fn expect(&self, held: Held, expected: &[u8]) -> Result<(), Failure> {
+        let found = self.scratch.take(held.addr).map_err(|source| self.memory(source))?;
+        same(self.check, self.rank, &found, expected)
+    }
+
+    fn drop(&self, held: Held) -> Result<(), Failure> {
+        self.scratch.take(held.addr).map(drop).map_err(|source| self.memory(source))
+    }
+
+    fn exchange(&self, batch: Vec<Op<'_>>) -> Result<(), Failure> {
+        self.worked(self.group.exchange(batch))
+    }
+
+    fn worked<T>(&self, result: Result<T, GroupError>) -> Result<T, Failure> {
+        result.map_err(|source| Failure::Group { check: self.check, source })
+    }
+}
+
 /// Runs every check on host memory.
 ///
 /// # Errors
 /// The first check that fails.
 pub fn run(group: &dyn Group) -> Result<(), Failure> {
+    run_in(group, &HostScratch::default())
+}
+
+/// Runs every check on memory of `scratch`.
+///
+/// # Errors
+/// The first check that fails.
+pub fn run_in(group: &dyn Group, scratch: &dyn Scratch) -> Result<(), Failure> {
     let (rank, world) = (group.rank(), group.world_size());
     let others = || (0..world).filter(move |&other| other != rank);
-    let wrap = |check| move |source| Failure::Group { check, source };
+    let checking = |check| Messages { group, scratch, check, rank };
 
-    let check = "messages are gathered by rank";
+    let m = checking("messages are gathered by rank");
     for round in 0..3 {
-        let mine = message(rank, 0, round, 10 * rank as usize + round as usize);
-        let all = group.gather_messages(&mine).map_err(wrap(check))?;
+        let text = |of: u32| message(of, 0, round, 10 * of as usize + round as usize);
+        let all = m.worked(group.gather_messages(&text(rank)))?;
         for (other, found) in (0u32..).zip(&all) {
-            let expected = message(other, 0, round, 10 * other as usize + round as usize);
-            same(check, rank, &[&[found.len() as u8], &found[..]].concat(), &{
-                [&[expected.len() as u8], &expected[..]].concat()
-            })?;
+            same(m.check, rank, found, &text(other))?;
         }
     }
 
-    let check = "all ranks exchange with all in one batch, two messages each way in order";
+    let m = checking("all ranks exchange with all in one batch, two messages each way in order");
     for len in LENGTHS {
-        let sent: Vec<_> =
-            others().flat_map(|to| [0, 1].map(|n| (to, message(rank, to, n, len)))).collect();
-        let mut got: Vec<_> =
-            others().flat_map(|from| [from, from]).map(|f| (f, vec![0; len])).collect();
-        let mut batch: Vec<Op<'_>> = Vec::new();
-        for (from, into) in &mut got {
-            batch.push(Op::Recv { from: *from, into: Dst::from(&mut into[..]) });
+        let (mut batch, mut sent, mut got) = (Vec::new(), Vec::new(), Vec::new());
+        for (other, n) in others().flat_map(|other| [(other, 0), (other, 1)]) {
+            let (data, place) = (m.put(&message(rank, other, n, len))?, m.place(len)?);
+            batch.push(Op::Send { to: other, data: data.src() });
+            batch.push(Op::Recv { from: other, into: place.dst() });
+            sent.push(data);
+            got.push((other, n, place));
         }
-        for (to, data) in &sent {
-            batch.push(Op::Send { to: *to, data: Src::from(&data[..]) });
-        }
-        group.exchange(batch).map_err(wrap(check))?;
-        for (index, (from, found)) in got.iter().enumerate() {
-            same(check, rank, found, &message(*from, rank, index as u32 % 2, len))?;
+        m.exchange(batch)?;
+        sent.into_iter().try_for_each(|held| m.drop(held))?;
+        for (from, n, place) in got {
+            m.expect(place, &message(from, rank, n, len))?;
         }
     }
 
-    let check = "every rank broadcasts in one batch";
+    let m = checking("every rank broadcasts in one batch");
     for len in LENGTHS {
-        let mine = message(rank, 99, 0, len);
-        let mut got: Vec<_> = (0..world).map(|_| vec![0; len]).collect();
-        let into = got.iter_mut().map(|into| Dst::from(&mut into[..])).collect();
-        group.all_gather(Src::from(&mine[..]), into).map_err(wrap(check))?;
-        for from in others() {
-            same(check, rank, &got[from as usize], &message(from, 99, 0, len))?;
+        let mine = m.put(&message(rank, 99, 0, len))?;
+        let places = (0..world).map(|_| m.place(len)).collect::<Result<Vec<_>, _>>()?;
+        let into = places.iter().map(|place| place.dst()).collect();
+        m.worked(group.all_gather(mine.src(), into))?;
+        m.expect(mine, &message(rank, 99, 0, len))?;
+        for (from, place) in (0..world).zip(places) {
+            match from == rank {
+                true => m.drop(place)?,
+                false => m.expect(place, &message(from, 99, 0, len))?,
+            }
         }
     }
 
-    let check = "broadcast from each rank in turn";
+    let m = checking("broadcast from each rank in turn");
     for root in 0..world {
-        let mut data = if root == rank { message(root, 5, 0, 70_000) } else { vec![0; 70_000] };
-        // SAFETY: a vector's bytes are initialised.
-        unsafe { group.broadcast(root, Dst::from(&mut data[..])) }.map_err(wrap(check))?;
-        same(check, rank, &data, &message(root, 5, 0, 70_000))?;
+        let bytes = message(root, 5, 0, 70_000);
+        let held = if root == rank { m.put(&bytes)? } else { m.place(bytes.len())? };
+        // SAFETY: scratch memory is initialised.
+        m.worked(unsafe { group.broadcast(root, held.dst()) })?;
+        m.expect(held, &bytes)?;
     }
 
-    let check = "scatter of unequal parts";
+    let m = checking("scatter of unequal parts");
     for root in 0..world {
-        let len = |to: u32| 1000 * to as usize + 3;
-        let parts: Vec<_> = (0..world).map(|to| message(root, to, 7, len(to))).collect();
-        let parts: Vec<_> = parts.iter().map(|part| Src::from(&part[..])).collect();
-        let mut into = vec![0; len(rank)];
-        let parts = if root == rank { &parts[..] } else { &[] };
-        group.scatter(root, parts, Dst::from(&mut into[..])).map_err(wrap(check))?;
-        if root != rank {
-            same(check, rank, &into, &message(root, rank, 7, len(rank)))?;
+        let text = |to: u32| message(root, to, 7, 1000 * to as usize + 3);
+        let whose = if root == rank { 0..world } else { 0..0 };
+        let parts = whose.map(|to| m.put(&text(to))).collect::<Result<Vec<_>, _>>()?;
+        let place = m.place(text(rank).len())?;
+        let sources: Vec<_> = parts.iter().map(|part| part.src()).collect();
+        m.worked(group.scatter(root, &sources, place.dst()))?;
+        parts.into_iter().try_for_each(|part| m.drop(part))?;
+        match root == rank {
+            true => m.drop(place)?,
+            false => m.expect(place, &text(rank))?,
         }
     }
 
-    let check = "a ring of single sends and receives, odd and even ranks in turn";
+    let m = checking("a ring of single sends and receives, odd and even ranks in turn");
     if world > 1 {
         let (next, previous) = ((rank + 1) % world, (rank + world - 1) % world);
-        let mine = message(rank, next, 3, 100_000);
-        let mut into = vec![0; 100_000];
-        if rank % 2 == 0 {
-            group.send(next, Src::from(&mine[..])).map_err(wrap(check))?;
-            group.recv(previous, Dst::from(&mut into[..])).map_err(wrap(check))?;
+        let (data, place) = (m.put(&message(rank, next, 3, 100_000))?, m.place(100_000)?);
+        // An odd ring has two even neighbours: rank 0 begins, the last rank receives first.
+        let sends_first = rank % 2 == 0 && rank + 1 != world;
+        if sends_first {
+            m.worked(group.send(next, data.src()))?;
+            m.worked(group.recv(previous, place.dst()))?;
         } else {
-            group.recv(previous, Dst::from(&mut into[..])).map_err(wrap(check))?;
-            group.send(next, Src::from(&mine[..])).map_err(wrap(check))?;
+            m.worked(group.recv(previous, place.dst()))?;
+            m.worked(group.send(next, data.src()))?;
         }
-        same(check, rank, &into, &message(previous, rank, 3, 100_000))?;
+        m.drop(data)?;
+        m.expect(place, &message(previous, rank, 3, 100_000))?;
     }
 
-    group.barrier().map_err(wrap("barrier"))
+    checking("barrier").worked(group.barrier())
 }

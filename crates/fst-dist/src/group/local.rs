@@ -8,7 +8,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{DEFAULT_DEADLINE, Group, Op, check_peers};
+use super::{Control, DEFAULT_DEADLINE, Group, Op, check_peers};
 use crate::error::GroupError;
 use crate::memory::{Dst, Space, Src};
 
@@ -268,7 +268,7 @@ impl Drop for Release<'_> {
     }
 }
 
-impl Group for LocalGroup {
+impl Control for LocalGroup {
     fn rank(&self) -> u32 {
         self.rank
     }
@@ -277,45 +277,8 @@ impl Group for LocalGroup {
         self.world
     }
 
-    fn exchange(&self, batch: Vec<Op<'_>>) -> Result<(), GroupError> {
-        check_peers(&batch, self.rank, self.world)?;
-        /// Posts must not outlive the borrow of their bytes, however this call ends.
-        struct Withdraw<'a>(&'a LocalGroup);
-        impl Drop for Withdraw<'_> {
-            fn drop(&mut self) {
-                self.0.withdraw();
-            }
-        }
-        let mut receives = Vec::new();
-        let _withdraw = Withdraw(self);
-        {
-            let mut guard = self.shared.lock();
-            let state = &mut *guard;
-            if let Some(error) = &state.failure {
-                return Err(error.clone());
-            }
-            let mut post = |to: u32, data: Src<'_>| {
-                state.next_id += 1;
-                let id = state.next_id;
-                let (addr, len, space) = (data.addr(), data.len(), data.space());
-                let posts = state.posts.entry((self.rank, to)).or_default();
-                posts.push_back(Post { id, addr, len, space });
-                state.open[self.rank as usize].push(id);
-                self.shared.wake[to as usize].notify_all();
-            };
-            for op in batch {
-                match op {
-                    Op::Send { to, data } => post(to, data),
-                    Op::Broadcast { data } => {
-                        (0..self.world).filter(|&to| to != self.rank).for_each(|to| post(to, data));
-                    }
-                    Op::Recv { from, into } | Op::BroadcastFrom { root: from, into } => {
-                        receives.push((from, Some(into)));
-                    }
-                }
-            }
-        }
-        self.run(receives)
+    fn deadline(&self) -> Duration {
+        self.shared.deadline
     }
 
     fn gather_messages(&self, message: &[u8]) -> Result<Vec<Vec<u8>>, GroupError> {
@@ -357,6 +320,53 @@ impl Group for LocalGroup {
         let mut state = self.shared.lock();
         let error = GroupError::Aborted { rank: self.rank, cause: cause.to_owned() };
         self.shared.fail(&mut state, error);
+    }
+
+    fn failure(&self) -> Option<GroupError> {
+        self.shared.lock().failure.clone()
+    }
+}
+
+impl Group for LocalGroup {
+    fn exchange(&self, batch: Vec<Op<'_>>) -> Result<(), GroupError> {
+        check_peers(&batch, self.rank, self.world)?;
+        /// Posts must not outlive the borrow of their bytes, however this call ends.
+        struct Withdraw<'a>(&'a LocalGroup);
+        impl Drop for Withdraw<'_> {
+            fn drop(&mut self) {
+                self.0.withdraw();
+            }
+        }
+        let mut receives = Vec::new();
+        let _withdraw = Withdraw(self);
+        {
+            let mut guard = self.shared.lock();
+            let state = &mut *guard;
+            if let Some(error) = &state.failure {
+                return Err(error.clone());
+            }
+            let mut post = |to: u32, data: Src<'_>| {
+                state.next_id += 1;
+                let id = state.next_id;
+                let (addr, len, space) = (data.addr(), data.len(), data.space());
+                let posts = state.posts.entry((self.rank, to)).or_default();
+                posts.push_back(Post { id, addr, len, space });
+                state.open[self.rank as usize].push(id);
+                self.shared.wake[to as usize].notify_all();
+            };
+            for op in batch {
+                match op {
+                    Op::Send { to, data } => post(to, data),
+                    Op::Broadcast { data } => {
+                        (0..self.world).filter(|&to| to != self.rank).for_each(|to| post(to, data));
+                    }
+                    Op::Recv { from, into } | Op::BroadcastFrom { root: from, into } => {
+                        receives.push((from, Some(into)));
+                    }
+                }
+            }
+        }
+        self.run(receives)
     }
 }
 

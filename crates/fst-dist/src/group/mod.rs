@@ -1,21 +1,27 @@
 //! Process groups: ranks that exchange bytes, whatever carries them.
 //!
-//! [`Group`] asks for little of an implementation: a batch of transfers, a gathering of small host
-//! messages, and abort. The collectives are built on these. Every wait has a deadline; once one rank
+//! [`Group`] asks for little of an implementation: a batch of transfers, and of its [`Control`] a
+//! gathering of small host messages, and abort. The collectives are built on these. Every wait has a deadline; once one rank
 //! fails, every rank's waits end with an error that names it.
 
 pub mod conformance;
+mod launch;
 mod local;
 #[cfg(feature = "mpi")]
 mod mpi;
+mod nccl;
+mod tcp;
 
 use std::fmt;
 use std::time::Duration;
 
+pub use launch::LaunchEnv;
 pub use local::{Copier, CopyError, HostCopier, LocalGroup};
 
 #[cfg(feature = "mpi")]
 pub use mpi::MpiGroup;
+pub use nccl::{DeviceStream, Nccl, NcclGroup, UniqueId};
+pub use tcp::TcpControl;
 
 use crate::error::GroupError;
 use crate::memory::{Dst, Src};
@@ -55,18 +61,46 @@ pub enum Op<'a> {
 /// How long a rank waits for the others in one operation, unless said otherwise.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(120);
 
-/// Ranks that exchange bytes.
+/// What ranks need besides moving bytes: who they are, small messages, and word of failures.
 ///
-/// Between two ranks messages arrive in the order in which they were sent. After an error the group
-/// is broken: every further call fails with it. Implementations are handles of one rank; a handle
-/// is used by one thread at a time (calls of several threads are not ordered).
-pub trait Group: Send + Sync + fmt::Debug {
+/// After an error the group is broken: every further call fails with it.
+pub trait Control: Send + Sync + fmt::Debug {
     /// This rank.
     fn rank(&self) -> u32;
 
     /// How many ranks there are.
     fn world_size(&self) -> u32;
 
+    /// How long a rank waits for the others in one operation.
+    fn deadline(&self) -> Duration;
+
+    /// Every rank gives a small message and gets those of all, by rank.
+    ///
+    /// # Errors
+    /// Another rank failed, left or did not answer within the deadline.
+    fn gather_messages(&self, message: &[u8]) -> Result<Vec<Vec<u8>>, GroupError>;
+
+    /// Ends the group: every rank's waits, now and later, fail with an error that names this rank and
+    /// the cause. The first abort counts.
+    fn abort(&self, cause: &str);
+
+    /// The error that ended the group, if one has, as far as this rank knows.
+    fn failure(&self) -> Option<GroupError>;
+
+    /// Waits for all ranks.
+    ///
+    /// # Errors
+    /// As for [`gather_messages`](Self::gather_messages).
+    fn barrier(&self) -> Result<(), GroupError> {
+        self.gather_messages(&[]).map(drop)
+    }
+}
+
+/// Ranks that exchange bytes.
+///
+/// Between two ranks messages arrive in the order in which they were sent. A group is a handle of one
+/// rank, and one thread at a time exchanges; [`abort`](Control::abort) may come from any.
+pub trait Group: Control {
     /// Carries out a batch, all transfers at the same time; returns when this rank's memory is free to
     /// use again and what it receives has arrived. Ranks that broadcast or receive broadcasts
     /// list these in the same order.
@@ -75,24 +109,6 @@ pub trait Group: Send + Sync + fmt::Debug {
     /// Another rank failed, left or did not answer within the deadline; sizes that differ; memory
     /// that the group cannot reach.
     fn exchange(&self, batch: Vec<Op<'_>>) -> Result<(), GroupError>;
-
-    /// Every rank gives a small message and gets those of all, by rank.
-    ///
-    /// # Errors
-    /// As for [`exchange`](Self::exchange).
-    fn gather_messages(&self, message: &[u8]) -> Result<Vec<Vec<u8>>, GroupError>;
-
-    /// Ends the group: every rank's waits, now and later, fail with an error that names this rank and
-    /// the cause. The first abort counts.
-    fn abort(&self, cause: &str);
-
-    /// Waits for all ranks.
-    ///
-    /// # Errors
-    /// As for [`exchange`](Self::exchange).
-    fn barrier(&self) -> Result<(), GroupError> {
-        self.gather_messages(&[]).map(drop)
-    }
 
     /// Sends to one rank.
     ///

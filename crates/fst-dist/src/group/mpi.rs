@@ -17,7 +17,7 @@ use mpi::Threading;
 use mpi::environment::Universe;
 use mpi::ffi;
 
-use super::{Group, Op, check_peers};
+use super::{Control, Group, Op, check_peers};
 use crate::error::GroupError;
 use crate::memory::{Dst, Space, Src};
 
@@ -362,7 +362,7 @@ fn host<'a>(data: &Src<'a>) -> Result<&'a [u8], GroupError> {
     data.host().ok_or(GroupError::Memory { space: data.space() })
 }
 
-impl Group for MpiGroup {
+impl Control for MpiGroup {
     fn rank(&self) -> u32 {
         self.rank
     }
@@ -371,63 +371,8 @@ impl Group for MpiGroup {
         self.world
     }
 
-    fn exchange(&self, batch: Vec<Op<'_>>) -> Result<(), GroupError> {
-        check_peers(&batch, self.rank, self.world)?;
-        // By peer, in order: MPI keeps the order of messages between two ranks.
-        let mut sends: Vec<VecDeque<Outgoing<'_>>> = Vec::new();
-        sends.resize_with(self.world as usize, VecDeque::new);
-        let mut receives: Vec<VecDeque<Incoming<'_>>> = Vec::new();
-        receives.resize_with(self.world as usize, VecDeque::new);
-        for op in batch {
-            let mut send = |to: u32, bytes| {
-                let flights = VecDeque::new();
-                sends[to as usize].push_back(Outgoing { to, bytes, fresh: true, flights });
-            };
-            match op {
-                Op::Send { to, data } => send(to, host(&data)?),
-                Op::Broadcast { data } => {
-                    let bytes = host(&data)?;
-                    (0..self.world).filter(|&to| to != self.rank).for_each(|to| send(to, bytes));
-                }
-                Op::Recv { from, into } | Op::BroadcastFrom { root: from, into } => {
-                    if into.space() != Space::Host {
-                        return Err(GroupError::Memory { space: into.space() });
-                    }
-                    let (done, flight) = (0, None);
-                    receives[from as usize].push_back(Incoming { from, into, done, flight });
-                }
-            }
-        }
-        self.poll("exchange", |calls| {
-            let (mut moved, mut waits) = (false, None);
-            for queue in &mut receives {
-                let Some(first) = queue.front_mut() else { continue };
-                waits = Some(first.from);
-                match first.step(calls)? {
-                    Some(stepped) => moved |= stepped,
-                    None => {
-                        queue.pop_front();
-                        moved = true;
-                    }
-                }
-            }
-            for queue in &mut sends {
-                let Some(first) = queue.front_mut() else { continue };
-                waits = waits.or(Some(first.to));
-                match first.step(calls)? {
-                    Some(stepped) => moved |= stepped,
-                    None => {
-                        queue.pop_front();
-                        moved = true;
-                    }
-                }
-            }
-            Ok(match waits {
-                None => Step::Done,
-                Some(_) if moved => Step::Moved,
-                Some(peer) => Step::Waits(peer),
-            })
-        })
+    fn deadline(&self) -> Duration {
+        self.deadline
     }
 
     fn gather_messages(&self, message: &[u8]) -> Result<Vec<Vec<u8>>, GroupError> {
@@ -485,6 +430,71 @@ impl Group for MpiGroup {
         let mut calls = self.lock();
         let error = GroupError::Aborted { rank: self.rank, cause: cause.to_owned() };
         calls.fail(error);
+    }
+
+    fn failure(&self) -> Option<GroupError> {
+        self.lock().hear_abort().err()
+    }
+}
+
+impl Group for MpiGroup {
+    fn exchange(&self, batch: Vec<Op<'_>>) -> Result<(), GroupError> {
+        check_peers(&batch, self.rank, self.world)?;
+        // By peer, in order: MPI keeps the order of messages between two ranks.
+        let mut sends: Vec<VecDeque<Outgoing<'_>>> = Vec::new();
+        sends.resize_with(self.world as usize, VecDeque::new);
+        let mut receives: Vec<VecDeque<Incoming<'_>>> = Vec::new();
+        receives.resize_with(self.world as usize, VecDeque::new);
+        for op in batch {
+            let mut send = |to: u32, bytes| {
+                let flights = VecDeque::new();
+                sends[to as usize].push_back(Outgoing { to, bytes, fresh: true, flights });
+            };
+            match op {
+                Op::Send { to, data } => send(to, host(&data)?),
+                Op::Broadcast { data } => {
+                    let bytes = host(&data)?;
+                    (0..self.world).filter(|&to| to != self.rank).for_each(|to| send(to, bytes));
+                }
+                Op::Recv { from, into } | Op::BroadcastFrom { root: from, into } => {
+                    if into.space() != Space::Host {
+                        return Err(GroupError::Memory { space: into.space() });
+                    }
+                    let (done, flight) = (0, None);
+                    receives[from as usize].push_back(Incoming { from, into, done, flight });
+                }
+            }
+        }
+        self.poll("exchange", |calls| {
+            let (mut moved, mut waits) = (false, None);
+            for queue in &mut receives {
+                let Some(first) = queue.front_mut() else { continue };
+                waits = Some(first.from);
+                match first.step(calls)? {
+                    Some(stepped) => moved |= stepped,
+                    None => {
+                        queue.pop_front();
+                        moved = true;
+                    }
+                }
+            }
+            for queue in &mut sends {
+                let Some(first) = queue.front_mut() else { continue };
+                waits = waits.or(Some(first.to));
+                match first.step(calls)? {
+                    Some(stepped) => moved |= stepped,
+                    None => {
+                        queue.pop_front();
+                        moved = true;
+                    }
+                }
+            }
+            Ok(match waits {
+                None => Step::Done,
+                Some(_) if moved => Step::Moved,
+                Some(peer) => Step::Waits(peer),
+            })
+        })
     }
 }
 

@@ -1,0 +1,146 @@
+//! `TcpControl`: gatherings, and ranks that fail, leave, come late or are no ranks at all.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use fst_dist::GroupError;
+use fst_dist::group::{Control, TcpControl};
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+fn on_ranks<T: Send>(world: u32, deadline: Duration, f: impl Fn(TcpControl) -> T + Sync) -> Vec<T> {
+    let port = free_port();
+    std::thread::scope(|scope| {
+        let run = |rank| {
+            let f = &f;
+            scope.spawn(move || {
+                f(TcpControl::join(rank, world, "127.0.0.1", port, deadline).unwrap())
+            })
+        };
+        let threads: Vec<_> = (0..world).map(run).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+const LONG: Duration = Duration::from_secs(30);
+
+fn gather_for_ever(control: &TcpControl) -> GroupError {
+    loop {
+        if let Err(error) = control.gather_messages(b"still here") {
+            return error;
+        }
+    }
+}
+
+#[test]
+fn messages_are_gathered_by_rank_again_and_again() {
+    for world in [1, 2, 5] {
+        on_ranks(world, LONG, |control| {
+            for turn in 0..50u32 {
+                let text = |rank: u32| vec![rank as u8; (turn * rank * 100) as usize];
+                let all = control.gather_messages(&text(control.rank())).unwrap();
+                assert_eq!(all, (0..world).map(text).collect::<Vec<_>>());
+            }
+        });
+    }
+}
+
+#[test]
+fn an_abort_reaches_all_with_rank_and_cause() {
+    for failing in 0..3 {
+        let start = Instant::now();
+        let errors = on_ranks(3, LONG, |control| {
+            if control.rank() == failing {
+                std::thread::sleep(Duration::from_millis(20));
+                control.abort("out of paper");
+            }
+            gather_for_ever(&control).to_string()
+        });
+        assert_eq!(errors, vec![format!("rank {failing} failed: out of paper"); 3]);
+        assert!(start.elapsed() < Duration::from_secs(5));
+    }
+}
+
+#[test]
+fn a_rank_that_leaves_is_lost_to_those_that_wait() {
+    for leaving in 0..3 {
+        let errors = on_ranks(3, LONG, |control| match control.rank() == leaving {
+            true => String::new(),
+            false => gather_for_ever(&control).to_string(),
+        });
+        for (_, error) in (0..).zip(&errors).filter(|(rank, _)| *rank != leaving) {
+            assert_eq!(*error, format!("rank {leaving} is lost: it left the group"));
+        }
+    }
+}
+
+#[test]
+fn a_silent_rank_meets_the_deadline() {
+    let done = std::sync::Barrier::new(3);
+    let errors = on_ranks(3, Duration::from_millis(200), |control| {
+        let result = if control.rank() == 2 { Ok(()) } else { control.barrier() };
+        done.wait();
+        result.err().map(|error| error.to_string())
+    });
+    // Rank 0 knows for whom it waited; whichever deadline comes first is told to all.
+    for error in &errors[..2] {
+        let error = error.as_ref().unwrap();
+        assert!(error.contains("waited 200ms in gather"), "{error}");
+    }
+}
+
+#[test]
+fn a_dropped_connection_is_a_lost_rank() {
+    let port = free_port();
+    let errors = std::thread::scope(|scope| {
+        let join = |rank| {
+            scope.spawn(move || {
+                let joined = TcpControl::join(rank, 3, "127.0.0.1", port, LONG);
+                joined.and_then(|control| Err::<(), _>(gather_for_ever(&control))).unwrap_err()
+            })
+        };
+        let threads = [join(0), join(1)];
+        // A rank that says hello and dies, as if killed; strangers are not counted.
+        let connect = || loop {
+            if let Ok(stream) = TcpStream::connect(("127.0.0.1", port)) {
+                return stream;
+            }
+        };
+        connect().write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+        drop(connect());
+        let mut dying = connect();
+        dying.write_all(b"fst-dist\x02\0\0\0\x03\0\0\0").unwrap();
+        std::thread::sleep(Duration::from_millis(300));
+        drop(dying);
+        threads.map(|thread| thread.join().unwrap().to_string())
+    });
+    for error in errors {
+        assert!(error.starts_with("rank 2 is lost: "), "{error}");
+    }
+}
+
+#[test]
+fn ranks_that_do_not_come_or_do_not_fit_are_named() {
+    let join = |rank, world, port| {
+        TcpControl::join(rank, world, "127.0.0.1", port, Duration::from_millis(300))
+    };
+    let error = join(0, 2, free_port()).unwrap_err();
+    let missing = matches!(error, GroupError::Deadline { waiting_for: Some(1), .. });
+    assert!(missing, "{error}");
+    let error = join(1, 2, free_port()).unwrap_err();
+    assert!(matches!(error, GroupError::Network { what: "connect to", .. }), "{error}");
+    let port = free_port();
+    let errors = std::thread::scope(|scope| {
+        let threads = [(0, 2), (1, 3)].map(|(rank, world)| {
+            scope.spawn(move || join(rank, world, port).unwrap_err().to_string())
+        });
+        threads.map(|thread| thread.join().unwrap())
+    });
+    assert_eq!(errors[0], "rank 1 was started with world size 3, rank 0 with 2");
+    assert!(errors[1].starts_with("rank 0 is lost"), "{}", errors[1]);
+}
