@@ -131,6 +131,9 @@ pub(crate) struct DoctorArgs {
     /// A file, index or folder to judge: how would it be read?
     #[arg(value_name = "PATH")]
     pub(crate) path: Option<PathBuf>,
+    /// Read up to 1 GB of this checkpoint by each engine, and tell the rates
+    #[arg(long, value_name = "PATH")]
+    pub(crate) measure: Option<PathBuf>,
     /// Print one JSON document instead of text
     #[arg(long)]
     pub(crate) json: bool,

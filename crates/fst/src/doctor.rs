@@ -1,16 +1,24 @@
 //! What this machine offers, and which way a load of a path would take.
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use fst_dist::GroupError;
+use fst_dist::group::Nccl;
 use fst_format::Checkpoint;
+use fst_gpu::CudaDevice;
+use fst_gpu::cufile::GdsStatus;
 use fst_io::{DirectIo, Engine, ResolvedEngine, SourceFile};
 
+use crate::device::Device;
 use crate::error::Result;
 use crate::host::locate;
+use crate::loader::Loader;
 
 /// What was found on this machine.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 #[non_exhaustive]
 pub struct Doctor {
     /// Kernel release.
@@ -25,8 +33,42 @@ pub struct Doctor {
     pub io_uring_refusal: Option<String>,
     /// The engine that `auto` takes, and why.
     pub auto: ResolvedEngine,
+    /// The CUDA devices, or why there is no driver to ask.
+    pub cuda: Result<Vec<CudaReport>, fst_gpu::Error>,
+    /// GPUDirect Storage.
+    pub gds: GdsStatus,
+    /// The NCCL library found, or what was looked for.
+    pub nccl: Result<String, GroupError>,
     /// What was found at the path, if one was given.
     pub path: Option<PathReport>,
+}
+
+/// A CUDA device.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct CudaReport {
+    /// Its number.
+    pub ordinal: usize,
+    /// The product's name.
+    pub name: String,
+    /// Memory in bytes, and how much of it is free; `None` where the device cannot be opened.
+    pub memory: Option<(u64, u64)>,
+    /// The CUDA version that the driver offers.
+    pub driver: Option<String>,
+}
+
+/// A rate that was tried out.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Measurement {
+    /// The engine.
+    pub engine: Engine,
+    /// Where to.
+    pub device: Device,
+    /// Bytes per second in units of 1e9, or why it did not work.
+    pub gb_per_s: Result<f64>,
+    /// Share of the bytes that was in the page cache, from 0 to 1.
+    pub resident: f64,
 }
 
 /// Whether fresh memory comes in huge pages.
@@ -71,6 +113,7 @@ impl Doctor {
         let io_uring_refusal = fst_io::engine::uring_refusal();
         let auto = ResolvedEngine::resolve(Engine::Auto).map_err(|e| locate(e, &[]))?;
         let path = path.map(|path| examine_path(path, &auto)).transpose()?;
+        let nccl = Nccl::open().map(|nccl| nccl.name().to_owned());
         Ok(Self {
             kernel: read_line("/proc/sys/kernel/osrelease"),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
@@ -78,9 +121,70 @@ impl Doctor {
             huge_pages: huge_pages(),
             io_uring_refusal,
             auto,
+            cuda: CudaDevice::count().map(|count| (0..count).map(cuda_report).collect()),
+            gds: GdsStatus::probe(),
+            nccl,
             path,
         })
     }
+
+    /// Tries the engines on the first tensors of a checkpoint, about `bytes` of them: to the host,
+    /// and by cuFile to the first CUDA device if there is one. What the page cache holds decides
+    /// much; direct reads leave it as it is.
+    ///
+    /// # Errors
+    ///
+    /// When the checkpoint at `path` cannot be opened.
+    pub fn measure(path: &Path, bytes: u64) -> Result<Vec<Measurement>> {
+        let checkpoint = Checkpoint::open(path)?;
+        let mut taken = 0;
+        let part: HashSet<String> = checkpoint
+            .tensors()
+            .iter()
+            .take_while(|tensor| {
+                let wanted = taken < bytes;
+                taken += tensor.byte_len();
+                wanted
+            })
+            .map(|tensor| tensor.name().to_owned())
+            .collect();
+        let part = Arc::new(part);
+        let mut ways = vec![
+            (Engine::Uring, Device::host()),
+            (Engine::Pread, Device::host()),
+            (Engine::Mmap, Device::host()),
+        ];
+        if let Ok(device) = Device::cuda(0) {
+            ways.extend([(Engine::Auto, device.clone()), (Engine::Gds, device)]);
+        }
+        let measure = |(engine, device): (Engine, Device)| {
+            let part = part.clone();
+            let loader = Loader::new().engine(engine).device(device.clone());
+            let loaded = loader.select_with(move |t| part.contains(t.name())).load(&checkpoint);
+            let resident = loaded.as_ref().map_or(0.0, |tensors| {
+                let report = tensors.report();
+                let total: u64 = checkpoint.shards().iter().map(|shard| shard.len()).sum();
+                report.resident_bytes.unwrap_or(0) as f64 / total.max(1) as f64
+            });
+            let gb_per_s = loaded.map(|tensors| {
+                let report = tensors.report();
+                let seconds = report.stage("read").map_or(report.seconds, |read| read.seconds);
+                report.bytes as f64 / seconds.max(f64::MIN_POSITIVE) / 1e9
+            });
+            Measurement { engine, device, gb_per_s, resident }
+        };
+        Ok(ways.into_iter().map(measure).collect())
+    }
+}
+
+fn cuda_report(ordinal: usize) -> CudaReport {
+    let unknown = CudaReport { ordinal, name: "unknown".to_owned(), memory: None, driver: None };
+    CudaDevice::open(ordinal).map_or(unknown, |device| CudaReport {
+        ordinal,
+        name: device.name().to_owned(),
+        memory: device.memory().ok().map(|memory| (memory.total, memory.free)),
+        driver: device.driver_version().ok().map(|version| version.to_string()),
+    })
 }
 
 fn examine_path(path: &Path, auto: &ResolvedEngine) -> Result<PathReport> {
@@ -102,7 +206,7 @@ fn examine_path(path: &Path, auto: &ResolvedEngine) -> Result<PathReport> {
         format!("cold ranges are read through the page cache by {engine}: direct I/O {direct_io}")
     };
     let verdict = match resident_bytes {
-        Some(0) => cold,
+        Some(resident) if resident < bytes / 100 => cold,
         Some(resident) if resident + (1 << 20) >= bytes => {
             "everything is in the page cache and will be copied from there".to_owned()
         }

@@ -46,7 +46,7 @@ mod tensor;
 mod transform;
 
 pub use device::Device;
-pub use doctor::{Doctor, HugePages, PathReport};
+pub use doctor::{CudaReport, Doctor, HugePages, Measurement, PathReport};
 pub use error::{DeviceError, Error, Result};
 pub use fst_format::{Checkpoint, Dtype, Element, Shard as ShardFile, Slice, TensorInfo};
 pub use fst_io::{DirectIo, Engine, ResolvedEngine};

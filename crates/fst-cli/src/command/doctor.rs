@@ -1,11 +1,15 @@
 //! `fst doctor`: what this machine offers to a load, and which way a load of a path would take.
 
-use fst::{DirectIo, Doctor, HugePages, PathReport};
+use fst::gpu::cufile::GdsMode;
+use fst::{CudaReport, DirectIo, Doctor, HugePages, Measurement, PathReport};
 use serde::Serialize;
 
 use crate::args::DoctorArgs;
 use crate::failure::Failure;
 use crate::text::{self, Align, GOOD, HEADING, MISSING, Table, counted, styled, visible};
+
+/// How much of a checkpoint is read to measure an engine.
+const MEASURED_BYTES: u64 = 1_000_000_000;
 
 #[derive(Serialize)]
 struct Report<'d> {
@@ -15,7 +19,49 @@ struct Report<'d> {
     huge_pages: &'static str,
     io_uring: Offer<'d>,
     auto: Auto<'d>,
+    cuda: CudaJson<'d>,
+    gds: GdsJson<'d>,
+    nccl: LibraryJson<'d>,
     path: Option<PathJson<'d>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    measured: Option<Vec<MeasuredJson>>,
+}
+
+#[derive(Serialize)]
+struct CudaJson<'d> {
+    devices: Vec<DeviceJson<'d>>,
+    reason: Option<String>,
+}
+
+#[derive(Serialize)]
+struct DeviceJson<'d> {
+    device: String,
+    name: &'d str,
+    memory: Option<Memory>,
+    driver: Option<&'d str>,
+}
+
+#[derive(Serialize)]
+struct GdsJson<'d> {
+    mode: &'static str,
+    nvidia_fs: bool,
+    library: Option<&'d str>,
+    reason: Option<String>,
+}
+
+#[derive(Serialize)]
+struct LibraryJson<'d> {
+    library: Option<&'d str>,
+    reason: Option<String>,
+}
+
+#[derive(Serialize)]
+struct MeasuredJson {
+    engine: &'static str,
+    device: String,
+    gb_per_s: Option<f64>,
+    resident: f64,
+    error: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -49,14 +95,21 @@ struct PathJson<'d> {
 
 pub(crate) fn run(args: &DoctorArgs) -> Result<(), Failure> {
     let doctor = Doctor::examine(args.path.as_deref()).map_err(Failure::of)?;
+    let measured = args.measure.as_deref().map(|path| Doctor::measure(path, MEASURED_BYTES));
+    let measured = measured.transpose().map_err(Failure::of)?;
     if args.json {
-        return text::print_json(&Report::of(&doctor)).map_err(Failure::output);
+        let report = Report::of(&doctor, measured.as_deref());
+        return text::print_json(&report).map_err(Failure::output);
     }
-    text::print(&render(&doctor)).map_err(Failure::output)
+    let mut out = render(&doctor);
+    if let Some(measured) = &measured {
+        out += &render_measured(measured);
+    }
+    text::print(&out).map_err(Failure::output)
 }
 
 impl<'d> Report<'d> {
-    fn of(doctor: &'d Doctor) -> Self {
+    fn of(doctor: &'d Doctor, measured: Option<&[Measurement]>) -> Self {
         Self {
             kernel: &doctor.kernel,
             cores: doctor.cores,
@@ -72,6 +125,21 @@ impl<'d> Report<'d> {
                 reason: doctor.io_uring_refusal.as_deref(),
             },
             auto: Auto { engine: doctor.auto.used.as_str(), reason: &doctor.auto.reason },
+            cuda: CudaJson {
+                devices: doctor.cuda.iter().flatten().map(DeviceJson::of).collect(),
+                reason: doctor.cuda.as_ref().err().map(ToString::to_string),
+            },
+            gds: GdsJson {
+                mode: gds_mode(&doctor.gds.mode).0,
+                nvidia_fs: doctor.gds.nvidia_fs,
+                library: doctor.gds.library.as_deref(),
+                reason: gds_mode(&doctor.gds.mode).1,
+            },
+            nccl: LibraryJson {
+                library: doctor.nccl.as_deref().ok(),
+                reason: doctor.nccl.as_ref().err().map(ToString::to_string),
+            },
+            measured: measured.map(|all| all.iter().map(MeasuredJson::of).collect()),
             path: doctor.path.as_ref().map(|path| PathJson {
                 path: path.path.display().to_string(),
                 files: path.files,
@@ -82,6 +150,55 @@ impl<'d> Report<'d> {
             }),
         }
     }
+}
+
+impl<'d> DeviceJson<'d> {
+    fn of(device: &'d CudaReport) -> Self {
+        Self {
+            device: format!("cuda:{}", device.ordinal),
+            name: &device.name,
+            memory: device.memory.map(|(total, available)| Memory { total, available }),
+            driver: device.driver.as_deref(),
+        }
+    }
+}
+
+impl MeasuredJson {
+    fn of(measured: &Measurement) -> Self {
+        Self {
+            engine: measured.engine.as_str(),
+            device: measured.device.to_string(),
+            gb_per_s: measured.gb_per_s.as_ref().ok().copied(),
+            resident: measured.resident,
+            error: measured.gb_per_s.as_ref().err().map(ToString::to_string),
+        }
+    }
+}
+
+/// The mode's name, and why it is no better.
+fn gds_mode(mode: &GdsMode) -> (&'static str, Option<String>) {
+    match mode {
+        GdsMode::Direct => ("direct", None),
+        GdsMode::Compatibility => {
+            let why = "cuFile would run in compatibility mode, through host memory: auto never \
+                       takes it";
+            ("compatibility", Some(why.to_owned()))
+        }
+        GdsMode::Unavailable(error) => ("unavailable", Some(error.to_string())),
+        _ => ("unknown", None),
+    }
+}
+
+fn render_measured(measured: &[Measurement]) -> String {
+    let mut rates = Table::new(&[Align::Left, Align::Left, Align::Left]);
+    for one in measured {
+        let rate = match &one.gb_per_s {
+            Ok(rate) => format!("{rate:.2} GB/s, {:.0}% cached", one.resident * 100.0),
+            Err(error) => missing(&visible(&error.to_string())),
+        };
+        rates.row([one.engine.to_string(), one.device.to_string(), rate]);
+    }
+    format!("\n{}\n{}", styled(HEADING, "Measured"), rates.render())
 }
 
 fn render(doctor: &Doctor) -> String {
@@ -110,6 +227,37 @@ fn render(doctor: &Doctor) -> String {
         },
     );
     fact("engine", format!("auto takes {}: {}", doctor.auto.used, visible(&doctor.auto.reason)));
+    match &doctor.cuda {
+        Err(error) => fact("CUDA", missing(&visible(&error.to_string()))),
+        Ok(devices) if devices.is_empty() => fact("CUDA", missing("a driver, but no device")),
+        Ok(devices) => {
+            for device in devices {
+                let memory = device.memory.map_or(String::new(), |(total, free)| {
+                    format!(", {} with {} free", text::bytes(total), text::bytes(free))
+                });
+                let driver = device
+                    .driver
+                    .as_ref()
+                    .map_or(String::new(), |version| format!(", driver for CUDA {version}"));
+                let what = format!("{}{memory}{driver}", visible(&device.name));
+                fact(&format!("cuda:{}", device.ordinal), good(&what));
+            }
+        }
+    }
+    fact(
+        "GDS",
+        match gds_mode(&doctor.gds.mode) {
+            (mode, None) => good(mode),
+            (_, Some(why)) => missing(&visible(&why)),
+        },
+    );
+    fact(
+        "NCCL",
+        match &doctor.nccl {
+            Ok(library) => good(library),
+            Err(error) => missing(&visible(&error.to_string())),
+        },
+    );
     let mut out = format!("{}\n{}", styled(HEADING, "This machine"), facts.render());
     if let Some(path) = &doctor.path {
         out += &render_path(path);

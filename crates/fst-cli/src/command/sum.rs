@@ -103,7 +103,8 @@ fn hash_received(receive: &Mutex<Receiver<Tensor>>) -> Result<Vec<Sum>, Error> {
 }
 
 fn sum(tensor: &Tensor) -> Result<Sum, Error> {
-    let digest = Sha256::digest(tensor.bytes()?);
+    let on_host = tensor.to_host()?;
+    let digest = Sha256::digest(on_host.bytes()?);
     Ok(Sum {
         name: tensor.name().to_owned(),
         dtype: tensor.dtype().as_str(),

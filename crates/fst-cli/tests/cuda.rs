@@ -1,0 +1,85 @@
+//! The program with a CUDA device: a simulated one, brought in by the environment.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use cuda_sim::{Report, Sim};
+
+fn fst(args: &[&str], folder: &Path) -> (Output, Report) {
+    let report = folder.join("report");
+    let sim = Sim::load().expect("the simulator");
+    let output = Command::new(env!("CARGO_BIN_EXE_fst"))
+        .args(args)
+        .envs(sim.environment(&report))
+        .env("FST_SIM_DEVICES", "2")
+        .env("FST_SIM_MEMORY", (256 << 20).to_string())
+        .env("FST_SIM_KERNELS", fst_cuda_sim_kernels::LIBRARY)
+        .output()
+        .unwrap();
+    let left = Report::parse(&std::fs::read_to_string(&report).unwrap_or_default());
+    (output, left)
+}
+
+fn json(output: &Output) -> serde_json::Value {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+fn synth(dir: &Path) -> String {
+    let model = dir.join("model").to_str().unwrap().to_owned();
+    let output = Command::new(env!("CARGO_BIN_EXE_fst"))
+        .args(["synth", &model, "--model", "llama-2-7b", "--layers", "2", "--shrink", "8"])
+        .args(["--shards", "2"])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    model
+}
+
+#[test]
+fn sums_on_a_device_agree_with_sums_on_the_host() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = synth(dir.path());
+    let slice = "model.layers.0.self_attn.o_proj.weight:1:3..100";
+    for extra in [&[][..], &["--slice", slice]] {
+        let on = |device: &str| {
+            let mut args = vec!["sum", &model, "--json", "--device", device];
+            args.extend_from_slice(extra);
+            let (output, left) = fst(&args, dir.path());
+            assert_eq!(left.faults(), [""; 0]);
+            json(&output)
+        };
+        let host = on("host");
+        assert!(host["tensors"].as_array().unwrap().len() > 10);
+        assert_eq!(on("cuda:0"), host);
+        assert_eq!(on("cuda:1"), host);
+    }
+}
+
+#[test]
+fn loads_to_a_device_report_it_and_leave_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = synth(dir.path());
+    let args = ["load", &model, "--device", "cuda:0", "--dtype", "F32", "--json"];
+    let (output, left) = fst(&args, dir.path());
+    let report = json(&output);
+    assert_eq!(report["device"], "cuda:0");
+    assert_eq!(left.faults(), [""; 0]);
+    assert!(left.copied_bytes > 0);
+
+    let (output, _) = fst(&["load", &model, "--device", "cuda:7"], dir.path());
+    assert_eq!(output.status.code(), Some(1));
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(stderr.starts_with("error: cuda:7: ") && stderr.lines().count() == 1, "{stderr}");
+}
+
+#[test]
+fn the_doctor_sees_devices() {
+    let dir = tempfile::tempdir().unwrap();
+    let (output, _) = fst(&["doctor", "--json"], dir.path());
+    let report = json(&output);
+    assert_eq!(report["cuda"]["devices"].as_array().unwrap().len(), 2);
+    assert_eq!(report["cuda"]["devices"][1]["device"], "cuda:1");
+}
