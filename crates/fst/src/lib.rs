@@ -24,6 +24,8 @@
 //! - [`Tensor`]s own their memory: each is a reference-counted part of an arena. They stay valid
 //!   after the loader, the checkpoint and all other tensors are gone. No clone is needed to keep
 //!   one; the arena's memory is freed with the last tensor in it.
+//! - [`Loader::map`] backs tensors by a mapping of their files instead, without a copy, for whoever
+//!   can promise that nobody changes the files.
 //! - [`LoadReport`] says what was read, by which way, and what bound the load.
 //!
 //! # What this crate does not do
@@ -38,6 +40,7 @@ mod error;
 mod host;
 mod load;
 mod loader;
+mod mapped;
 mod options;
 mod progress;
 mod report;
