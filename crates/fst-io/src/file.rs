@@ -123,6 +123,15 @@ impl SourceFile {
         }
     }
 
+    /// Alignment, in bytes, that direct reads of this file demand of memory: no more than
+    /// [`align`](Self::align), and where the system tells, often far less.
+    pub fn memory_align(&self) -> u64 {
+        match self.direct_io {
+            DirectIo::Available { memory_align, .. } => memory_align,
+            _ => Limits::MIN_ALIGN,
+        }
+    }
+
     /// Bytes of the file in the page cache.
     ///
     /// # Errors

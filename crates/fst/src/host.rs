@@ -19,7 +19,7 @@ use crate::transform::{HOST_ALIGN, Transform, TransformPlan};
 
 /// Bytes of scratch memory, in slots of [`SCRATCH_BLOCK`].
 pub(crate) const SCRATCH: u64 = 32 << 20;
-const SCRATCH_BLOCK: u64 = 2 << 20;
+pub(crate) const SCRATCH_BLOCK: u64 = 2 << 20;
 
 /// A load that is planned and whose files are open.
 #[derive(Debug)]

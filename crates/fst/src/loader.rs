@@ -236,7 +236,7 @@ impl Loader {
     }
 
     /// Runs `load` while another thread reports progress.
-    fn watched<T>(
+    pub(crate) fn watched<T>(
         &self,
         watch: &Watch,
         progress: &(dyn Fn(u64) -> Progress + Sync),
