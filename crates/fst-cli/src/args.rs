@@ -62,6 +62,10 @@ pub(crate) struct LoadArgs {
     /// Convert tensors of a floating-point dtype to this one, such as BF16 or F32
     #[arg(long, value_name = "DTYPE")]
     pub(crate) dtype: Option<Dtype>,
+    /// Map the files instead of reading them, and bring their pages into memory: no copy, but the
+    /// files must not be changed meanwhile
+    #[arg(long)]
+    pub(crate) map: bool,
     /// Print one JSON document instead of text
     #[arg(long)]
     pub(crate) json: bool,

@@ -19,6 +19,14 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+    /// The file cannot be mapped into memory.
+    #[error("{}: cannot map: {source}", path.display())]
+    Map {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// A read failed: a device error, or an error of the file system or network behind it.
     #[error("{}: reading {len} bytes at offset {offset}: {source}", path.display())]
     Read {

@@ -123,6 +123,15 @@ impl SourceFile {
         }
     }
 
+    /// Alignment, in bytes, that direct reads of this file demand of memory: no more than
+    /// [`align`](Self::align), and where the system tells, often far less.
+    pub fn memory_align(&self) -> u64 {
+        match self.direct_io {
+            DirectIo::Available { memory_align, .. } => memory_align,
+            _ => Limits::MIN_ALIGN,
+        }
+    }
+
     /// Bytes of the file in the page cache.
     ///
     /// # Errors
@@ -150,8 +159,21 @@ impl SourceFile {
         if let Some(change) = change(&self.expected, &now) {
             return Err(changed(change));
         }
-        let by_name = std::fs::metadata(&self.path).map_err(fail)?;
-        change(&self.expected, &by_name).map_or(Ok(()), |change| Err(changed(change)))
+        Self::check_unchanged(&self.path, &self.expected)
+    }
+
+    /// Checks that `path` leads to the file that `expected` describes, as it was then.
+    pub(crate) fn check_unchanged(path: &Path, expected: &Metadata) -> Result<(), Error> {
+        let fail = |source| Error::Open { path: path.to_owned(), source };
+        let by_name = std::fs::metadata(path).map_err(fail)?;
+        match change(expected, &by_name) {
+            Some(change) => Err(Error::Changed { path: path.to_owned(), change }),
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) fn expected(&self) -> &Metadata {
+        &self.expected
     }
 }
 

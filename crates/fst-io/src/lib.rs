@@ -18,6 +18,8 @@ pub mod arenas;
 pub mod budget;
 pub mod buffer;
 pub mod engine;
+pub mod lent;
+pub mod mapping;
 pub mod place;
 pub mod plan;
 pub mod residency;
@@ -36,4 +38,5 @@ pub use engine::{CachePolicy, Control, Engine, ReadOptions, ResolvedEngine, read
 pub use error::{Change, Error};
 pub use extent::Extent;
 pub use file::{DirectIo, SourceFile};
+pub use mapping::Mapping;
 pub use stats::ReadStats;

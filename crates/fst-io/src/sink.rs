@@ -39,7 +39,7 @@ impl Target {
         Self { ptr, capacity, token }
     }
 
-    /// First byte; aligned as the plan's blocks are.
+    /// First byte; aligned as direct I/O on the file demands of memory.
     pub fn ptr(&self) -> NonNull<u8> {
         self.ptr
     }
@@ -60,9 +60,12 @@ impl Target {
 /// # Safety
 ///
 /// The memory of every [`Target`] returned by [`reserve`](Self::reserve) must hold the block's whole
-/// length at the plan's alignment, stay valid for writes, and must not be read, written or freed by
+/// length, stay valid for writes, and must not be read, written or freed by
 /// anybody else until the same target comes back through [`landed`](Self::landed) or
 /// [`abandoned`](Self::abandoned), or is dropped. The kernel may be writing to it all that time.
+///
+/// Memory that is aligned as the plan's blocks are suits direct reads; memory that is not makes them
+/// fail (EINVAL), and the file is then read through the page cache.
 ///
 /// Readers in turn give a target back only when no write to it is outstanding any more.
 pub unsafe trait Sink: Send + Sync {

@@ -81,6 +81,28 @@ pub enum Error {
         /// Type of its elements.
         dtype: Dtype,
     },
+    /// The memory given for a tensor is not as long as the tensor.
+    #[error("tensor {tensor:?} has {expected} bytes, and the memory given for it {found}")]
+    DestinationLength {
+        /// The tensor.
+        tensor: String,
+        /// Bytes of the tensor, as loaded.
+        expected: u64,
+        /// Bytes given.
+        found: u64,
+    },
+    /// Memory was given twice for one tensor.
+    #[error("tensor {tensor:?} was given two pieces of memory")]
+    DuplicateDestination {
+        /// The tensor.
+        tensor: String,
+    },
+    /// Memory was given for a tensor that is not among those selected.
+    #[error("tensor {tensor:?} was given memory and is not selected")]
+    NotSelected {
+        /// The tensor.
+        tensor: String,
+    },
     /// The memory budget is too small for what must be in memory at once.
     #[error("memory budget of {budget} bytes is too small: the smallest that works is {needed}")]
     Budget {

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
-use fst_format::Checkpoint;
+use fst_format::{Checkpoint, TensorInfo};
 use fst_io::arenas::Arenas;
 use fst_io::place::{InPlace, Layout};
 use fst_io::plan::{Limits, ReadPlan};
@@ -19,7 +19,7 @@ use crate::transform::{HOST_ALIGN, Transform, TransformPlan};
 
 /// Bytes of scratch memory, in slots of [`SCRATCH_BLOCK`].
 pub(crate) const SCRATCH: u64 = 32 << 20;
-const SCRATCH_BLOCK: u64 = 2 << 20;
+pub(crate) const SCRATCH_BLOCK: u64 = 2 << 20;
 
 /// A load that is planned and whose files are open.
 #[derive(Debug)]
@@ -254,6 +254,14 @@ pub(crate) fn from_sink(error: SinkError) -> Error {
 
 /// Says which tensor an I/O error hit.
 pub(crate) fn locate(error: fst_io::Error, items: &[Item]) -> Error {
+    locate_in(error, items.iter().map(|item| &item.info))
+}
+
+/// Says which of `tensors` an I/O error hit.
+pub(crate) fn locate_in<'t>(
+    error: fst_io::Error,
+    mut tensors: impl Iterator<Item = &'t TensorInfo>,
+) -> Error {
     let (path, offset) = match error {
         fst_io::Error::Cancelled => return Error::Cancelled,
         fst_io::Error::Sink(error) => return from_sink(error),
@@ -261,9 +269,9 @@ pub(crate) fn locate(error: fst_io::Error, items: &[Item]) -> Error {
         fst_io::Error::EarlyEnd { ref path, end, .. } => (path, end..end + 1),
         source => return Error::Io { tensor: None, source },
     };
-    let hit = items.iter().find(|item| {
-        let range = item.info.file_range();
-        item.info.path() == path && range.start < offset.end && offset.start < range.end
+    let hit = tensors.find(|info| {
+        let range = info.file_range();
+        info.path() == path && range.start < offset.end && offset.start < range.end
     });
-    Error::Io { tensor: hit.map(|item| item.info.name().to_owned()), source: error }
+    Error::Io { tensor: hit.map(|info| info.name().to_owned()), source: error }
 }

@@ -24,6 +24,9 @@
 //! - [`Tensor`]s own their memory: each is a reference-counted part of an arena. They stay valid
 //!   after the loader, the checkpoint and all other tensors are gone. No clone is needed to keep
 //!   one; the arena's memory is freed with the last tensor in it.
+//! - [`Loader::map`] backs tensors by a mapping of their files instead, without a copy, for whoever
+//!   can promise that nobody changes the files.
+//! - [`Loader::load_into`] fills memory that the caller has already.
 //! - [`LoadReport`] says what was read, by which way, and what bound the load.
 //!
 //! # What this crate does not do
@@ -36,8 +39,11 @@ mod device;
 mod doctor;
 mod error;
 mod host;
+mod into;
 mod load;
 mod loader;
+mod mapped;
+mod memory;
 mod options;
 mod progress;
 mod report;
@@ -50,6 +56,7 @@ pub use doctor::{CudaReport, Doctor, HugePages, Measurement, PathReport};
 pub use error::{DeviceError, Error, Result};
 pub use fst_format::{Checkpoint, Dtype, Element, Shard as ShardFile, Slice, TensorInfo};
 pub use fst_io::{DirectIo, Engine, ResolvedEngine};
+pub use into::Destination;
 pub use loader::Loader;
 pub use progress::{CancelToken, Progress};
 pub use report::{LoadReport, Stage};

@@ -13,7 +13,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::host::Watch;
 use crate::load::{Load, resolve_engine};
-use crate::options::Selection;
+use crate::options::{Item, Selection};
 use crate::progress::{CancelToken, Progress};
 use crate::report::LoadReport;
 use crate::stream::TensorStream;
@@ -47,6 +47,8 @@ pub struct Loader {
     pub(crate) read: ReadOptions,
     pub(crate) budget: Option<u64>,
     pub(crate) in_order: bool,
+    /// Mappings are left to those who touch them.
+    pub(crate) lazy: bool,
     on_progress: Option<OnProgress>,
     pub(crate) cancel: CancelToken,
 }
@@ -169,6 +171,21 @@ impl Loader {
         let mut report = LoadReport::new(engine, self.device.clone());
         report.push("open", checkpoint.open_time(), 0);
         let items = self.selection.resolve(checkpoint)?;
+        let tensors = self.load_items(checkpoint, items, began, &mut report)?;
+        report.tensors = tensors.len();
+        report.bytes = tensors.iter().map(|t| t.byte_len() as u64).sum();
+        Ok(Tensors::new(tensors, report))
+    }
+
+    /// Loads `items` into memory of their own; the tensors come in the items' order. Planning has
+    /// been going on since `began`.
+    pub(crate) fn load_items(
+        &self,
+        checkpoint: &Checkpoint,
+        items: Vec<Item>,
+        began: Instant,
+        report: &mut LoadReport,
+    ) -> Result<Vec<Tensor>> {
         let load = Load::new(&self.device, checkpoint, items, ARENA, false)?;
         load.check_memory()?;
         report.resident_bytes = load.resident_bytes();
@@ -194,13 +211,10 @@ impl Loader {
         })?;
         let slots = slots.into_inner().unwrap_or_else(|e| e.into_inner());
         let tensors: Option<Vec<Tensor>> = slots.into_iter().collect();
-        // Every item is delivered by a read that succeeds; an incomplete set is never handed out.
-        let tensors = tensors.ok_or(Error::Cancelled)?;
         report.push("read", began.elapsed(), load.bytes_read());
         report.add_reads(&reads);
-        report.tensors = tensors.len();
-        report.bytes = tensors.iter().map(|t| t.byte_len() as u64).sum();
-        Ok(Tensors::new(tensors, report))
+        // Every item is delivered by a read that succeeds; an incomplete set is never handed out.
+        tensors.ok_or(Error::Cancelled)
     }
 
     /// Loads the selected tensors and hands each out as soon as it is complete, keeping what is in
@@ -222,7 +236,7 @@ impl Loader {
     }
 
     /// Runs `load` while another thread reports progress.
-    fn watched<T>(
+    pub(crate) fn watched<T>(
         &self,
         watch: &Watch,
         progress: &(dyn Fn(u64) -> Progress + Sync),

@@ -11,7 +11,7 @@ use crate::device::Device;
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct Stage {
-    /// What was done, such as `open`, `plan`, `read` (these follow each other and add up to the
+    /// What was done, such as `open`, `plan`, `read`, `map`, `populate` (these follow each other and add up to the
     /// load's seconds), or one of the parts of `read`, whose times are added up over threads and so
     /// can exceed the wall clock: `read.direct`, `read.cached`, `read.buffered`, `read.mapped`
     /// (from issue to arrival), `read.issue` (handing requests over, first touch of fresh pages

@@ -3,13 +3,14 @@
 use std::any::Any;
 use std::collections::HashMap;
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 use fst_format::{Dtype, Element, TensorInfo};
 use fst_gpu::ArenaView;
 use fst_gpu::dlpack::{DlDataType, DlDevice, DlSource};
-use fst_io::SharedBuffer;
+use fst_io::{Mapping, SharedBuffer};
 
 use crate::cuda::CudaMemory;
 use crate::device::Device;
@@ -37,6 +38,8 @@ pub(crate) enum Data {
     Host { arena: SharedBuffer, offset: usize, len: usize },
     /// `offset..offset + len` of an arena on a CUDA device.
     Cuda { memory: Arc<CudaMemory>, offset: u64, len: u64 },
+    /// `offset..offset + len` of a mapped file.
+    Mapped { map: Arc<Mapping>, offset: usize, len: usize },
 }
 
 impl Tensor {
@@ -67,7 +70,7 @@ impl Tensor {
     /// Number of its bytes.
     pub fn byte_len(&self) -> usize {
         match &self.data {
-            Data::Host { len, .. } => *len,
+            Data::Host { len, .. } | Data::Mapped { len, .. } => *len,
             Data::Cuda { len, .. } => *len as usize,
         }
     }
@@ -80,8 +83,21 @@ impl Tensor {
     /// Where its elements are.
     pub fn device(&self) -> Device {
         match &self.data {
-            Data::Host { .. } => Device::host(),
+            Data::Host { .. } | Data::Mapped { .. } => Device::host(),
             Data::Cuda { memory, .. } => Device::of_cuda(memory.arena.device()),
+        }
+    }
+
+    /// Whether its bytes are those of a [mapped](crate::Loader::map) file.
+    pub fn is_mapped(&self) -> bool {
+        self.mapping().is_some()
+    }
+
+    /// Its place in a mapped file.
+    pub(crate) fn mapping(&self) -> Option<(&Arc<Mapping>, Range<usize>)> {
+        match &self.data {
+            Data::Mapped { map, offset, len } => Some((map, *offset..*offset + *len)),
+            Data::Host { .. } | Data::Cuda { .. } => None,
         }
     }
 
@@ -94,6 +110,7 @@ impl Tensor {
         let bytes = match &self.data {
             Data::Host { arena, offset, len } => arena.get(*offset..*offset + *len),
             Data::Cuda { .. } => None,
+            Data::Mapped { map, offset, len } => map.get(*offset..*offset + *len),
         };
         bytes.ok_or_else(|| Error::NotOnHost {
             tensor: self.name().to_owned(),
@@ -121,7 +138,7 @@ impl Tensor {
     pub fn device_ptr(&self) -> Option<u64> {
         match &self.data {
             Data::Cuda { memory, offset, .. } => Some(memory.arena.address() + offset),
-            Data::Host { .. } => None,
+            Data::Host { .. } | Data::Mapped { .. } => None,
         }
     }
 
@@ -154,6 +171,10 @@ impl Tensor {
             Data::Host { arena, .. } => {
                 let address = self.bytes()?.as_ptr() as u64;
                 (Arc::new(arena.clone()), address, DlDevice::CPU)
+            }
+            Data::Mapped { map, .. } => {
+                let address = self.bytes()?.as_ptr() as u64;
+                (map.clone(), address, DlDevice::CPU)
             }
             Data::Cuda { memory, offset, .. } => {
                 let arena = &memory.arena;
@@ -270,6 +291,10 @@ impl Tensors {
     /// Whether nothing was loaded.
     pub fn is_empty(&self) -> bool {
         self.tensors.is_empty()
+    }
+
+    pub(crate) fn report_mut(&mut self) -> &mut LoadReport {
+        &mut self.report
     }
 
     /// What the load did.

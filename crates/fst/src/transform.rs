@@ -9,10 +9,10 @@ use std::sync::Mutex;
 use fst_format::Runs;
 use fst_gpu::cast::{self, CastType};
 use fst_io::Extent;
-use fst_io::arenas::Arenas;
 use fst_io::plan::{Block, Limits, ReadPlan};
 use fst_io::sink::SinkError;
 
+use crate::memory::Memory;
 use crate::options::Item;
 
 /// Where a tensor's final bytes lie.
@@ -23,7 +23,41 @@ pub(crate) struct Dest {
     pub(crate) len: u64,
 }
 
-/// One tensor to bring into shape.
+/// A tensor, or a part of one, to bring into shape.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Piece {
+    /// Index of its source file.
+    file: u32,
+    /// First byte of the tensor in its file.
+    start: u64,
+    /// The wanted runs of bytes, from the tensor's start.
+    runs: Runs,
+    cast: Option<(CastType, CastType)>,
+    /// Bytes that it becomes.
+    len: u64,
+}
+
+impl Piece {
+    /// All that is wanted of `item`.
+    pub(crate) fn of(item: &Item, file: u32) -> Self {
+        let (runs, cast, len) = (item.runs(), item.cast(), item.len());
+        Self { file, start: item.info.file_range().start, runs, cast, len }
+    }
+
+    /// The bytes `range` of a file, unchanged.
+    pub(crate) fn bytes(file: u32, range: Range<u64>) -> Self {
+        let len = range.end - range.start;
+        let runs = Runs { first: 0, len, stride: len, count: u64::from(len > 0) };
+        Self { file, start: range.start, runs, cast: None, len }
+    }
+
+    /// Bytes wanted from the file.
+    fn source_len(&self) -> u64 {
+        self.runs.len * self.runs.count
+    }
+}
+
+/// A piece that is planned.
 #[derive(Debug)]
 pub(crate) struct Work {
     /// First byte of the tensor in its file.
@@ -105,14 +139,26 @@ impl TransformPlan {
         arena: u64,
         align: u64,
     ) -> Result<Self, fst_io::Error> {
+        let pieces: Vec<_> = items.iter().map(|(item, file)| Piece::of(item, *file)).collect();
+        Self::of_pieces(&pieces, limits, arena, align)
+    }
+
+    /// Plans for pieces, sorted by file and offset. Those that fit share an arena of at most
+    /// `arena` bytes; with 0, each has one of its own.
+    pub(crate) fn of_pieces(
+        pieces: &[Piece],
+        limits: Limits,
+        arena: u64,
+        align: u64,
+    ) -> Result<Self, fst_io::Error> {
         let mut extents = Vec::new();
         let mut owners = Vec::new();
         let mut arenas: Vec<(u64, u64)> = Vec::new();
-        let mut work = Vec::with_capacity(items.len());
-        for (index, (item, file)) in items.iter().enumerate() {
-            let (start, runs, len) = (item.info.file_range().start, item.runs(), item.len());
+        let mut work = Vec::with_capacity(pieces.len());
+        for (index, piece) in pieces.iter().enumerate() {
+            let Piece { file, start, runs, cast, len } = *piece;
             let mut push = |range: Range<u64>| {
-                extents.push(Extent::new(*file, start + range.start..start + range.end));
+                extents.push(Extent::new(file, start + range.start..start + range.end));
                 owners.push(index as u32);
             };
             if runs.count > 0 && runs.stride - runs.len <= limits.gap {
@@ -126,16 +172,16 @@ impl TransformPlan {
                 Some((end, missing)) if end.next_multiple_of(align) + len <= arena => {
                     let offset = end.next_multiple_of(align);
                     *end = offset + len;
-                    *missing += item.source_len();
+                    *missing += piece.source_len();
                     offset
                 }
                 _ => {
-                    arenas.push((len, item.source_len()));
+                    arenas.push((len, piece.source_len()));
                     0
                 }
             };
             let dest = Dest { arena: arenas.len() - 1, offset, len };
-            work.push(Work { start, runs, cast: item.cast(), dest });
+            work.push(Work { start, runs, cast, dest });
         }
         let plan = ReadPlan::new(extents, limits)?;
         Ok(Self { plan, work, owners, arenas })
@@ -241,21 +287,21 @@ pub(crate) fn whole_elements(position: u64, len: u64, size: u64) -> (u64, u64, u
 }
 
 /// Carries a [`TransformPlan`] out, block by block, from any thread.
-pub(crate) struct Transform<'a> {
+pub(crate) struct Transform<'a, M> {
     plan: &'a TransformPlan,
-    arenas: Arenas<'a>,
+    memory: M,
     torn: TornElements,
 }
 
-impl<'a> Transform<'a> {
-    pub(crate) fn new(plan: &'a TransformPlan, arenas: Arenas<'a>) -> Self {
-        Self { plan, arenas, torn: TornElements::default() }
+impl<'a, M: Memory> Transform<'a, M> {
+    pub(crate) fn new(plan: &'a TransformPlan, memory: M) -> Self {
+        Self { plan, memory, torn: TornElements::default() }
     }
 
     /// Whether all arenas that a block leads to have memory.
     pub(crate) fn admit(&self, block: &Block, wait: bool) -> Result<bool, SinkError> {
         for arena in self.plan.arenas_of(block) {
-            if self.arenas.get(arena, wait)?.is_none() {
+            if !self.memory.ready(arena, wait)? {
                 return Ok(false);
             }
         }
@@ -272,7 +318,7 @@ impl<'a> Transform<'a> {
             let moved = self.scatter(owner, work, part.start - work.start, here)?;
             // SAFETY: `scatter` wrote what these source bytes become. Source bytes arrive once
             // (the plan's blocks are disjoint), and each belongs to one place.
-            unsafe { self.arenas.fill(work.dest.arena, moved)? };
+            unsafe { self.memory.fill(work.dest.arena, moved)? };
         }
         Ok(())
     }
@@ -287,10 +333,7 @@ impl<'a> Transform<'a> {
                 let part = &bytes[start..start + cut.len as usize];
                 let position = cut.position + row * cut.len;
                 match work.cast {
-                    None => self.write(work.dest, position, part.len(), |out| {
-                        out.copy_from_slice(part);
-                        Ok(())
-                    })?,
+                    None => self.copy(work.dest, position, part)?,
                     Some(types) => self.convert(owner, work.dest, types, position, part)?,
                 }
             }
@@ -333,12 +376,17 @@ impl<'a> Transform<'a> {
         part: &[u8],
     ) -> Result<(), SinkError> {
         match self.torn.join(owner, types, position, part)? {
-            Some(whole) => self.write(dest, whole.at, whole.len, |out| {
-                out.copy_from_slice(whole.bytes());
-                Ok(())
-            }),
+            Some(whole) => self.copy(dest, whole.at, whole.bytes()),
             None => Ok(()),
         }
+    }
+
+    /// Copies `part` to byte `at` of a tensor.
+    fn copy(&self, dest: Dest, at: u64, part: &[u8]) -> Result<(), SinkError> {
+        let range = range_in(dest, at, part.len())?;
+        // SAFETY: as in `write`.
+        let copied = unsafe { self.memory.copy(dest.arena, range.start, part) }?;
+        if copied { Ok(()) } else { Err(missing(dest, at, part.len())) }
     }
 
     /// Lets `fill` write bytes `at..at + len` of a tensor.
@@ -349,16 +397,24 @@ impl<'a> Transform<'a> {
         len: usize,
         fill: impl FnOnce(&mut [u8]) -> Result<(), SinkError>,
     ) -> Result<(), SinkError> {
-        let missing = || format!("arena {} has no bytes {at}..+{len}", dest.arena);
-        let arena = self.arenas.get(dest.arena, true)?.ok_or_else(missing)?;
-        if at.checked_add(len as u64).is_none_or(|end| end > dest.len) {
-            return Err(missing().into());
-        }
-        let start = (dest.offset + at) as usize;
+        let range = range_in(dest, at, len)?;
         // SAFETY: tensors have disjoint places in their arena, and within a tensor each byte is
         // the image of source bytes that arrive once (a torn element is written by whoever brings
         // its last part). Nobody reads the arena before all of it is filled.
-        let out = unsafe { arena.slice_mut(start..start + len) }.ok_or_else(missing)?;
-        fill(out)
+        let written = unsafe { self.memory.write(dest.arena, range, fill) }?;
+        if written { Ok(()) } else { Err(missing(dest, at, len)) }
     }
+}
+
+/// Bytes `at..at + len` of a tensor, in its arena.
+fn range_in(dest: Dest, at: u64, len: usize) -> Result<Range<usize>, SinkError> {
+    if at.checked_add(len as u64).is_none_or(|end| end > dest.len) {
+        return Err(missing(dest, at, len));
+    }
+    let start = (dest.offset + at) as usize;
+    Ok(start..start + len)
+}
+
+fn missing(dest: Dest, at: u64, len: usize) -> SinkError {
+    format!("arena {} has no bytes {at}..+{len}", dest.arena).into()
 }

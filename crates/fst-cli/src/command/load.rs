@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use fst::{LoadReport, Stage};
+use fst::{Checkpoint, Error, LoadReport, Loader, Stage, Tensors};
 use fst_cli::models::Model;
 use fst_cli::synth::{Recipe, SynthError, Watch};
 use rustix::fs::{Advice, fadvise};
@@ -89,14 +89,26 @@ fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
         bar.set_length(progress.bytes_total);
         bar.set_position(progress.bytes_done);
     });
-    let tensors =
-        loader.load(&checkpoint).map_err(|error| reading::failure(paths, &checkpoint, &error))?;
+    let tensors = if args.map { map(&loader, &checkpoint) } else { loader.load(&checkpoint) };
+    let tensors = tensors.map_err(|error| reading::failure(paths, &checkpoint, &error))?;
     drop(progress);
     let report = tensors.report();
     if args.json {
         return text::print_json(&Report::of(report)).map_err(Failure::output);
     }
     text::print(&render(report, paths)).map_err(Failure::output)
+}
+
+/// Maps the checkpoint and brings all of it into memory, so that the time is that of tensors ready
+/// for use.
+fn map(loader: &Loader, checkpoint: &Checkpoint) -> Result<Tensors, Error> {
+    // All is brought in at once here: there is nothing to be ahead of.
+    let loader = loader.clone().read_ahead(false);
+    // SAFETY: this program never looks at the mapped bytes; pages are brought in by the kernel,
+    // which answers with an error where a read would be a signal.
+    let mut tensors = unsafe { loader.map(checkpoint) }?;
+    tensors.populate()?;
+    Ok(tensors)
 }
 
 impl<'r> Report<'r> {
@@ -134,15 +146,17 @@ fn render(report: &LoadReport, paths: &[PathBuf]) -> String {
     );
     let mut facts = Table::new(&[Align::Left, Align::Left]);
     facts.row(["engine".into(), format!("{}: {}", report.engine.used, report.engine.reason)]);
-    facts.row([
-        "read".into(),
-        format!(
-            "{} in blocks of up to {} by {}",
-            text::bytes(report.bytes_read),
-            text::bytes(report.block_bytes),
-            counted(report.workers as u64, "thread")
-        ),
-    ]);
+    if report.workers > 0 {
+        facts.row([
+            "read".into(),
+            format!(
+                "{} in blocks of up to {} by {}",
+                text::bytes(report.bytes_read),
+                text::bytes(report.block_bytes),
+                counted(report.workers as u64, "thread")
+            ),
+        ]);
+    }
     let asked = text::bytes(report.bytes_asked);
     if asked != text::bytes(report.bytes_read) {
         facts.row(["asked".into(), format!("{asked} of these")]);

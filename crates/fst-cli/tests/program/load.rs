@@ -63,6 +63,24 @@ fn dtype_changes_the_size() {
 }
 
 #[test]
+fn map_brings_everything_in_without_reading() {
+    let folder = Folder::new();
+    let path = folder.synth("c", &["--model", "llama-2-7b", "--layers", "2", "--shrink", "32"]);
+    let path = path.to_str().unwrap();
+    let total = run(["inspect", path, "--json"]).json()["total"].clone();
+    let json = run(["load", path, "--map", "--json"]).json();
+    assert_eq!(json["bytes"], total["bytes"]);
+    assert_eq!((&json["engine"], &json["bytes_read"]), (&"mmap".into(), &0.into()));
+    assert_eq!(json["stages"]["populate"]["bytes"], total["bytes"]);
+    // What must be converted is read.
+    let json = run(["load", path, "--map", "--dtype", "F64", "--json"]).json();
+    assert_eq!(json["bytes_read"], json["stages"]["read"]["bytes"]);
+    assert!(json["bytes_read"].as_u64() > Some(0));
+    let text = run(["load", path, "--map"]);
+    assert!(text.stdout.contains("populate"), "{}", text.stdout);
+}
+
+#[test]
 fn text_reports_size_rate_engine_and_stages() {
     let folder = Folder::new();
     let path = folder.synth("c", &["--model", "gpt2", "--layers", "1", "--shrink", "16"]);

@@ -1,0 +1,318 @@
+//! Loads into memory that the caller has: a model's own parameters, a shared segment, a pool.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::mem::MaybeUninit;
+use std::time::Instant;
+
+use fst_format::{Checkpoint, Dtype, Element};
+use fst_io::lent::Lent;
+use fst_io::plan::{Limits, ReadPlan};
+use fst_io::scratch::Scratch;
+use fst_io::{CachePolicy, Extent, ReadOptions, ReadStats, ResolvedEngine, SourceFile, residency};
+
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::host::{SCRATCH, SCRATCH_BLOCK, Watch, locate, open_files};
+use crate::loader::Loader;
+use crate::memory::Borrowed;
+use crate::options::Item;
+use crate::progress::Progress;
+use crate::report::LoadReport;
+use crate::transform::{Piece, Transform, TransformPlan};
+
+/// Memory for one tensor: bytes, or elements of the type that is expected.
+pub struct Destination<'d> {
+    memory: &'d mut [MaybeUninit<u8>],
+    /// The type that the memory is of, if it is of any.
+    dtype: Option<Dtype>,
+}
+
+impl fmt::Debug for Destination<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Destination")
+            .field("bytes", &self.memory.len())
+            .field("dtype", &self.dtype)
+            .finish()
+    }
+}
+
+impl<'d> From<&'d mut [u8]> for Destination<'d> {
+    fn from(bytes: &'d mut [u8]) -> Self {
+        let (start, len) = (bytes.as_mut_ptr().cast(), bytes.len());
+        // SAFETY: the same memory, borrowed as long. Only bytes that a file or a conversion gives
+        // are ever written through it, so that the owner finds all of it initialised.
+        let memory = unsafe { std::slice::from_raw_parts_mut(start, len) };
+        Self { memory, dtype: None }
+    }
+}
+
+impl<'d> From<&'d mut Vec<u8>> for Destination<'d> {
+    fn from(bytes: &'d mut Vec<u8>) -> Self {
+        bytes.as_mut_slice().into()
+    }
+}
+
+impl<'d> From<&'d mut [MaybeUninit<u8>]> for Destination<'d> {
+    /// Memory that need not be initialised, such as `Vec::spare_capacity_mut`. After a load that
+    /// succeeded all of it is; after one that failed, count on nothing.
+    fn from(memory: &'d mut [MaybeUninit<u8>]) -> Self {
+        Self { memory, dtype: None }
+    }
+}
+
+impl<'d> Destination<'d> {
+    /// Elements of a type: the tensor must hold, or be [converted](Loader::dtype) to, the same.
+    pub fn elements<T: Element>(elements: &'d mut [T]) -> Self {
+        Self { dtype: Some(T::DTYPE), ..bytemuck::cast_slice_mut::<T, u8>(elements).into() }
+    }
+}
+
+/// From this length on a tensor that suits it is read in place; shorter ones are read together with
+/// their neighbours and copied.
+const IN_PLACE: u64 = 1 << 20;
+
+/// From this length on a copy out of the page cache goes in place.
+const COPY_IN_PLACE: u64 = 256 << 10;
+
+/// The share of a tensor, in eighths, that counts as cached.
+const CACHED: u64 = 7;
+
+type Memory<'d> = &'d mut [MaybeUninit<u8>];
+
+/// What is to be read, by the way that it takes.
+#[derive(Default)]
+struct Ways<'d> {
+    /// Aligned with its memory: by direct I/O into place.
+    aligned: Vec<(Extent, Memory<'d>)>,
+    /// Through the page cache into place.
+    cached: Vec<(Extent, Memory<'d>)>,
+    /// Through scratch memory: the rest.
+    scratch: Vec<(Piece, Memory<'d>)>,
+}
+
+impl<'d> Ways<'d> {
+    fn sort(
+        &mut self,
+        item: &Item,
+        number: u32,
+        source: &SourceFile,
+        align: u64,
+        memory: Memory<'d>,
+    ) {
+        let runs = item.runs();
+        let plain = runs.count == 1 && item.dtype == item.info.dtype();
+        if !plain {
+            return self.scratch.push((Piece::of(item, number), memory));
+        }
+        let start = item.info.file_range().start + runs.first;
+        let end = start + runs.len;
+        if source.direct().is_some() {
+            // What lies in whole aligned blocks of the file.
+            let inner = start.next_multiple_of(align)..end / align * align;
+            let address = (memory.as_ptr() as u64).wrapping_add(inner.start - start);
+            let suits = address.is_multiple_of(source.memory_align());
+            if suits && inner.end.saturating_sub(inner.start) >= IN_PLACE {
+                let (head, rest) = memory.split_at_mut((inner.start - start) as usize);
+                let (body, tail) = rest.split_at_mut((inner.end - inner.start) as usize);
+                for (range, memory) in [(start..inner.start, head), (inner.end..end, tail)] {
+                    if !range.is_empty() {
+                        self.scratch.push((Piece::bytes(number, range), memory));
+                    }
+                }
+                return self.aligned.push((Extent::new(number, inner), body));
+            }
+        }
+        // Without direct I/O all goes through the page cache; what that holds is copied once.
+        let cached = || {
+            residency::resident_bytes(source.buffered(), start, end - start)
+                .is_ok_and(|bytes| bytes >= (end - start) / 8 * CACHED)
+        };
+        if end - start >= COPY_IN_PLACE && (source.direct().is_none() || cached()) {
+            self.cached.push((Extent::new(number, start..end), memory));
+        } else {
+            self.scratch.push((Piece::bytes(number, start..end), memory));
+        }
+    }
+}
+
+impl Loader {
+    /// Loads tensors into memory that the caller has: each destination is the name of a tensor and
+    /// the place for its bytes. No memory is allocated but for 32 MiB of scratch.
+    ///
+    /// The destinations say what is loaded: a selected tensor without one is left out. A
+    /// destination is exactly as long as its tensor is once [sliced](Self::slice) and
+    /// [converted](Self::dtype). Its alignment is the caller's affair; bytes that start at an
+    /// address that equals their file offset ([`TensorInfo::file_range`](fst_format::TensorInfo))
+    /// modulo a page are read in place from cold storage, all others pass through scratch memory,
+    /// which costs a copy. What the page cache holds is copied once either way.
+    ///
+    /// When the load fails, destinations hold anything.
+    ///
+    /// ```no_run
+    /// use fst::{Checkpoint, Destination, Loader};
+    ///
+    /// let checkpoint = Checkpoint::open("model")?;
+    /// let mut norm = vec![0f32; 4096];
+    /// let mut raw = vec![0u8; 32000 * 4096 * 2];
+    /// Loader::new().load_into(
+    ///     &checkpoint,
+    ///     [
+    ///         ("model.norm.weight", Destination::elements(&mut norm)),
+    ///         ("lm_head.weight", Destination::from(&mut raw)),
+    ///     ],
+    /// )?;
+    /// # Ok::<(), fst::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Before anything is read: [`Error::UnknownTensor`], [`Error::NotSelected`],
+    /// [`Error::DuplicateDestination`], [`Error::DestinationLength`], [`Error::WrongDtype`] for
+    /// typed destinations, and [`Error::Engine`] for a device other than the host. Then what is
+    /// wrong with the files or the machine.
+    pub fn load_into<'d, N, D>(
+        &self,
+        checkpoint: &Checkpoint,
+        destinations: impl IntoIterator<Item = (N, D)>,
+    ) -> Result<LoadReport>
+    where
+        N: AsRef<str>,
+        D: Into<Destination<'d>>,
+    {
+        if !self.target().is_host() {
+            return Err(Error::Engine {
+                engine: self.read.engine,
+                device: self.target().clone(),
+                reason: "the destinations are host memory".to_owned(),
+            });
+        }
+        let engine = ResolvedEngine::resolve(self.read.engine).map_err(|e| locate(e, &[]))?;
+        let mut report = LoadReport::new(engine, Device::host());
+        report.push("open", checkpoint.open_time(), 0);
+        let began = Instant::now();
+        let wanted = self.pair(checkpoint, destinations)?;
+        report.tensors = wanted.len();
+        report.bytes = wanted.iter().map(|(item, _)| item.len()).sum();
+        let (items, memory): (Vec<Item>, Vec<Memory<'d>>) = wanted.into_iter().unzip();
+        let (files, number) = open_files(checkpoint, &items)?;
+        report.resident_bytes = files.iter().map(|file| file.resident_bytes().ok()).sum();
+        let align = files.iter().map(SourceFile::align).max().unwrap_or(Limits::MIN_ALIGN);
+        let mut ways = Ways::default();
+        for (item, memory) in items.iter().zip(memory) {
+            if let Some(file) = number[item.info.shard()].filter(|_| item.source_len() > 0) {
+                ways.sort(item, file, &files[file as usize], align, memory);
+            }
+        }
+        let load = Planned::new(ways, align).map_err(|e| locate(e, &items))?;
+        report.push("plan", began.elapsed(), 0);
+
+        let began = Instant::now();
+        let bytes_total = load.bytes_read();
+        let watch = Watch::new(self.cancel.flag());
+        let progress = |bytes_done| Progress {
+            bytes_done,
+            bytes_total,
+            tensors_total: items.len(),
+            elapsed: began.elapsed(),
+        };
+        let reads = self.watched(&watch, &progress, || {
+            load.run(&files, &self.read, &watch).map_err(|e| locate(e, &items))
+        })?;
+        report.push("read", began.elapsed(), bytes_total);
+        report.add_reads(&reads);
+        Ok(report)
+    }
+
+    /// The items that have destinations, each with its memory, in the checkpoint's order.
+    fn pair<'d, N: AsRef<str>, D: Into<Destination<'d>>>(
+        &self,
+        checkpoint: &Checkpoint,
+        destinations: impl IntoIterator<Item = (N, D)>,
+    ) -> Result<Vec<(Item, Memory<'d>)>> {
+        let mut by_name: HashMap<String, Destination<'d>> = HashMap::new();
+        for (name, destination) in destinations {
+            let tensor = name.as_ref();
+            if checkpoint.get(tensor).is_none() {
+                return Err(Error::UnknownTensor { name: tensor.to_owned() });
+            }
+            if by_name.insert(tensor.to_owned(), destination.into()).is_some() {
+                return Err(Error::DuplicateDestination { tensor: tensor.to_owned() });
+            }
+        }
+        let mut wanted = Vec::with_capacity(by_name.len());
+        for item in self.selection.resolve(checkpoint)? {
+            let Some(Destination { memory, dtype }) = by_name.remove(item.info.name()) else {
+                continue;
+            };
+            let tensor = || item.info.name().to_owned();
+            if let Some(asked) = dtype.filter(|dtype| *dtype != item.dtype) {
+                return Err(Error::WrongDtype { tensor: tensor(), asked, found: item.dtype });
+            }
+            let (expected, found) = (item.len(), memory.len() as u64);
+            if expected != found {
+                return Err(Error::DestinationLength { tensor: tensor(), expected, found });
+            }
+            wanted.push((item, memory));
+        }
+        match by_name.into_keys().min() {
+            Some(tensor) => Err(Error::NotSelected { tensor }),
+            None => Ok(wanted),
+        }
+    }
+}
+
+/// The reads of one load, one after the other.
+struct Planned<'d> {
+    aligned: (ReadPlan, Vec<Memory<'d>>),
+    cached: (ReadPlan, Vec<Memory<'d>>),
+    scratch: (TransformPlan, Vec<Memory<'d>>),
+}
+
+impl<'d> Planned<'d> {
+    fn new(ways: Ways<'d>, align: u64) -> Result<Self, fst_io::Error> {
+        // Every extent is a segment of its own, for each has its own memory.
+        let apart = Limits { align, gap: 0, segment: 1, ..Limits::default() };
+        let (extents, memory) = ways.aligned.into_iter().unzip();
+        let aligned = (ReadPlan::new(extents, apart)?, memory);
+        let (extents, memory) = ways.cached.into_iter().unzip();
+        let cached = (ReadPlan::new(extents, Limits { align: 1, ..apart })?, memory);
+        let (pieces, memory): (Vec<Piece>, _) = ways.scratch.into_iter().unzip();
+        let limits = Limits { align, block: SCRATCH_BLOCK, ..Limits::default() };
+        let scratch = (TransformPlan::of_pieces(&pieces, limits, 0, 1)?, memory);
+        Ok(Self { aligned, cached, scratch })
+    }
+
+    fn bytes_read(&self) -> u64 {
+        let plans = [&self.aligned.0, &self.cached.0, &self.scratch.0.plan];
+        plans.into_iter().map(ReadPlan::bytes_read).sum()
+    }
+
+    fn run(
+        self,
+        files: &[SourceFile],
+        options: &ReadOptions,
+        watch: &Watch,
+    ) -> Result<Vec<ReadStats>, fst_io::Error> {
+        let mut reads = Vec::new();
+        let mut buffered = options.clone();
+        buffered.cache = CachePolicy::Buffered;
+        for ((plan, memory), options) in [(self.aligned, options), (self.cached, &buffered)] {
+            if !plan.blocks().is_empty() {
+                let sink = Lent::new(&plan, memory);
+                let sink = sink.map_err(|e| fst_io::Error::Sink(e.into()))?;
+                reads.push(fst_io::read(files, &plan, &sink, options, &watch.next())?);
+            }
+        }
+        let (plan, memory) = self.scratch;
+        if !plan.plan.blocks().is_empty() {
+            let transform = Transform::new(&plan, Borrowed::new(memory));
+            let admit = |block: &_, wait| transform.admit(block, wait);
+            let take = |block: &_, bytes: &[u8]| transform.take(block, bytes);
+            let slots = (SCRATCH / plan.plan.limits().block).max(1) as usize;
+            let sink = Scratch::new(&plan.plan, slots, &admit, &take)?;
+            reads.push(fst_io::read(files, &plan.plan, &sink, options, &watch.next())?);
+        }
+        Ok(reads)
+    }
+}
