@@ -418,3 +418,51 @@ fn range_in(dest: Dest, at: u64, len: usize) -> Result<Range<usize>, SinkError> 
 fn missing(dest: Dest, at: u64, len: usize) -> SinkError {
     format!("arena {} has no bytes {at}..+{len}", dest.arena).into()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Told byte by byte: what is wanted of a window, and where it goes.
+        #[test]
+        fn cuts_are_what_is_wanted_of_a_window(
+            first in 0u64..50, len in 1u64..20, gap in 0u64..30, count in 1u64..12,
+            at in 0u64..300, available in 0u64..300,
+        ) {
+            let runs = Runs { first, len, stride: len + gap, count };
+            let dest = Dest { arena: 0, offset: 0, len: len * count };
+            let work = Work { start: 0, runs, cast: None, dest };
+            let mut got = Vec::new();
+            for cut in work.cuts(at, available) {
+                for row in 0..cut.rows {
+                    for byte in 0..cut.len {
+                        let source = at + cut.at + row * cut.pitch + byte;
+                        got.push((source, cut.position + row * cut.len + byte));
+                    }
+                }
+            }
+            let wanted = (0..count).flat_map(|run| {
+                (0..len).map(move |byte| (first + run * (len + gap) + byte, run * len + byte))
+            });
+            let window = at..at + available;
+            let expected: Vec<_> = wanted.filter(|(source, _)| window.contains(source)).collect();
+            prop_assert_eq!(got, expected);
+        }
+    }
+
+    #[test]
+    fn torn_elements_are_mended_in_any_order() {
+        let torn = TornElements::default();
+        let types = (CastType::F32, CastType::F64);
+        let bytes = 1.5f32.to_le_bytes();
+        assert!(torn.join(0, types, 8 + 3, &bytes[3..]).unwrap().is_none());
+        assert!(torn.join(1, types, 8, &bytes[..3]).unwrap().is_none(), "another tensor's");
+        let mended = torn.join(0, types, 8, &bytes[..3]).unwrap().unwrap();
+        assert_eq!((mended.at, mended.bytes()), (16, &1.5f64.to_le_bytes()[..]));
+        assert_eq!(whole_elements(3, 10, 4), (1, 8, 1));
+        assert_eq!(whole_elements(3, 1, 4), (1, 0, 0));
+        assert_eq!(whole_elements(4, 3, 4), (0, 0, 3));
+    }
+}
