@@ -10,7 +10,7 @@ use crate::schedule::{Piece, Team};
 pub struct RankLoad {
     /// Bytes kept in the end, padding left out.
     pub kept: u64,
-    /// Bytes read for itself, the coalescing gaps among them.
+    /// Bytes read for itself, the coalescing gaps among them (a gap at which a block ends is spared).
     pub read_direct: u64,
     /// Bytes read for all (itself included).
     pub read_once: u64,

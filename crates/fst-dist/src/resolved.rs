@@ -139,8 +139,18 @@ impl Resolved {
         (u128::from(indices) * u128::from(self.inner_bits) / 8) as u64
     }
 
-    /// Calls `f` with each index range that `rank` keeps, in the order of the kept tensor.
+    /// Calls `f` with each index range that `rank` keeps, in the order of the kept tensor; neighbours
+    /// that follow one another are one range.
     pub(crate) fn ranges(&self, rank: u32, mut f: impl FnMut(Range<u64>)) {
+        let mut last: Option<Range<u64>> = None;
+        self.parts(rank, |range| match &mut last {
+            Some(last) if last.end == range.start => last.end = range.end,
+            _ => last.replace(range).into_iter().for_each(&mut f),
+        });
+        last.into_iter().for_each(f);
+    }
+
+    fn parts(&self, rank: u32, mut f: impl FnMut(Range<u64>)) {
         let (r, world) = (u64::from(rank), self.world);
         match &self.kind {
             Kind::Replicate => f(0..self.extent),

@@ -7,7 +7,10 @@ mod cases;
 use std::collections::HashMap;
 
 use cases::{Case, Contents, case};
-use fst_dist::{Choice, DirectRead, LineKind, Piece, Plan, RankLoad};
+use fst_dist::{
+    Choice, DirectRead, LineKind, Piece, Plan, PlanError, Planner, RankLoad, Remainder, Shard,
+    Split, TensorDesc, Topology,
+};
 use proptest::prelude::*;
 
 /// What happened to a rank's memory and how many bytes moved.
@@ -142,4 +145,77 @@ proptest! {
     fn plans_deliver_every_kept_byte_once(case in case()) {
         check(&case);
     }
+}
+
+/// Tensors of several files and ways.
+fn some_tensors() -> Vec<TensorDesc> {
+    let tensor = |index: u64| {
+        let (name, shape) = (format!("t{index}"), vec![64 + index, 32]);
+        let file_range = index * 10_000..index * 10_000 + (64 + index) * 64;
+        TensorDesc { name, bits: 16, shape, shard: (index / 10) as u32, file_range }
+    };
+    (0..30).map(tensor).collect()
+}
+
+#[test]
+fn the_digest_tells_all_that_ranks_must_agree_on() {
+    let shard = |t: &TensorDesc| match t.shape[0] % 3 {
+        0 => Shard::split(0),
+        1 => Shard::split(1),
+        _ => Shard::replicate(),
+    };
+    let planner = Planner::new(Topology::one_node(4));
+    let plan = |tensors: Vec<TensorDesc>| planner.plan(tensors, shard).unwrap().digest();
+    let digest = plan(some_tensors());
+    assert_eq!(plan(some_tensors()), digest);
+    let changed = |change: fn(&mut Vec<TensorDesc>)| {
+        let mut tensors = some_tensors();
+        change(&mut tensors);
+        plan(tensors)
+    };
+    let mut others = vec![
+        changed(|t| t[7].name.push('x')),
+        changed(|t| t[7].shard += 1),
+        changed(|t| t[7].file_range = t[7].file_range.start + 1..t[7].file_range.end + 1),
+        changed(|t| t[7].shape.reverse()),
+        changed(|t| t.swap(7, 8)),
+        changed(|t| drop(t.pop())),
+        planner.clone().budget(8 << 20).plan(some_tensors(), shard).unwrap().digest(),
+        planner.clone().coalesce_gap(3).plan(some_tensors(), shard).unwrap().digest(),
+        planner.clone().fingerprint("other").plan(some_tensors(), shard).unwrap().digest(),
+        Planner::new(Topology::one_node(5)).plan(some_tensors(), shard).unwrap().digest(),
+        Planner::new(Topology::shared_storage(2, 2)).plan(some_tensors(), shard).unwrap().digest(),
+        planner.plan(some_tensors(), |_| Shard::split(0)).unwrap().digest(),
+        planner.plan(some_tensors(), |_| Split::along(0).heads(1).into()).unwrap().digest(),
+    ];
+    others.push(digest);
+    let count = others.len();
+    others.sort_by_key(|digest| *digest.as_bytes());
+    others.dedup();
+    assert_eq!(others.len(), count);
+}
+
+#[test]
+fn what_cannot_be_planned_is_refused_by_name() {
+    let planner = Planner::new(Topology::one_node(4));
+    let refused = |planner: &Planner, shard: fn(&TensorDesc) -> Shard| {
+        planner.plan(some_tensors(), shard).unwrap_err().to_string()
+    };
+    assert_eq!(refused(&planner, |_| Shard::split(2)), "tensor t0: dimension 2 of a tensor with 2");
+    assert_eq!(refused(&planner, |_| Shard::keep_on(4)), "tensor t0: rank 4 in a world of 4");
+    let exact = |_: &TensorDesc| Split::along(0).remainder(Remainder::Exact).into();
+    assert_eq!(refused(&planner, exact), "tensor t1: dimension 0: 65 does not divide by 4 ranks");
+    let twice = |_: &TensorDesc| Split::along(0).fused_into("all", 0).into();
+    assert_eq!(refused(&planner, twice), "fused tensor all: position 0 is 30 times filled");
+    let small = planner.clone().budget(1000);
+    let error = refused(&small, |_| Shard::split(1));
+    let smallest: u64 = error.rsplit(' ').next().unwrap().parse().unwrap();
+    assert!(error.starts_with("a staging budget of 1000 bytes per rank; the smallest"), "{error}");
+    let fits = planner.clone().budget(smallest);
+    let plan = fits.plan(some_tensors(), |_| Shard::split(1)).unwrap();
+    assert!(plan.buffers().total() <= smallest);
+    let mut tensors = some_tensors();
+    tensors[3].file_range.end -= 1;
+    let error = planner.plan(tensors, |_| Shard::replicate()).unwrap_err();
+    assert!(matches!(error, PlanError::ByteLength { ref tensor, .. } if tensor == "t3"), "{error}");
 }
