@@ -126,8 +126,10 @@ impl Reader for &Files {
     }
 }
 
-/// Every rank's outputs by name.
-fn load(plan: &Plan, files: &Files) -> Vec<BTreeMap<String, (Vec<u64>, Vec<u8>)>> {
+/// A rank's outputs by name: shape and bytes.
+type Kept = BTreeMap<String, (Vec<u64>, Vec<u8>)>;
+
+fn load(plan: &Plan, files: &Files) -> Vec<Kept> {
     std::thread::scope(|scope| {
         let run = |(rank, group): (u32, LocalGroup)| {
             scope.spawn(move || {

@@ -1,0 +1,236 @@
+//! The reading thread: units of the coming rounds into blocks, and what the rank keeps for itself.
+
+use std::sync::mpsc::{Receiver, Sender, TryRecvError};
+use std::time::Instant;
+
+use super::{ExchangeReport, Region};
+use crate::backend::{Backend, Cause, CopyAt, ReadAt};
+use crate::error::ExchangeError;
+use crate::rank::{DirectRead, RankPlan, Round};
+use crate::schedule::Piece;
+use crate::tensor::Strided;
+
+/// A block with the bytes of a unit, from `addr` on.
+pub(super) struct Filled {
+    pub(super) block: u64,
+    pub(super) addr: u64,
+}
+
+pub(super) struct Reading<'a> {
+    pub(super) view: &'a RankPlan<'a>,
+    pub(super) backend: &'a dyn Backend,
+    pub(super) outputs: &'a [Region],
+    pub(super) report: ExchangeReport,
+}
+
+/// Requests of one batch of direct reads: enough to keep a deep queue busy.
+const BATCH: usize = 256;
+
+impl Reading<'_> {
+    /// Ends early, without error, when the trading thread is gone.
+    pub(super) fn run(
+        &mut self,
+        free: &Receiver<u64>,
+        fill: Sender<Filled>,
+    ) -> Result<(), ExchangeError> {
+        let view = self.view;
+        let mut direct = view.direct_reads().peekable();
+        let mut own = DirectQueue { gap: view.plan().coalesce_gap(), list: Vec::new() };
+        for round in view.rounds().filter(|round| round.unit_bytes(round.member()) > 0) {
+            let block = loop {
+                match free.try_recv() {
+                    Ok(block) => break block,
+                    Err(TryRecvError::Disconnected) => return Ok(()),
+                    Err(TryRecvError::Empty) => {}
+                }
+                own.refill(&mut direct);
+                if self.direct(&mut own, None)? {
+                    continue;
+                }
+                match free.recv() {
+                    Ok(block) => break block,
+                    Err(_) => return Ok(()),
+                }
+            };
+            let filled = self.unit(&round, block)?;
+            if fill.send(filled).is_err() {
+                return Ok(());
+            }
+        }
+        // The blocks come back as the last rounds end; what needs none of them goes first.
+        drop(fill);
+        let mut block = None;
+        loop {
+            own.refill(&mut direct);
+            if own.list.is_empty() {
+                return Ok(());
+            }
+            if !self.direct(&mut own, block)? {
+                match free.recv() {
+                    Ok(free) => block = Some(free),
+                    Err(_) => return Ok(()),
+                }
+            }
+        }
+    }
+
+    /// Reads a unit into a block. The first byte is congruent to its file offset, as direct I/O likes.
+    fn unit(&mut self, round: &Round<'_>, block: u64) -> Result<Filled, ExchangeError> {
+        let mut ranges: Vec<ReadAt> = Vec::new();
+        let mut addr = 0;
+        for Piece { tensor, range } in round.unit(round.member()) {
+            let desc = &self.view.plan().tensors()[tensor as usize];
+            let (shard, offset) = (desc.shard, desc.file_range.start + range.start);
+            let len = range.end - range.start;
+            if ranges.is_empty() {
+                addr = block + offset % 4096;
+            }
+            let to = addr + ranges.iter().map(|range| range.len).sum::<u64>();
+            match ranges.last_mut() {
+                Some(last) if last.shard == shard && last.offset + last.len == offset => {
+                    last.len += len;
+                }
+                _ => ranges.push(ReadAt { tensor, shard, offset, len, addr: to }),
+            }
+        }
+        self.read(&ranges)?;
+        Ok(Filled { block, addr })
+    }
+
+    /// Reads some of what this rank keeps for itself; `false` if that needs a block and there is none.
+    fn direct(&mut self, own: &mut DirectQueue, block: Option<u64>) -> Result<bool, ExchangeError> {
+        let plan = self.view.plan();
+        let mut ranges = Vec::new();
+        let limit = plan.buffers().block * 4;
+        let mut bytes = 0;
+        while let Some(mut job) = own.list.pop() {
+            let desc = &plan.tensors()[job.tensor as usize];
+            let base = self.outputs[job.output as usize].addr;
+            let copy = job.copy;
+            let coalesce = copy.count > 1 && copy.src_stride - copy.len <= own.gap;
+            if coalesce && copy.len <= plan.buffers().block {
+                if !ranges.is_empty() {
+                    own.list.push(job);
+                    break;
+                }
+                let Some(block) = block else {
+                    own.list.push(job);
+                    return Ok(false);
+                };
+                let rows =
+                    ((plan.buffers().block - copy.len) / copy.src_stride + 1).min(copy.count);
+                let part = Strided { count: rows, ..copy };
+                let offset = desc.file_range.start + copy.src;
+                let (tensor, shard, len) = (job.tensor, desc.shard, part.src_span());
+                self.read(&[ReadAt { tensor, shard, offset, len, addr: block }])?;
+                let copy = CopyAt {
+                    src: block,
+                    dst: base + copy.dst,
+                    len: copy.len,
+                    count: rows,
+                    src_stride: copy.src_stride,
+                    dst_stride: copy.dst_stride,
+                };
+                self.copy(&[copy])?;
+                if job.skip(rows) {
+                    own.list.push(job);
+                }
+                return Ok(true);
+            }
+            // One piece of it, or as much of one as is left of the batch.
+            let len = (copy.len - job.done).min(limit - bytes);
+            ranges.push(ReadAt {
+                tensor: job.tensor,
+                shard: desc.shard,
+                offset: desc.file_range.start + copy.src + job.done,
+                len,
+                addr: base + copy.dst + job.done,
+            });
+            bytes += len;
+            job.done += len;
+            if job.done < copy.len || job.skip(1) {
+                own.list.push(job);
+            }
+            if bytes >= limit || ranges.len() >= BATCH {
+                break;
+            }
+        }
+        if !ranges.is_empty() {
+            self.read(&ranges)?;
+        }
+        Ok(!ranges.is_empty())
+    }
+
+    fn read(&mut self, ranges: &[ReadAt]) -> Result<(), ExchangeError> {
+        let start = Instant::now();
+        // SAFETY: blocks belong to this thread until they are sent; direct reads go to parts of the
+        // outputs that the plan gives to nobody else.
+        let read = unsafe { self.backend.read(ranges) };
+        self.report.read += start.elapsed();
+        self.report.read_bytes += ranges.iter().map(|range| range.len).sum::<u64>();
+        read.map_err(|(index, source)| self.read_error(ranges.get(index), source))
+    }
+
+    fn read_error(&self, range: Option<&ReadAt>, source: Cause) -> ExchangeError {
+        let tensors = self.view.plan().tensors();
+        let name = range.and_then(|range| tensors.get(range.tensor as usize));
+        ExchangeError::Read {
+            rank: self.view.rank(),
+            tensor: name.map(|desc| desc.name.clone()).unwrap_or_default(),
+            shard: range.map_or(0, |range| range.shard),
+            range: range.map_or(0..0, |range| range.offset..range.offset + range.len),
+            source,
+        }
+    }
+
+    fn copy(&self, copies: &[CopyAt]) -> Result<(), ExchangeError> {
+        // SAFETY: from this thread's block to outputs that the plan gives to nobody else.
+        let copied = unsafe { self.backend.copy(copies) };
+        copied.map_err(|source| ExchangeError::Copy { rank: self.view.rank(), source })
+    }
+}
+
+/// Direct reads taken apart into single strided copies, in reverse order.
+struct DirectQueue {
+    gap: u64,
+    list: Vec<DirectJob>,
+}
+
+struct DirectJob {
+    tensor: u32,
+    output: u32,
+    copy: Strided,
+    /// Bytes of the first piece that are read already.
+    done: u64,
+}
+
+impl DirectJob {
+    /// Takes pieces off the front; whether any are left.
+    fn skip(&mut self, pieces: u64) -> bool {
+        self.done = 0;
+        self.copy.count -= pieces;
+        self.copy.src += pieces * self.copy.src_stride;
+        self.copy.dst += pieces * self.copy.dst_stride;
+        self.copy.count > 0
+    }
+}
+
+impl DirectQueue {
+    /// Keeps enough jobs at hand for a batch.
+    fn refill(&mut self, direct: &mut impl Iterator<Item = DirectRead>) {
+        if self.list.len() >= BATCH {
+            return;
+        }
+        let mut fresh = Vec::new();
+        while self.list.len() + fresh.len() < BATCH {
+            let Some(read) = direct.next() else { break };
+            let (tensor, output) = (read.tensor, read.output);
+            let job = |copy| DirectJob { tensor, output, copy, done: 0 };
+            fresh.extend(read.copies.into_iter().map(job));
+        }
+        fresh.reverse();
+        // What is at hand comes first: it stays on top.
+        fresh.append(&mut self.list);
+        self.list = fresh;
+    }
+}
