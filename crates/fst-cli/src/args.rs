@@ -66,6 +66,9 @@ pub(crate) struct LoadArgs {
     /// files must not be changed meanwhile
     #[arg(long)]
     pub(crate) map: bool,
+    /// Hold every tensor's bytes to the sums in this file, as `fst sum -o FILE` writes them
+    #[arg(long, value_name = "FILE", requires = "paths")]
+    pub(crate) verify: Option<PathBuf>,
     /// Print one JSON document instead of text
     #[arg(long)]
     pub(crate) json: bool,
@@ -94,6 +97,9 @@ pub(crate) struct SumArgs {
     /// Read only START..END of dimension DIM of the tensor NAME; may be repeated
     #[arg(long, value_name = "NAME:DIM:START..END")]
     pub(crate) slice: Vec<SliceArg>,
+    /// Write the sums to this file, for `fst load --verify FILE`
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
     /// Print one JSON document instead of text
     #[arg(long)]
     pub(crate) json: bool,

@@ -1,11 +1,13 @@
 //! Everything that can end a load.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use fst_format::{Dtype, SliceError};
 use fst_io::Engine;
 
 use crate::device::Device;
+use crate::manifest::{ManifestError, VerifyError};
 
 /// A result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -136,6 +138,17 @@ pub enum Error {
     /// The device cannot be used.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// A manifest cannot be used.
+    #[error("{}: {source}", path.display())]
+    Manifest {
+        /// Its file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: ManifestError,
+    },
+    /// What was loaded is not what the manifest says.
+    #[error(transparent)]
+    Verify(#[from] VerifyError),
     /// The load was cancelled.
     #[error("cancelled")]
     Cancelled,

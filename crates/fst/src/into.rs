@@ -20,6 +20,7 @@ use crate::options::Item;
 use crate::progress::Progress;
 use crate::report::LoadReport;
 use crate::transform::{Piece, Transform, TransformPlan};
+use crate::verify::{Hashed, verify_all};
 
 /// Memory for one tensor: bytes, or elements of the type that is expected.
 pub struct Destination<'d> {
@@ -194,12 +195,15 @@ impl Loader {
         let wanted = self.pair(checkpoint, destinations)?;
         report.tensors = wanted.len();
         report.bytes = wanted.iter().map(|(item, _)| item.len()).sum();
-        let (items, memory): (Vec<Item>, Vec<Memory<'d>>) = wanted.into_iter().unzip();
+        let (items, mut memory): (Vec<Item>, Vec<Memory<'d>>) = wanted.into_iter().unzip();
+        if let Some(manifest) = &self.manifest {
+            manifest.check(checkpoint, &items)?;
+        }
         let (files, number) = open_files(checkpoint, &items)?;
         report.resident_bytes = files.iter().map(|file| file.resident_bytes().ok()).sum();
         let align = files.iter().map(SourceFile::align).max().unwrap_or(Limits::MIN_ALIGN);
         let mut ways = Ways::default();
-        for (item, memory) in items.iter().zip(memory) {
+        for (item, memory) in items.iter().zip(&mut memory) {
             if let Some(file) = number[item.info.shard()].filter(|_| item.source_len() > 0) {
                 ways.sort(item, file, &files[file as usize], align, memory);
             }
@@ -221,6 +225,16 @@ impl Loader {
         })?;
         report.push("read", began.elapsed(), bytes_total);
         report.add_reads(&reads);
+        if let Some(manifest) = &self.manifest {
+            let named = items.iter().zip(&memory).map(|(item, memory)| {
+                let (start, len) = (memory.as_ptr().cast::<u8>(), memory.len());
+                // SAFETY: the reads succeeded, and with them every byte was written.
+                (item.info.name(), unsafe { std::slice::from_raw_parts(start, len) })
+            });
+            let hashed = Hashed::default();
+            verify_all(manifest, &hashed, &named.collect::<Vec<_>>())?;
+            hashed.report(&mut report);
+        }
         Ok(report)
     }
 

@@ -42,6 +42,7 @@ mod host;
 mod into;
 mod load;
 mod loader;
+mod manifest;
 mod mapped;
 mod memory;
 mod options;
@@ -50,6 +51,7 @@ mod report;
 mod stream;
 mod tensor;
 mod transform;
+mod verify;
 
 pub use device::Device;
 pub use doctor::{CudaReport, Doctor, HugePages, Measurement, PathReport};
@@ -58,6 +60,7 @@ pub use fst_format::{Checkpoint, Dtype, Element, Shard as ShardFile, Slice, Tens
 pub use fst_io::{DirectIo, Engine, ResolvedEngine};
 pub use into::Destination;
 pub use loader::Loader;
+pub use manifest::{Checksum, Digest, Manifest, ManifestError, NotADigest, VerifyError};
 pub use progress::{CancelToken, Progress};
 pub use report::{LoadReport, Stage};
 pub use stream::TensorStream;

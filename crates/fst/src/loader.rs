@@ -11,13 +11,15 @@ use fst_io::{Engine, ReadOptions};
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::host::Watch;
+use crate::host::{Deliver, Watch};
 use crate::load::{Load, resolve_engine};
+use crate::manifest::Manifest;
 use crate::options::{Item, Selection};
 use crate::progress::{CancelToken, Progress};
 use crate::report::LoadReport;
 use crate::stream::TensorStream;
 use crate::tensor::{Tensor, Tensors};
+use crate::verify::{Hashed, VERIFY_ARENA, verified};
 
 type OnProgress = Arc<dyn Fn(&Progress) + Send + Sync>;
 
@@ -49,6 +51,7 @@ pub struct Loader {
     pub(crate) in_order: bool,
     /// Mappings are left to those who touch them.
     pub(crate) lazy: bool,
+    pub(crate) manifest: Option<Arc<Manifest>>,
     on_progress: Option<OnProgress>,
     pub(crate) cancel: CancelToken,
 }
@@ -186,7 +189,11 @@ impl Loader {
         began: Instant,
         report: &mut LoadReport,
     ) -> Result<Vec<Tensor>> {
-        let load = Load::new(&self.device, checkpoint, items, ARENA, false)?;
+        if let Some(manifest) = &self.manifest {
+            manifest.check(checkpoint, &items)?;
+        }
+        let arena = if self.manifest.is_some() { VERIFY_ARENA } else { ARENA };
+        let load = Load::new(&self.device, checkpoint, items, arena, false)?;
         load.check_memory()?;
         report.resident_bytes = load.resident_bytes();
         report.push("plan", began.elapsed(), 0);
@@ -200,19 +207,31 @@ impl Loader {
             tensors_total: load.items().len(),
             elapsed: began.elapsed(),
         };
-        let reads = self.watched(&watch, &progress, || {
-            load.run(&self.read, None, &watch, &|index, tensor| {
-                let mut slots = slots.lock().unwrap_or_else(|e| e.into_inner());
-                if let Some(slot) = slots.get_mut(index) {
-                    *slot = Some(tensor);
-                }
-                Ok(())
+        let deliver = |index, tensor| {
+            let mut slots = slots.lock().unwrap_or_else(|e| e.into_inner());
+            if let Some(slot) = slots.get_mut(index) {
+                *slot = Some(tensor);
+            }
+            Ok(())
+        };
+        let run = |deliver: Deliver<'_>| {
+            self.watched(&watch, &progress, || {
+                let reads = load.run(&self.read, None, &watch, deliver)?;
+                Ok((reads, began.elapsed()))
             })
-        })?;
+        };
+        let hashed = Hashed::default();
+        let (reads, took) = match &self.manifest {
+            Some(manifest) => verified(manifest, &hashed, &deliver, run)?,
+            None => run(&deliver)?,
+        };
         let slots = slots.into_inner().unwrap_or_else(|e| e.into_inner());
         let tensors: Option<Vec<Tensor>> = slots.into_iter().collect();
-        report.push("read", began.elapsed(), load.bytes_read());
+        report.push("read", took, load.bytes_read());
         report.add_reads(&reads);
+        if self.manifest.is_some() {
+            hashed.report(report);
+        }
         // Every item is delivered by a read that succeeds; an incomplete set is never handed out.
         tensors.ok_or(Error::Cancelled)
     }

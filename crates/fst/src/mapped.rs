@@ -16,6 +16,7 @@ use crate::loader::Loader;
 use crate::options::Item;
 use crate::report::LoadReport;
 use crate::tensor::{Data, Tensor, Tensors};
+use crate::verify::{Hashed, verify_all};
 
 impl Loader {
     /// Maps the files instead of reading them: the selected tensors' bytes are the page cache's.
@@ -62,6 +63,9 @@ impl Loader {
         let mut report = LoadReport::new(engine, Device::host());
         report.push("open", checkpoint.open_time(), 0);
         let items = self.selection.resolve(checkpoint)?;
+        if let Some(manifest) = &self.manifest {
+            manifest.check(checkpoint, &items)?;
+        }
         let mut tensors: Vec<Option<Tensor>> = vec![None; items.len()];
 
         let mut rest = Vec::new();
@@ -99,6 +103,14 @@ impl Loader {
         report.push("map", began.elapsed(), report.bytes_asked);
         if !self.lazy {
             mapping::read_ahead(&ranges);
+        }
+
+        if let Some(manifest) = &self.manifest {
+            let mapped = tensors.iter().flatten();
+            let mapped = mapped.map(|tensor| Ok((tensor.name(), tensor.bytes()?)));
+            let hashed = Hashed::default();
+            verify_all(manifest, &hashed, &mapped.collect::<Result<Vec<_>>>()?)?;
+            hashed.report(&mut report);
         }
 
         if !rest.is_empty() {

@@ -87,7 +87,18 @@ impl LoadReport {
     /// Adds a stage of the load that others follow.
     pub(crate) fn push(&mut self, name: &'static str, time: Duration, bytes: u64) {
         self.seconds += time.as_secs_f64();
-        self.stages.push(Stage { name, seconds: time.as_secs_f64(), bytes });
+        self.push_part(name, time, bytes);
+    }
+
+    /// Adds a part of a stage, whose time is added up over threads.
+    pub(crate) fn push_part(&mut self, name: &'static str, time: Duration, bytes: u64) {
+        let seconds = time.as_secs_f64();
+        match self.stages.iter_mut().find(|stage| stage.name == name) {
+            Some(stage) => {
+                (stage.seconds, stage.bytes) = (stage.seconds + seconds, stage.bytes + bytes)
+            }
+            None => self.stages.push(Stage { name, seconds, bytes }),
+        }
     }
 
     /// Adds what the readers did, as parts of the stage `read`.

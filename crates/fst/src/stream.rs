@@ -12,12 +12,13 @@ use fst_format::Checkpoint;
 use fst_io::{Budget, Engine};
 
 use crate::error::{Error, Result};
-use crate::host::{Watch, locate};
+use crate::host::{Deliver, Watch, locate};
 use crate::load::{Load, resolve_engine};
 use crate::loader::{ARENA, Loader};
 use crate::progress::CancelToken;
 use crate::report::LoadReport;
 use crate::tensor::Tensor;
+use crate::verify::{Hashed, verified};
 
 /// The budget when none was set, in bytes.
 const DEFAULT_BUDGET: u64 = 2 << 30;
@@ -63,6 +64,10 @@ impl TensorStream {
         let mut report = LoadReport::new(engine, device.clone());
         report.push("open", checkpoint.open_time(), 0);
         let items = loader.selection.resolve(checkpoint)?;
+        let manifest = loader.manifest.clone();
+        if let Some(manifest) = &manifest {
+            manifest.check(checkpoint, &items)?;
+        }
         let limit = loader.budget.unwrap_or(DEFAULT_BUDGET);
         let arena = (limit / 8).clamp(1 << 20, ARENA / 4);
         let load = Load::new(device, checkpoint, items, arena, loader.in_order)?;
@@ -87,11 +92,22 @@ impl TensorStream {
                 let deliver = |index: usize, tensor: Tensor| {
                     report_gone(sender.send(Ok((index, tensor))).is_err())
                 };
-                let result = load.run(&options, Some(&budget), &Watch::new(stop), &deliver);
+                let run = |deliver: Deliver<'_>| {
+                    let reads = load.run(&options, Some(&budget), &Watch::new(stop), deliver)?;
+                    Ok((reads, began.elapsed()))
+                };
+                let hashed = Hashed::default();
+                let result = match &manifest {
+                    Some(manifest) => verified(manifest, &hashed, &deliver, run),
+                    None => run(&deliver),
+                };
                 match result {
-                    Ok(reads) => {
-                        report.push("read", began.elapsed(), load.bytes_read());
+                    Ok((reads, took)) => {
+                        report.push("read", took, load.bytes_read());
                         report.add_reads(&reads);
+                        if manifest.is_some() {
+                            hashed.report(&mut report);
+                        }
                         report.tensors = load.items().len();
                         report.bytes = load.items().iter().map(|item| item.len()).sum();
                         *done.lock().unwrap_or_else(|e| e.into_inner()) = Some(report);

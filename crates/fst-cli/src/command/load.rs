@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use fst::{Checkpoint, Error, LoadReport, Loader, Stage, Tensors};
+use fst::{Checkpoint, Error, LoadReport, Loader, Manifest, Stage, Tensors};
 use fst_cli::models::Model;
 use fst_cli::synth::{Recipe, SynthError, Watch};
 use rustix::fs::{Advice, fadvise};
@@ -83,6 +83,9 @@ fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
     if let Some(dtype) = args.dtype {
         loader = loader.dtype(dtype);
     }
+    if let Some(path) = &args.verify {
+        loader = loader.verify(Manifest::read(path).map_err(Failure::of)?);
+    }
     let progress = Progress::new("loading", 0, !args.reading.no_progress);
     let bar = progress.bar();
     let loader = loader.on_progress(move |progress| {
@@ -104,8 +107,9 @@ fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
 fn map(loader: &Loader, checkpoint: &Checkpoint) -> Result<Tensors, Error> {
     // All is brought in at once here: there is nothing to be ahead of.
     let loader = loader.clone().read_ahead(false);
-    // SAFETY: this program never looks at the mapped bytes; pages are brought in by the kernel,
-    // which answers with an error where a read would be a signal.
+    // SAFETY: this program looks at mapped bytes only to sum them, and who asks for `--map` was
+    // told to leave the files alone. Otherwise pages are brought in by the kernel, which answers
+    // with an error where a read would be a signal.
     let mut tensors = unsafe { loader.map(checkpoint) }?;
     tensors.populate()?;
     Ok(tensors)

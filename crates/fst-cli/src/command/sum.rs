@@ -4,31 +4,16 @@ use std::collections::HashMap;
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, sync_channel};
 
-use fst::{Checkpoint, Error, Loader, Tensor};
-use serde::Serialize;
-use sha2::{Digest, Sha256};
+use fst::{Checkpoint, Checksum, Error, Loader, Manifest, Tensor};
 
 use crate::args::SumArgs;
 use crate::failure::Failure;
 use crate::progress::Progress;
 use crate::reading;
-use crate::text::{self, visible};
+use crate::text::{self, counted, visible};
 
 /// Memory for tensors on their way from the reader to the hash, unless one tensor needs more.
 const MEMORY_BUDGET: u64 = 1 << 30;
-
-#[derive(Serialize)]
-struct Report {
-    tensors: Vec<Sum>,
-}
-
-#[derive(Serialize)]
-struct Sum {
-    name: String,
-    dtype: &'static str,
-    shape: Vec<usize>,
-    sha256: String,
-}
 
 pub(crate) fn run(args: &SumArgs) -> Result<(), Failure> {
     let checkpoint = reading::open(&args.paths)?;
@@ -43,18 +28,32 @@ pub(crate) fn run(args: &SumArgs) -> Result<(), Failure> {
     let sums = sums(&loader, &checkpoint, &progress)
         .map_err(|error| reading::failure(&args.paths, &checkpoint, &error))?;
     drop(progress);
-    let report = Report { tensors: in_order(sums, &checkpoint) };
-    if args.json {
-        return text::print_json(&report).map_err(Failure::output);
+    let manifest = Manifest::new(in_order(sums, &checkpoint)).map_err(Failure::of)?;
+    if let Some(path) = &args.output {
+        let json = manifest.to_json() + "\n";
+        std::fs::write(path, json).map_err(|error| Failure::at(path, error))?;
     }
-    let lines =
-        report.tensors.iter().map(|sum| format!("{}  {}\n", sum.sha256, visible(&sum.name)));
-    text::print(&lines.collect::<String>()).map_err(Failure::output)
+    let out = match (args.json, &args.output) {
+        (true, _) => manifest.to_json() + "\n",
+        (false, Some(path)) => {
+            let sums = counted(manifest.len() as u64, "sum");
+            format!("{sums} written to {}\n", visible(&path.display().to_string()))
+        }
+        (false, None) => {
+            let line = |sum: &Checksum| format!("{}  {}\n", sum.sha256, visible(&sum.name));
+            manifest.iter().map(line).collect()
+        }
+    };
+    text::print(&out).map_err(Failure::output)
 }
 
 /// Reads and hashes all tensors, in no particular order. Hashing is slower than reading, so each
 /// core hashes, and memory stays within a budget.
-fn sums(loader: &Loader, checkpoint: &Checkpoint, progress: &Progress) -> Result<Vec<Sum>, Error> {
+fn sums(
+    loader: &Loader,
+    checkpoint: &Checkpoint,
+    progress: &Progress,
+) -> Result<Vec<Checksum>, Error> {
     let stream = match loader.clone().memory_budget(MEMORY_BUDGET).stream(checkpoint) {
         Err(Error::Budget { needed, .. }) => {
             loader.clone().memory_budget(needed).stream(checkpoint)?
@@ -85,7 +84,7 @@ fn sums(loader: &Loader, checkpoint: &Checkpoint, progress: &Progress) -> Result
     })
 }
 
-fn hash_received(receive: &Mutex<Receiver<Tensor>>) -> Result<Vec<Sum>, Error> {
+fn hash_received(receive: &Mutex<Receiver<Tensor>>) -> Result<Vec<Checksum>, Error> {
     let mut sums = Vec::new();
     let mut failed = None;
     loop {
@@ -93,7 +92,7 @@ fn hash_received(receive: &Mutex<Receiver<Tensor>>) -> Result<Vec<Sum>, Error> {
         let Ok(tensor) = next else { break };
         // After a failure tensors are only taken, so that the sender does not wait for ever.
         if failed.is_none() {
-            match sum(&tensor) {
+            match Checksum::of(&tensor) {
                 Ok(sum) => sums.push(sum),
                 Err(error) => failed = Some(error),
             }
@@ -102,20 +101,9 @@ fn hash_received(receive: &Mutex<Receiver<Tensor>>) -> Result<Vec<Sum>, Error> {
     failed.map_or(Ok(sums), Err)
 }
 
-fn sum(tensor: &Tensor) -> Result<Sum, Error> {
-    let on_host = tensor.to_host()?;
-    let digest = Sha256::digest(on_host.bytes()?);
-    Ok(Sum {
-        name: tensor.name().to_owned(),
-        dtype: tensor.dtype().as_str(),
-        shape: tensor.shape().to_vec(),
-        sha256: digest.iter().map(|byte| format!("{byte:02x}")).collect(),
-    })
-}
-
 /// The sums in the checkpoint's order of tensors.
-fn in_order(sums: Vec<Sum>, checkpoint: &Checkpoint) -> Vec<Sum> {
-    let mut by_name: HashMap<String, Sum> =
+fn in_order(sums: Vec<Checksum>, checkpoint: &Checkpoint) -> Vec<Checksum> {
+    let mut by_name: HashMap<String, Checksum> =
         sums.into_iter().map(|sum| (sum.name.clone(), sum)).collect();
     checkpoint.tensors().iter().filter_map(|tensor| by_name.remove(tensor.name())).collect()
 }

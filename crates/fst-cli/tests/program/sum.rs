@@ -194,3 +194,41 @@ fn a_changed_byte_changes_the_sum() {
         assert_eq!(after[name] == *sum, name != "wpe.weight", "{name}");
     }
 }
+
+#[test]
+fn a_manifest_is_written_and_loads_are_held_to_it() {
+    let folder = Folder::new();
+    let path = folder.synth("c", &["--model", "gpt2", "--layers", "1", "--shrink", "16"]);
+    let path_text = path.to_str().unwrap();
+    let manifest = folder.join("sums.json");
+    let manifest_text = manifest.to_str().unwrap();
+    let written = run(["sum", path_text, "-o", manifest_text]);
+    assert_eq!((written.status, written.stderr.as_str()), (0, ""));
+    assert!(written.stdout.contains("17 sums written to"), "{}", written.stdout);
+    let text = std::fs::read_to_string(&manifest).unwrap();
+    assert_eq!(text, run(["sum", path_text, "--json"]).stdout);
+
+    for extra in [&[][..], &["--map"], &["--engine", "pread"], &["--select", "*ln_f*"]] {
+        let load = ["load", path_text, "--verify", manifest_text, "--json"];
+        let json = run([&load, extra].concat()).json();
+        assert_eq!(json["stages"]["verify"]["bytes"], json["bytes"], "{extra:?}");
+    }
+
+    // One bit of one tensor.
+    let file = path.join("model.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+    for extra in [&[][..], &["--map"]] {
+        let bad = run([&["load", path_text, "--verify", manifest_text], extra].concat());
+        assert!(bad.error().starts_with(&format!("{path_text}: tensor ")), "{}", bad.stderr);
+        assert!(bad.error().contains("the manifest says"), "{}", bad.stderr);
+    }
+
+    std::fs::write(&manifest, "{").unwrap();
+    let bad = run(["load", path_text, "--verify", manifest_text]);
+    assert!(bad.error().starts_with(&format!("{manifest_text}: not a manifest")), "{}", bad.stderr);
+    let none = run(["load", path_text, "--verify", "/no/such/file"]);
+    assert!(none.error().starts_with("/no/such/file: cannot read"), "{}", none.stderr);
+    assert_eq!(run(["load", "--verify", manifest_text]).status, 2);
+}
