@@ -174,7 +174,7 @@ impl<'a> InPlace<'a> {
         }
         // SAFETY: the range lies in the arena, and is this block's alone; `Sink` below says why
         // it stays so.
-        Some(unsafe { Target::new(ptr, len, 0) })
+        Some(unsafe { Target::new(ptr, len, 0) }.fresh())
     }
 }
 

@@ -20,6 +20,7 @@ pub struct Target {
     ptr: NonNull<u8>,
     capacity: usize,
     token: u64,
+    fresh: bool,
 }
 
 // SAFETY: a target is memory on loan; the sink's contract (see `Sink`) makes it exclusively the
@@ -36,7 +37,18 @@ impl Target {
     /// What [`Sink`] demands of its targets: until this value is given back, the memory stays valid
     /// for writes and nobody but its holder touches it.
     pub unsafe fn new(ptr: NonNull<u8>, capacity: usize, token: u64) -> Self {
-        Self { ptr, capacity, token }
+        Self { ptr, capacity, token, fresh: false }
+    }
+
+    /// Says that no page of this memory was touched before, so that whoever writes first pays for
+    /// the faults. Readers then fault it in themselves, while other reads are under way.
+    pub fn fresh(self) -> Self {
+        Self { fresh: true, ..self }
+    }
+
+    /// Whether this memory is untouched, as far as the sink knows.
+    pub fn is_fresh(&self) -> bool {
+        self.fresh
     }
 
     /// First byte; aligned as direct I/O on the file demands of memory.

@@ -69,6 +69,8 @@ pub struct StageStats {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct WorkerStats {
     pub(crate) stages: [StageStats; Stage::ALL.len()],
+    pub(crate) touch: Duration,
+    pub(crate) touch_bytes: u64,
     pub(crate) issue: Duration,
     pub(crate) wait: Duration,
     pub(crate) reserve: Duration,
@@ -103,8 +105,12 @@ pub struct ReadStats {
     pub block_bytes: u64,
     /// By way, in the order of [`Stage::ALL`].
     pub stages: [StageStats; Stage::ALL.len()],
-    /// Time in which workers handed requests to the kernel, which includes the first touch of
-    /// fresh destination pages; added up over workers.
+    /// Time in which workers faulted fresh destination memory in, other reads being under way;
+    /// added up over workers.
+    pub touch: Duration,
+    /// Bytes of destination memory that were faulted in.
+    pub touch_bytes: u64,
+    /// Time in which workers handed requests to the kernel; added up over workers.
     pub issue: Duration,
     /// Time in which workers had nothing to do but wait for storage; added up over workers.
     pub wait: Duration,
@@ -126,6 +132,8 @@ impl ReadStats {
             bytes_read: plan.bytes_read(),
             block_bytes: plan.limits().block,
             stages: Default::default(),
+            touch: Duration::ZERO,
+            touch_bytes: 0,
             issue: Duration::ZERO,
             wait: Duration::ZERO,
             reserve: Duration::ZERO,
@@ -140,6 +148,8 @@ impl ReadStats {
             sum.bytes += part.bytes;
             sum.latency += part.latency;
         }
+        self.touch += worker.touch;
+        self.touch_bytes += worker.touch_bytes;
         self.issue += worker.issue;
         self.wait += worker.wait;
         self.reserve += worker.reserve;

@@ -82,6 +82,23 @@ pub(crate) unsafe fn copy_fallible(src: *const u8, dst: *mut u8, len: usize) -> 
     count(unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) })
 }
 
+/// Backs the whole pages of a range with memory, as first writes would (Linux 5.14).
+///
+/// # Safety
+///
+/// `ptr..ptr + len` is mapped memory. Its contents stay as they are.
+pub(crate) unsafe fn populate(ptr: NonNull<u8>, len: usize) -> io::Result<()> {
+    let page = page_size();
+    let head = ptr.as_ptr().align_offset(page);
+    let whole = len.saturating_sub(head) / page * page;
+    if whole == 0 {
+        return Ok(());
+    }
+    let start = ptr.as_ptr().wrapping_add(head).cast();
+    // SAFETY: the caller vouches for the range, and this advice changes no byte of it.
+    check(unsafe { libc::madvise(start, whole, libc::MADV_POPULATE_WRITE) })
+}
+
 /// Pages of a file range in the page cache, by `cachestat(2)` (Linux 6.5).
 pub(crate) fn cachestat(fd: RawFd, offset: u64, len: u64) -> io::Result<u64> {
     #[repr(C)]

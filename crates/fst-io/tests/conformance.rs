@@ -302,3 +302,31 @@ fn engines_that_cannot_run_say_so() {
     );
     assert!(matches!(result, Err(Error::EngineUnavailable { engine: Engine::Gds, .. })));
 }
+
+#[test]
+fn fresh_memory_is_faulted_in_by_the_reader_and_only_that() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = folder.path().join("cold");
+    let len = (9 << 20) + 5;
+    fs::write(&path, noise(len, 9)).unwrap();
+    for engine in [Engine::Uring, Engine::Pread] {
+        let files = [SourceFile::open(&path, None).unwrap()];
+        if files[0].direct().is_none() {
+            eprintln!("not tried: no direct I/O in {}", path.display());
+            return;
+        }
+        let plan = ReadPlan::new(vec![Extent::new(0, 0..len as u64)], Limits::default()).unwrap();
+        let whole: u64 = plan.blocks().iter().map(|block| block.len).sum();
+        let layout = Layout::new(&plan, u64::MAX);
+        let options = options(engine, CachePolicy::Direct, 2);
+        let sink = InPlace::new(&plan, &layout, None, &|_, _| Ok(()));
+        let stats = fst_io::read(&files, &plan, &sink, &options, &Control::new()).unwrap();
+        assert_eq!(stats.touch_bytes, whole, "{engine}");
+        assert!(!stats.touch.is_zero());
+
+        let take = |_: &fst_io::plan::Block, _: &[u8]| Ok(());
+        let scratch = fst_io::scratch::Scratch::new(&plan, 2, &|_, _| Ok(true), &take).unwrap();
+        let stats = fst_io::read(&files, &plan, &scratch, &options, &Control::new()).unwrap();
+        assert_eq!(stats.touch_bytes, 0, "{engine}: scratch memory is used again and again");
+    }
+}

@@ -17,8 +17,14 @@ pub(super) fn work(job: &Job<'_>, worker: usize) -> WorkerStats {
         let Some(target) = job.reserve(block, true, &mut stats) else {
             break;
         };
-        let began = Instant::now();
         let route = job.route(block);
+        if let Route::Direct(_) = route {
+            let mut touched = 0;
+            while let Some(next) = job.touch(block, &target, touched, &mut stats) {
+                touched = next;
+            }
+        }
+        let began = Instant::now();
         // SAFETY: `target` was just lent for this block, and this is the only read into it.
         let result = unsafe {
             match route {

@@ -1,6 +1,8 @@
-//! io_uring: each worker keeps several large reads in flight on a ring of its own, and copies
-//! resident blocks itself between two looks at the ring.
+//! io_uring: each worker keeps several large reads in flight on a ring of its own. While they are
+//! under way it gets the next blocks ready (their memory is faulted in), and copies resident
+//! blocks itself, looking at the ring between two steps.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
@@ -16,6 +18,10 @@ use crate::stats::{Stage, WorkerStats};
 
 /// The longest single request: its length field has 32 bits, and the kernel caps reads at 2 GiB.
 const MAX_REQUEST: u64 = 1 << 30;
+
+/// How many blocks a worker makes ready beyond those in flight: what a completion frees is taken
+/// at once, without a wait for page faults.
+const AHEAD: usize = 2;
 
 /// Why io_uring cannot be used here, or `None` when it can.
 ///
@@ -86,13 +92,29 @@ struct Worker<'j, 'a> {
     ring: IoUring,
     slots: Vec<Option<Flight<'a>>>,
     free: Vec<usize>,
+    /// Blocks whose memory is there, not yet handed to the kernel.
+    ready: VecDeque<Flight<'a>>,
+    /// A block for which there was no memory.
+    in_hand: Option<&'a Block>,
+    /// How many requests may be in flight.
+    limit: usize,
     stats: WorkerStats,
 }
 
 impl<'j, 'a> Worker<'j, 'a> {
     fn new(job: &'j Job<'a>, id: usize, ring: IoUring, depth: usize) -> Self {
         let slots = (0..depth).map(|_| None).collect();
-        Self { job, id, ring, slots, free: (0..depth).collect(), stats: WorkerStats::default() }
+        Self {
+            job,
+            id,
+            ring,
+            slots,
+            free: (0..depth).collect(),
+            ready: VecDeque::with_capacity(AHEAD),
+            in_hand: None,
+            limit: depth,
+            stats: WorkerStats::default(),
+        }
     }
 
     fn in_flight(&self) -> usize {
@@ -100,60 +122,82 @@ impl<'j, 'a> Worker<'j, 'a> {
     }
 
     fn run(mut self) -> WorkerStats {
-        let mut held_back = None;
         loop {
-            held_back = self.fill(held_back);
+            self.reap();
+            self.issue();
+            if self.ready.len() < AHEAD && self.prepare() {
+                continue;
+            }
+            // With none in flight, `issue` left nothing ready and `prepare` has waited for memory:
+            // there is nothing left to do.
             if self.in_flight() == 0 {
                 break;
             }
             self.wait();
-            self.reap();
         }
         std::mem::take(&mut self.stats)
     }
 
-    /// Issues blocks until the ring is full, there are no more, or the sink has no memory now; in
-    /// that case the block in hand is given back, to be tried again.
-    fn fill(&mut self, mut in_hand: Option<&'a Block>) -> Option<&'a Block> {
-        while !self.free.is_empty() {
-            let block = in_hand.take().filter(|_| !self.job.is_stopped());
-            let Some(block) = block.or_else(|| self.job.next()) else {
-                break;
-            };
-            // With requests in flight, waiting for them is waiting for memory too; without, the
-            // sink must block, or this loop would spin.
-            let wait = self.in_flight() == 0;
-            let Some(target) = self.job.reserve(block, wait, &mut self.stats) else {
-                if !wait && !self.job.is_stopped() {
-                    in_hand = Some(block);
-                }
-                break;
-            };
-            let file = self.job.file(block);
-            let began = Instant::now();
-            let (fd, direct) = match self.job.route(block) {
-                Route::Direct(fd) => (fd, true),
-                Route::Buffered => (file.buffered().as_raw_fd(), false),
-                Route::Cached => {
-                    self.copy(block, target, began);
-                    continue;
-                }
-            };
-            self.push(Flight { block, target, fd, direct, done: 0, retries: 0, began });
-            self.submit();
+    /// Makes the next block ready to be read: gets memory for it and faults that in. Resident
+    /// blocks are copied at once. False when there are no more blocks, or no memory now.
+    fn prepare(&mut self) -> bool {
+        let block = self.in_hand.take().filter(|_| !self.job.is_stopped());
+        let Some(block) = block.or_else(|| self.job.next()) else {
+            return false;
+        };
+        // With requests in flight, waiting for them is waiting for memory too; without, the sink
+        // must block, or the loop would spin.
+        let wait = self.in_flight() == 0;
+        let Some(target) = self.job.reserve(block, wait, &mut self.stats) else {
+            if !wait && !self.job.is_stopped() {
+                self.in_hand = Some(block);
+            }
+            return false;
+        };
+        let began = Instant::now();
+        let (fd, direct) = match self.job.route(block) {
+            Route::Direct(fd) => (fd, true),
+            Route::Buffered => (self.job.file(block).buffered().as_raw_fd(), false),
+            Route::Cached => {
+                self.copy(block, target, began);
+                return true;
+            }
+        };
+        // Touched for direct reads only: see `Job::touch`.
+        let mut touched = 0;
+        while direct && let Some(next) = self.job.touch(block, &target, touched, &mut self.stats) {
+            touched = next;
+            // A fault can take as long as a read. The device must not go idle meanwhile.
+            self.reap();
+            self.issue();
         }
-        in_hand
+        self.ready.push_back(Flight { block, target, fd, direct, done: 0, retries: 0, began });
+        true
     }
 
-    /// Copies a resident block out of the page cache, then looks after the ring.
+    /// Hands blocks that are ready to the kernel, as many as may be in flight.
+    fn issue(&mut self) {
+        if self.job.is_stopped() {
+            for flight in self.ready.drain(..) {
+                self.job.abandoned(flight.block, flight.target);
+            }
+            return;
+        }
+        while self.in_flight() < self.limit
+            && let Some(flight) = self.ready.pop_front()
+        {
+            self.push(Flight { began: Instant::now(), ..flight });
+        }
+        if !self.ring.submission().is_empty() {
+            self.submit();
+        }
+    }
+
+    /// Copies a resident block out of the page cache.
     fn copy(&mut self, block: &'a Block, target: Target, began: Instant) {
         // SAFETY: the target was just lent for this block, and no request was made into it.
         let result = unsafe { self.job.read_buffered(block, &target, 0) };
         self.complete(block, target, result, Stage::Cached, began);
-        if self.in_flight() > 0 {
-            self.submit();
-            self.reap();
-        }
     }
 
     fn complete(
@@ -233,6 +277,9 @@ impl<'j, 'a> Worker<'j, 'a> {
 
     /// Takes all completions that are there.
     fn reap(&mut self) {
+        if self.in_flight() > 0 && self.ring.submission().taskrun() {
+            self.submit();
+        }
         loop {
             let Some(entry) = self.ring.completion().next() else {
                 break;
@@ -300,6 +347,9 @@ impl<'j, 'a> Worker<'j, 'a> {
 impl Drop for Worker<'_, '_> {
     /// After a panic of the sink: no memory goes back before the kernel is done with it.
     fn drop(&mut self) {
+        for flight in self.ready.drain(..) {
+            self.job.abandoned(flight.block, flight.target);
+        }
         while self.in_flight() > 0 {
             self.wait();
             loop {
