@@ -151,6 +151,14 @@ impl TensorStream {
     /// The next arrival, in whatever order.
     fn receive(&mut self) -> Result<(usize, Tensor)> {
         let began = Instant::now();
+    /// The last tensor is out: the reader is about to check its files, write its report and end.
+    /// Says what it found, such as a file that changed while it was read.
+    fn end(&mut self) -> Option<Error> {
+        // A panic of the reader was its own end; nothing is in flight any more.
+        let _ = self.reader.take()?.join();
+        self.arrivals.take()?.try_iter().find_map(Result::err)
+    }
+
         loop {
             if self.cancel.is_cancelled() {
                 return Err(Error::Cancelled);
@@ -194,14 +202,11 @@ impl Iterator for TensorStream {
     type Item = Result<Tensor>;
 
     /// The next tensor, or the error that ended the load. After [`Error::Stalled`] the stream goes
-    /// on where it was; after any other error it is over.
+    /// on where it was; after any other error it is over. That files did not change meanwhile is
+    /// known only behind the last tensor: an error can follow it.
     fn next(&mut self) -> Option<Self::Item> {
         if self.remaining == 0 {
-            if let Some(reader) = self.reader.take() {
-                // The last tensor is out: the reader is about to write its report and end.
-                let _ = reader.join();
-            }
-            return None;
+            return self.end().map(Err);
         }
         let next = self.next_tensor();
         match &next {
