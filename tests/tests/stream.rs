@@ -9,7 +9,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use fst::{Checkpoint, Loader};
+use fst::{Checkpoint, Dtype, Error, Loader};
 use safetensors::tensor::Dtype as OfficialDtype;
 
 use load_support::*;
@@ -35,4 +35,22 @@ fn a_file_that_changes_under_a_stream_is_an_error_at_its_end() {
     let rest: Vec<_> = stream.collect();
     let Some(Err(error)) = rest.last() else { panic!("{rest:?}") };
     assert!(error.to_string().contains("changed"), "{error}");
+}
+
+#[test]
+fn the_smallest_budget_works_for_blocks_that_lead_to_several_arenas() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = two(dir.path());
+    let loader = Loader::new().dtype(Dtype::F32);
+    let whole = ours(&loader.load(&checkpoint).unwrap());
+    let small = loader.clone().memory_budget(1 << 20).stream(&checkpoint);
+    let Err(Error::Budget { needed, .. }) = small else { panic!("{small:?}") };
+    let mut names = Vec::new();
+    for tensor in loader.memory_budget(needed).stream(&checkpoint).unwrap() {
+        let tensor = tensor.unwrap();
+        assert!(tensor.bytes().unwrap() == whole[tensor.name()].2);
+        names.push(tensor.name().to_owned());
+    }
+    names.sort();
+    assert_eq!(names, ["a", "b"]);
 }

@@ -101,9 +101,9 @@ impl CudaLoad {
         self.plan.plan.bytes_read() + torn
     }
 
-    /// Bytes of the longest arena: what must be in the device's memory at once.
-    pub(crate) fn largest_arena(&self) -> u64 {
-        self.plan.arenas.iter().map(|(len, _)| *len).max().unwrap_or(0)
+    /// Bytes of arenas that must be in the device's memory at once.
+    pub(crate) fn least_memory(&self) -> u64 {
+        self.plan.least_memory()
     }
 
     /// Bytes of the files that the page cache holds, if the system tells.

@@ -108,10 +108,10 @@ impl HostLoad {
         self.plan.bytes_read() + self.transform.plan.bytes_read()
     }
 
-    /// Bytes of the longest arena: what must be in memory at once.
-    pub(crate) fn largest_arena(&self) -> u64 {
-        let transformed = self.transform.arenas.iter().map(|(len, _)| *len);
-        self.layout.arenas().iter().copied().chain(transformed).max().unwrap_or(0)
+    /// Bytes of arenas that must be in memory at once.
+    pub(crate) fn least_memory(&self) -> u64 {
+        let placed = self.layout.arenas().iter().copied().max().unwrap_or(0);
+        placed.max(self.transform.least_memory())
     }
 
     /// Whether scratch memory is used beside the arenas.

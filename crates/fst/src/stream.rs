@@ -67,7 +67,7 @@ impl TensorStream {
         let arena = (limit / 8).clamp(1 << 20, ARENA / 4);
         let load = Load::new(device, checkpoint, items, arena, loader.in_order)?;
         let scratch = load.scratch();
-        let needed = load.largest_arena() + scratch;
+        let needed = load.least_memory() + scratch;
         if limit < needed {
             return Err(Error::Budget { budget: limit, needed });
         }
