@@ -22,7 +22,7 @@ use crate::tensor::Tensor;
 /// The budget when none was set, in bytes.
 const DEFAULT_BUDGET: u64 = 2 << 30;
 
-/// How long nothing may move, while the reader waits for memory that held tensors occupy, before
+/// How long nothing may be read, while a reader waits for memory that held tensors occupy, before
 /// the stream says so.
 const STALL: Duration = Duration::from_secs(10);
 
@@ -35,6 +35,7 @@ pub struct TensorStream {
     reader: Option<JoinHandle<()>>,
     budget: Budget,
     stop: Arc<AtomicBool>,
+    watch: Arc<Watch>,
     cancel: CancelToken,
     report: Arc<Mutex<Option<LoadReport>>>,
     remaining: usize,
@@ -76,18 +77,19 @@ impl TensorStream {
 
         let budget = Budget::new(limit - scratch);
         let stop = Arc::new(AtomicBool::new(false));
+        let watch = Arc::new(Watch::new(stop.clone()));
         let done = Arc::new(Mutex::new(None));
         let (sender, arrivals) = mpsc::channel();
         let remaining = load.items().len();
         let reader = {
-            let (budget, stop, done) = (budget.clone(), stop.clone(), done.clone());
+            let (budget, watch, done) = (budget.clone(), watch.clone(), done.clone());
             let options = loader.read.clone();
             move || {
                 let began = Instant::now();
                 let deliver = |index: usize, tensor: Tensor| {
                     report_gone(sender.send(Ok((index, tensor))).is_err())
                 };
-                let result = load.run(&options, Some(&budget), &Watch::new(stop), &deliver);
+                let result = load.run(&options, Some(&budget), &watch, &deliver);
                 match result {
                     Ok(reads) => {
                         report.push("read", began.elapsed(), load.bytes_read());
@@ -111,6 +113,7 @@ impl TensorStream {
             reader: Some(reader),
             budget,
             stop,
+            watch,
             cancel: loader.cancel.clone(),
             report: done,
             remaining,
@@ -148,9 +151,6 @@ impl TensorStream {
         }
     }
 
-    /// The next arrival, in whatever order.
-    fn receive(&mut self) -> Result<(usize, Tensor)> {
-        let began = Instant::now();
     /// The last tensor is out: the reader is about to check its files, write its report and end.
     /// Says what it found, such as a file that changed while it was read.
     fn end(&mut self) -> Option<Error> {
@@ -159,6 +159,9 @@ impl TensorStream {
         self.arrivals.take()?.try_iter().find_map(Result::err)
     }
 
+    /// The next arrival, in whatever order.
+    fn receive(&mut self) -> Result<(usize, Tensor)> {
+        let (mut bytes, mut since) = (self.watch.bytes(), Instant::now());
         loop {
             if self.cancel.is_cancelled() {
                 return Err(Error::Cancelled);
@@ -168,7 +171,12 @@ impl TensorStream {
                 Ok(arrival) => return arrival,
                 Err(RecvTimeoutError::Disconnected) => return Err(Error::Cancelled),
                 Err(RecvTimeoutError::Timeout) => {
-                    let waited = began.elapsed();
+                    // One reader may wait for memory while another waits for slow storage.
+                    let now = self.watch.bytes();
+                    if now != bytes {
+                        (bytes, since) = (now, Instant::now());
+                    }
+                    let waited = since.elapsed();
                     if waited > STALL && self.budget.waiting() > 0 {
                         return Err(Error::Stalled { budget: self.budget.limit(), waited });
                     }
