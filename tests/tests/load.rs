@@ -236,6 +236,13 @@ fn progress_is_reported_and_tokens_cancel() {
     assert_eq!(last.load(Relaxed), tensors.report().bytes_read);
 
     let token = CancelToken::new();
+    // However short the load is, its end is reported.
+    for _ in 0..200 {
+        last.store(u64::MAX, Relaxed);
+        let report = loader.clone().select("scalar").load(&checkpoint).unwrap().report().clone();
+        assert_eq!(last.load(Relaxed), report.bytes_read);
+    }
+
     token.cancel();
     let loader = Loader::new().cancel(token);
     assert!(matches!(loader.load(&checkpoint), Err(Error::Cancelled)));
