@@ -61,6 +61,7 @@ fn typed_views_check_the_dtype() {
         Err(Error::WrongDtype { asked: Dtype::F32, found: Dtype::BF16, .. })
     ));
     assert!(matches!(tensors.get("no such"), Err(Error::UnknownTensor { .. })));
+    assert!(tensors.get("empty").unwrap().as_slice::<f32>().unwrap().is_empty());
 }
 
 #[test]
@@ -234,6 +235,13 @@ fn progress_is_reported_and_tokens_cancel() {
     });
     let tensors = loader.load(&checkpoint).unwrap();
     assert_eq!(last.load(Relaxed), tensors.report().bytes_read);
+
+    // However short the load is, its end is reported.
+    for _ in 0..200 {
+        last.store(u64::MAX, Relaxed);
+        let report = loader.clone().select("scalar").load(&checkpoint).unwrap().report().clone();
+        assert_eq!(last.load(Relaxed), report.bytes_read);
+    }
 
     let token = CancelToken::new();
     token.cancel();

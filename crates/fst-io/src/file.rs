@@ -67,6 +67,10 @@ impl SourceFile {
     /// [`Error::Open`], or [`Error::Changed`].
     pub fn open(path: &Path, expected: Option<&Metadata>) -> Result<Self, Error> {
         let fail = |source| Error::Open { path: path.to_owned(), source };
+        if let Some(expected) = expected {
+            // Before opening: should a named pipe have taken the name, that would block for ever.
+            Self::check_unchanged(path, expected)?;
+        }
         let buffered = File::open(path).map_err(fail)?;
         let found = buffered.metadata().map_err(fail)?;
         if let Some(change) = expected.and_then(|expected| change(expected, &found)) {
@@ -251,6 +255,20 @@ mod tests {
         assert!(matches!(error, Error::Changed { change: Change::Replaced, .. }));
         let error = SourceFile::open(&path, Some(&before)).unwrap_err();
         assert!(matches!(error, Error::Changed { change: Change::Replaced, .. }));
+    }
+
+    #[test]
+    fn a_pipe_that_took_the_name_is_refused_and_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        fs::write(&path, [1; 100]).unwrap();
+        let before = fs::metadata(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        let name = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+        // SAFETY: the name is a valid C string.
+        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+        let error = SourceFile::open(&path, Some(&before)).unwrap_err();
+        assert!(matches!(error, Error::Changed { .. }), "{error}");
     }
 
     #[test]

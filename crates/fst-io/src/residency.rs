@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use memmap2::MmapOptions;
@@ -15,7 +16,8 @@ use crate::sys;
 ///
 /// # Errors
 ///
-/// The system's error where both calls fail, as on file systems that cannot be mapped.
+/// The system's error where both calls fail: on file systems that cannot be mapped, and for files
+/// that this process neither owns nor may write to, where the kernel keeps it to itself.
 pub fn resident_bytes(file: &File, offset: u64, len: u64) -> io::Result<u64> {
     static NO_CACHESTAT: AtomicBool = AtomicBool::new(false);
     if len == 0 {
@@ -25,9 +27,10 @@ pub fn resident_bytes(file: &File, offset: u64, len: u64) -> io::Result<u64> {
     if !NO_CACHESTAT.load(Relaxed) {
         match sys::cachestat(file.as_raw_fd(), offset, len) {
             Ok(pages) => return Ok((pages * page).min(len)),
-            // Absent from the kernel, or filtered: it will not come back. Any other error is of
-            // this file, whose file system may have no page cache of the usual kind.
-            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => {
+            // Absent from the kernel: it will not come back. Any other error is of this file: one
+            // that this process may not ask about (EPERM), or whose file system has no page cache
+            // of the usual kind.
+            Err(e) if e.raw_os_error() == Some(libc::ENOSYS) => {
                 NO_CACHESTAT.store(true, Relaxed);
             }
             Err(_) => {}
@@ -39,7 +42,12 @@ pub fn resident_bytes(file: &File, offset: u64, len: u64) -> io::Result<u64> {
 fn by_mincore(file: &File, offset: u64, len: u64) -> io::Result<u64> {
     let page = sys::page_size() as u64;
     let start = offset / page * page;
-    let size = file.metadata()?.len();
+    let metadata = file.metadata()?;
+    // Of files that the caller neither owns nor may write to, `mincore` claims all pages.
+    if !sys::may_write(file, metadata.uid()) {
+        return Err(io::ErrorKind::PermissionDenied.into());
+    }
+    let size = metadata.len();
     let end = (offset + len).min(size);
     if end <= start {
         return Ok(0);
@@ -65,6 +73,22 @@ mod tests {
         assert_eq!(resident_bytes(&file, 4096, 8192).unwrap(), 8192);
         assert_eq!(by_mincore(&file, 2 << 20, 4096).unwrap(), 0);
         assert_eq!(resident_bytes(&file, 0, 0).unwrap(), 0);
+    }
+
+    #[test]
+    fn the_files_of_others_are_not_taken_for_resident() {
+        let mut file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        file.write_all(&vec![7; 1 << 20]).unwrap();
+        file.sync_all().unwrap();
+        // SAFETY: neither call touches memory. The bare system call changes this thread's user
+        // alone, which no other test runs on. Where this process may not change users, it fails,
+        // and the file stays its own.
+        unsafe {
+            libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED);
+            libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534);
+        }
+        assert!(resident_bytes(&file, 0, 1 << 20).map_or(true, |bytes| bytes < 1 << 20));
+        assert!(by_mincore(&file, 0, 1 << 20).map_or(true, |bytes| bytes < 1 << 20));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The system calls that the standard library lacks, as functions that return `io::Result`.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
@@ -132,6 +132,20 @@ pub(crate) fn mincore(mapping: &[u8], page: usize) -> io::Result<u64> {
         libc::mincore(mapping.as_ptr().cast_mut().cast(), mapping.len(), present.as_mut_ptr())
     })?;
     Ok(present.iter().filter(|p| *p & 1 == 1).count() as u64)
+}
+
+/// Whether this process owns a file (of user `owner`) or may write to it.
+pub(crate) fn may_write(file: &File, owner: u32) -> bool {
+    // SAFETY: no memory is involved.
+    let user = unsafe { libc::geteuid() };
+    if user == owner || user == 0 {
+        return true;
+    }
+    let Ok(path) = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd())) else {
+        return false;
+    };
+    // SAFETY: the path is a valid C string.
+    unsafe { libc::faccessat(libc::AT_FDCWD, path.as_ptr(), libc::W_OK, libc::AT_EACCESS) == 0 }
 }
 
 /// The system's page size in bytes.

@@ -101,9 +101,9 @@ impl CudaLoad {
         self.plan.plan.bytes_read() + torn
     }
 
-    /// Bytes of the longest arena: what must be in the device's memory at once.
-    pub(crate) fn largest_arena(&self) -> u64 {
-        self.plan.arenas.iter().map(|(len, _)| *len).max().unwrap_or(0)
+    /// Bytes of arenas that must be in the device's memory at once.
+    pub(crate) fn least_memory(&self) -> u64 {
+        self.plan.least_memory()
     }
 
     /// Bytes of the files that the page cache holds, if the system tells.
@@ -241,7 +241,7 @@ impl LandingSite<'_> {
         // its arenas (see `route`), so that they live until the copies are done.
         let sink = unsafe { PipelineSink::new(&pipeline, &route) }.with_admission(&admit);
         let plan = &load.plan.plan;
-        let stats = fst_io::read(&load.files, plan, &sink, options, &watch.next())
+        let stats = fst_io::read(&load.files, plan, &sink, options, &watch.next(budget))
             .map_err(|e| locate(e, &load.items))?;
         pipeline.flush().map_err(DeviceError::Cuda)?;
         self.take_arrivals().map_err(from_sink)?;
@@ -274,7 +274,7 @@ impl LandingSite<'_> {
                 &route,
                 Some(&admit),
                 GdsOptions::default(),
-                &watch.next(),
+                &watch.next(None),
             )
         }
         .map_err(gds)?;

@@ -108,10 +108,10 @@ impl HostLoad {
         self.plan.bytes_read() + self.transform.plan.bytes_read()
     }
 
-    /// Bytes of the longest arena: what must be in memory at once.
-    pub(crate) fn largest_arena(&self) -> u64 {
-        let transformed = self.transform.arenas.iter().map(|(len, _)| *len);
-        self.layout.arenas().iter().copied().chain(transformed).max().unwrap_or(0)
+    /// Bytes of arenas that must be in memory at once.
+    pub(crate) fn least_memory(&self) -> u64 {
+        let placed = self.layout.arenas().iter().copied().max().unwrap_or(0);
+        placed.max(self.transform.least_memory())
     }
 
     /// Whether scratch memory is used beside the arenas.
@@ -142,7 +142,7 @@ impl HostLoad {
             let on_arena =
                 |arena: usize, buffer: SharedBuffer| self.hand_out(arena, &buffer, deliver);
             let sink = InPlace::new(&self.plan, &self.layout, budget, &on_arena);
-            let control = watch.next();
+            let control = watch.next(budget);
             let stats = fst_io::read(&self.files, &self.plan, &sink, options, &control);
             reads.push(stats.map_err(located)?);
         }
@@ -165,7 +165,7 @@ impl HostLoad {
             let plan = &self.transform.plan;
             let slots = (SCRATCH / plan.limits().block).max(1) as usize;
             let sink = Scratch::new(plan, slots, &admit, &take).map_err(located)?;
-            let control = watch.next();
+            let control = watch.next(budget);
             let stats = fst_io::read(&self.files, plan, &sink, options, &control);
             reads.push(stats.map_err(located)?);
         }
@@ -227,8 +227,13 @@ impl Watch {
         Self { flag, ..Self::default() }
     }
 
-    pub(crate) fn next(&self) -> Arc<Control> {
-        let control = Arc::new(Control::with_flag(self.flag.clone()));
+    /// Follows one more read, which takes its memory from `budget`.
+    pub(crate) fn next(&self, budget: Option<&Budget>) -> Arc<Control> {
+        let control = Control::with_flag(self.flag.clone());
+        let control = Arc::new(match budget {
+            Some(budget) => control.closing(budget),
+            None => control,
+        });
         self.controls.lock().unwrap_or_else(|e| e.into_inner()).push(control.clone());
         control
     }

@@ -48,11 +48,11 @@ impl Load {
         }
     }
 
-    /// Bytes of the longest arena: what must be in memory at once.
-    pub(crate) fn largest_arena(&self) -> u64 {
+    /// Bytes of arenas that must be in memory at once.
+    pub(crate) fn least_memory(&self) -> u64 {
         match self {
-            Self::Host(load) => load.largest_arena(),
-            Self::Cuda(load) => load.largest_arena(),
+            Self::Host(load) => load.least_memory(),
+            Self::Cuda(load) => load.least_memory(),
         }
     }
 

@@ -2,7 +2,10 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicBool,
+    Ordering::{Acquire, Release},
+};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -121,7 +124,7 @@ impl Loader {
     }
 
     /// Calls `hook` about twenty times a second while a load runs, and once at its end, from a
-    /// thread of its own.
+    /// thread of its own. [Streams](Self::stream) call nothing: their tensors tell.
     #[must_use]
     pub fn on_progress(mut self, hook: impl Fn(&Progress) + Send + Sync + 'static) -> Self {
         self.on_progress = Some(Arc::new(hook));
@@ -266,9 +269,14 @@ impl Loader {
         std::thread::scope(|scope| {
             let reporter = std::thread::Builder::new().name("fst-progress".to_owned());
             let reporter = reporter.spawn_scoped(scope, || {
-                while !done.load(Relaxed) {
+                loop {
                     std::thread::park_timeout(PROGRESS_INTERVAL);
+                    // Asked first, so that the last call sees all that was done.
+                    let last = done.load(Acquire);
                     hook(&progress(watch.bytes()));
+                    if last {
+                        break;
+                    }
                 }
             });
             // Also when `load` panics: the scope waits for the reporter.
@@ -283,7 +291,7 @@ struct Stop<'a>(&'a AtomicBool, Option<&'a std::thread::Thread>);
 
 impl Drop for Stop<'_> {
     fn drop(&mut self) {
-        self.0.store(true, Relaxed);
+        self.0.store(true, Release);
         if let Some(reporter) = self.1 {
             reporter.unpark();
         }

@@ -23,7 +23,7 @@ use crate::verify::{Hashed, verified};
 /// The budget when none was set, in bytes.
 const DEFAULT_BUDGET: u64 = 2 << 30;
 
-/// How long nothing may move, while the reader waits for memory that held tensors occupy, before
+/// How long nothing may be read, while a reader waits for memory that held tensors occupy, before
 /// the stream says so.
 const STALL: Duration = Duration::from_secs(10);
 
@@ -36,6 +36,7 @@ pub struct TensorStream {
     reader: Option<JoinHandle<()>>,
     budget: Budget,
     stop: Arc<AtomicBool>,
+    watch: Arc<Watch>,
     cancel: CancelToken,
     report: Arc<Mutex<Option<LoadReport>>>,
     remaining: usize,
@@ -72,7 +73,7 @@ impl TensorStream {
         let arena = (limit / 8).clamp(1 << 20, ARENA / 4);
         let load = Load::new(device, checkpoint, items, arena, loader.in_order)?;
         let scratch = load.scratch();
-        let needed = load.largest_arena() + scratch;
+        let needed = load.least_memory() + scratch;
         if limit < needed {
             return Err(Error::Budget { budget: limit, needed });
         }
@@ -81,11 +82,12 @@ impl TensorStream {
 
         let budget = Budget::new(limit - scratch);
         let stop = Arc::new(AtomicBool::new(false));
+        let watch = Arc::new(Watch::new(stop.clone()));
         let done = Arc::new(Mutex::new(None));
         let (sender, arrivals) = mpsc::channel();
         let remaining = load.items().len();
         let reader = {
-            let (budget, stop, done) = (budget.clone(), stop.clone(), done.clone());
+            let (budget, watch, done) = (budget.clone(), watch.clone(), done.clone());
             let options = loader.read.clone();
             move || {
                 let began = Instant::now();
@@ -93,7 +95,7 @@ impl TensorStream {
                     report_gone(sender.send(Ok((index, tensor))).is_err())
                 };
                 let run = |deliver: Deliver<'_>| {
-                    let reads = load.run(&options, Some(&budget), &Watch::new(stop), deliver)?;
+                    let reads = load.run(&options, Some(&budget), &watch, deliver)?;
                     Ok((reads, began.elapsed()))
                 };
                 let hashed = Hashed::default();
@@ -127,6 +129,7 @@ impl TensorStream {
             reader: Some(reader),
             budget,
             stop,
+            watch,
             cancel: loader.cancel.clone(),
             report: done,
             remaining,
@@ -164,9 +167,17 @@ impl TensorStream {
         }
     }
 
+    /// The last tensor is out: the reader is about to check its files, write its report and end.
+    /// Says what it found, such as a file that changed while it was read.
+    fn end(&mut self) -> Option<Error> {
+        // A panic of the reader was its own end; nothing is in flight any more.
+        let _ = self.reader.take()?.join();
+        self.arrivals.take()?.try_iter().find_map(Result::err)
+    }
+
     /// The next arrival, in whatever order.
     fn receive(&mut self) -> Result<(usize, Tensor)> {
-        let began = Instant::now();
+        let (mut bytes, mut since) = (self.watch.bytes(), Instant::now());
         loop {
             if self.cancel.is_cancelled() {
                 return Err(Error::Cancelled);
@@ -176,7 +187,12 @@ impl TensorStream {
                 Ok(arrival) => return arrival,
                 Err(RecvTimeoutError::Disconnected) => return Err(Error::Cancelled),
                 Err(RecvTimeoutError::Timeout) => {
-                    let waited = began.elapsed();
+                    // One reader may wait for memory while another waits for slow storage.
+                    let now = self.watch.bytes();
+                    if now != bytes {
+                        (bytes, since) = (now, Instant::now());
+                    }
+                    let waited = since.elapsed();
                     if waited > STALL && self.budget.waiting() > 0 {
                         return Err(Error::Stalled { budget: self.budget.limit(), waited });
                     }
@@ -210,14 +226,11 @@ impl Iterator for TensorStream {
     type Item = Result<Tensor>;
 
     /// The next tensor, or the error that ended the load. After [`Error::Stalled`] the stream goes
-    /// on where it was; after any other error it is over.
+    /// on where it was; after any other error it is over. That files did not change meanwhile is
+    /// known only behind the last tensor: an error can follow it.
     fn next(&mut self) -> Option<Self::Item> {
         if self.remaining == 0 {
-            if let Some(reader) = self.reader.take() {
-                // The last tensor is out: the reader is about to write its report and end.
-                let _ = reader.join();
-            }
-            return None;
+            return self.end().map(Err);
         }
         let next = self.next_tensor();
         match &next {

@@ -212,6 +212,12 @@ impl TransformPlan {
         })
     }
 
+    /// Bytes of arenas that must be in memory at once: a block needs all that it leads to.
+    pub(crate) fn least_memory(&self) -> u64 {
+        let of_block = |block| self.arenas_of(block).map(|arena| self.arenas[arena].0).sum();
+        self.plan.blocks().iter().map(of_block).max().unwrap_or(0)
+    }
+
     /// Where each item goes, in the order given.
     pub(crate) fn dests(&self) -> impl Iterator<Item = Dest> + '_ {
         self.work.iter().map(|work| work.dest)

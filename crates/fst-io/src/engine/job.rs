@@ -113,6 +113,8 @@ impl<'a> Job<'a> {
         let mut failure = self.failure.lock().unwrap_or_else(|e| e.into_inner());
         failure.get_or_insert(error);
         self.stopped.store(true, Relaxed);
+        drop(failure);
+        self.control.ended();
     }
 
     /// Ends the read because the taker of blocks wants no more.

@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread;
 use std::time::Instant;
 
+use crate::budget::Budget;
 use crate::error::Error;
 use crate::file::SourceFile;
 use crate::plan::ReadPlan;
@@ -155,6 +156,7 @@ pub struct ReadOptions {
 pub struct Control {
     cancelled: Arc<AtomicBool>,
     landed: AtomicU64,
+    budget: Option<Budget>,
 }
 
 impl Control {
@@ -166,6 +168,15 @@ impl Control {
     /// A handle whose read also ends when `cancelled` becomes true. One flag can end many reads.
     pub fn with_flag(cancelled: Arc<AtomicBool>) -> Self {
         Self { cancelled, ..Self::default() }
+    }
+
+    /// Closes `budget` when the read ends early. Sinks whose memory comes within a budget need
+    /// this: a worker that waits for memory would otherwise wait for ever once another has failed,
+    /// since what lacks a block is never complete and gives nothing back.
+    #[must_use]
+    pub fn closing(mut self, budget: &Budget) -> Self {
+        self.budget = Some(budget.clone());
+        self
     }
 
     /// Ends the read as soon as the requests in flight are over; it returns
@@ -182,6 +193,13 @@ impl Control {
     /// Bytes that have landed so far (of [`ReadPlan::bytes_read`]).
     pub fn landed_bytes(&self) -> u64 {
         self.landed.load(Relaxed)
+    }
+
+    /// Wakes those who wait for memory: the read is over.
+    pub(crate) fn ended(&self) {
+        if let Some(budget) = &self.budget {
+            budget.close();
+        }
     }
 
     pub(crate) fn add_landed(&self, bytes: u64) {

@@ -1,0 +1,61 @@
+#![allow(clippy::unwrap_used, clippy::panic)]
+#![allow(clippy::field_reassign_with_default)] // options are non-exhaustive
+
+//! Reads within a memory budget.
+
+use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use fst_io::place::{InPlace, Layout};
+use fst_io::plan::{Block, Limits, ReadPlan};
+use fst_io::sink::{Sink, SinkError, Target};
+use fst_io::{Budget, Control, Engine, Error, Extent, ReadOptions, SourceFile};
+
+const LEN: u64 = 2 << 20;
+
+/// Holds the second block back until somebody waits for the budget.
+struct Ordered<'a>(InPlace<'a>, &'a Budget);
+
+// SAFETY: the inner sink's targets, passed on.
+unsafe impl Sink for Ordered<'_> {
+    fn reserve(&self, block: &Block, wait: bool) -> Result<Option<Target>, SinkError> {
+        let target = self.0.reserve(block, wait && block.index != 1);
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while block.index == 1 && self.1.waiting() == 0 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        target
+    }
+
+    fn landed(&self, block: &Block, target: Target) -> Result<(), SinkError> {
+        self.0.landed(block, target)
+    }
+
+    fn abandoned(&self, block: &Block, target: Target) {
+        self.0.abandoned(block, target);
+    }
+}
+
+#[test]
+fn an_error_ends_those_who_wait_for_the_budget() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = [dir.path().join("a"), dir.path().join("b")];
+    paths.iter().for_each(|path| fs::write(path, vec![1; LEN as usize]).unwrap());
+    let files = paths.each_ref().map(|path| SourceFile::open(path, None).unwrap());
+    // The arena of the first file will lack its second half, so that its memory never comes back.
+    fs::File::options().write(true).open(&paths[0]).unwrap().set_len(LEN / 2).unwrap();
+    let extents = (0..2).map(|file| Extent { file, offset: 0, len: LEN }).collect();
+    let plan = ReadPlan::new(extents, Limits { block: LEN / 2, ..Limits::default() }).unwrap();
+    let layout = Layout::new(&plan, LEN);
+    let budget = Budget::new(LEN);
+    let sink = InPlace::new(&plan, &layout, Some(&budget), &|_, _| Ok(()));
+    let sink = Ordered(sink, &budget);
+    let mut options = ReadOptions::default();
+    options.engine = Engine::Pread;
+    options.workers = Some(3);
+    let control = Control::with_flag(Arc::new(AtomicBool::new(false))).closing(&budget);
+    let error = fst_io::read(&files, &plan, &sink, &options, &control).unwrap_err();
+    assert!(matches!(error, Error::EarlyEnd { .. }), "{error}");
+}

@@ -1,0 +1,56 @@
+//! Streams when something goes wrong or memory is tight: the error arrives, and nothing waits for
+//! ever.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod load_support;
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use fst::{Checkpoint, Dtype, Error, Loader};
+use safetensors::tensor::Dtype as OfficialDtype;
+
+use load_support::*;
+
+/// Two tensors of 4 MiB and a bit, next to each other.
+fn two(dir: &Path) -> Checkpoint {
+    let path = dir.join("two.safetensors");
+    let shape = vec![1025, 2048];
+    write(&path, &[("a", OfficialDtype::BF16, shape.clone()), ("b", OfficialDtype::BF16, shape)]);
+    Checkpoint::open(path).unwrap()
+}
+
+#[test]
+fn a_file_that_changes_under_a_stream_is_an_error_at_its_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = two(dir.path());
+    // The second tensor has to wait for the first one's memory.
+    let mut stream = Loader::new().memory_budget(6 << 20).stream(&checkpoint).unwrap();
+    let first = stream.next().unwrap().unwrap();
+    let file = fs::File::options().write(true).open(first.info().path()).unwrap();
+    file.set_modified(SystemTime::now() + Duration::from_secs(5)).unwrap();
+    drop(first);
+    let rest: Vec<_> = stream.collect();
+    let Some(Err(error)) = rest.last() else { panic!("{rest:?}") };
+    assert!(error.to_string().contains("changed"), "{error}");
+}
+
+#[test]
+fn the_smallest_budget_works_for_blocks_that_lead_to_several_arenas() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = two(dir.path());
+    let loader = Loader::new().dtype(Dtype::F32);
+    let whole = ours(&loader.load(&checkpoint).unwrap());
+    let small = loader.clone().memory_budget(1 << 20).stream(&checkpoint);
+    let Err(Error::Budget { needed, .. }) = small else { panic!("{small:?}") };
+    let mut names = Vec::new();
+    for tensor in loader.memory_budget(needed).stream(&checkpoint).unwrap() {
+        let tensor = tensor.unwrap();
+        assert!(tensor.bytes().unwrap() == whole[tensor.name()].2);
+        names.push(tensor.name().to_owned());
+    }
+    names.sort();
+    assert_eq!(names, ["a", "b"]);
+}
