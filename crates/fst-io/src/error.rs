@@ -43,7 +43,7 @@ pub enum Error {
     #[error(
         "{}: file ends at offset {end}, {} bytes before the end of what was to be read ({needed}); \
          it is truncated or shrank during the load",
-        path.display(), needed - end
+        path.display(), needed.saturating_sub(*end)
     )]
     EarlyEnd {
         /// The file.

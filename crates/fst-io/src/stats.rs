@@ -123,7 +123,8 @@ pub struct ReadStats {
 }
 
 impl ReadStats {
-    pub(crate) fn new(engine: ResolvedEngine, workers: usize, plan: &ReadPlan) -> Self {
+    /// Statistics of a read that has not begun; for readers of other kinds to fill in.
+    pub fn new(engine: ResolvedEngine, workers: usize, plan: &ReadPlan) -> Self {
         Self {
             engine,
             workers,

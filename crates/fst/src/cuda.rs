@@ -2,7 +2,7 @@
 //! asynchronous copies, cut and converted on the device on the way.
 
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fst_format::Checkpoint;
 use fst_gpu::cufile::{self, CuFile, GdsError, GdsOptions};
@@ -14,7 +14,7 @@ use fst_io::arenas::{ArenaMemory, Arenas};
 use fst_io::budget::Lease;
 use fst_io::plan::{Block, Limits};
 use fst_io::sink::SinkError;
-use fst_io::{Budget, Engine, ReadOptions, ReadStats, SourceFile};
+use fst_io::{Budget, Engine, ReadOptions, ReadStats, ResolvedEngine, SourceFile};
 
 use crate::error::{DeviceError, Error, Result};
 use crate::host::{Deliver, HostLoad, Watch, from_sink, locate, open_files};
@@ -175,7 +175,7 @@ impl CudaLoad {
         let arenas = Arenas::with(self.plan.arenas.iter().copied(), budget, make, &on_arena);
         let landing = LandingSite { load: self, arenas, arrived: Arc::default() };
         match options.engine {
-            Engine::Gds => landing.run_gds(watch)?,
+            Engine::Gds => reads.push(landing.run_gds(watch)?),
             _ => reads.push(landing.run_pipeline(options, budget, watch)?),
         }
         Ok(reads)
@@ -248,7 +248,8 @@ impl LandingSite<'_> {
         Ok(stats)
     }
 
-    fn run_gds(&self, watch: &Watch) -> Result<()> {
+    fn run_gds(&self, watch: &Watch) -> Result<ReadStats> {
+        let began = Instant::now();
         let load = self.load;
         let gds = |e: GdsError| match e {
             GdsError::Cancelled => Error::Cancelled,
@@ -265,7 +266,7 @@ impl LandingSite<'_> {
         let admit = |block: &Block, _wait: bool| self.has_room(block);
         let plan = &load.plan.plan;
         // SAFETY: as for the pipeline.
-        unsafe {
+        let done = unsafe {
             cufile::read(
                 cufile,
                 &load.device,
@@ -278,7 +279,14 @@ impl LandingSite<'_> {
             )
         }
         .map_err(gds)?;
-        self.take_arrivals().map_err(from_sink)
+        self.take_arrivals().map_err(from_sink)?;
+        let reason = "asked for".to_owned();
+        let engine = ResolvedEngine { asked: Engine::Gds, used: Engine::Gds, reason };
+        let mut stats = ReadStats::new(engine, done.workers, plan);
+        stats.seconds = began.elapsed().as_secs_f64();
+        let direct = &mut stats.stages[fst_io::stats::Stage::Direct as usize];
+        (direct.blocks, direct.bytes) = (done.reads, done.bytes_read);
+        Ok(stats)
     }
 
     /// Whether the arenas of a block have memory; gives it to them if there is some.

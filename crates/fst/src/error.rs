@@ -41,6 +41,18 @@ pub enum Error {
         /// What does not fit.
         source: SliceError,
     },
+    /// Two slices of one tensor: only one dimension can be sliced.
+    #[error("tensor {tensor:?} is sliced twice; one slice of one dimension can be loaded")]
+    SlicedTwice {
+        /// The tensor.
+        tensor: String,
+    },
+    /// A slice of a tensor that is not among those to load.
+    #[error("tensor {tensor:?} is sliced, but not selected")]
+    SliceNotSelected {
+        /// The tensor.
+        tensor: String,
+    },
     /// A pattern matched no tensor.
     #[error("no tensor matches {pattern:?}")]
     NoMatch {

@@ -159,7 +159,9 @@ impl Selection {
             let slice = info
                 .slice(*dim, range.clone())
                 .map_err(|source| Error::Slice { tensor: name.clone(), source })?;
-            slices.insert(name, slice);
+            if slices.insert(name, slice).is_some() {
+                return Err(Error::SlicedTwice { tensor: name.clone() });
+            }
         }
         let mut matched = vec![false; self.patterns.len()];
         let mut items = Vec::with_capacity(checkpoint.tensors().len());
@@ -175,6 +177,9 @@ impl Selection {
             }
             let dtype = self.target_dtype(info)?;
             items.push(Item { info: info.clone(), slice: slices.remove(info.name()), dtype });
+        }
+        if let Some(name) = slices.into_keys().min() {
+            return Err(Error::SliceNotSelected { tensor: name.to_owned() });
         }
         match matched.iter().position(|matched| !matched) {
             Some(unused) => Err(Error::NoMatch { pattern: self.patterns[unused].clone() }),

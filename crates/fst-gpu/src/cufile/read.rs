@@ -139,17 +139,21 @@ pub unsafe fn read<'a>(
     };
     let mut stats = GdsStats { workers, ..GdsStats::default() };
     let totals = Mutex::new((0, 0));
-    std::thread::scope(|scope| {
-        for _ in 0..workers {
-            scope.spawn(|| match job.work() {
-                Ok((bytes, reads)) => {
-                    let mut totals = totals.lock().unwrap_or_else(PoisonError::into_inner);
-                    totals.0 += bytes;
-                    totals.1 += reads;
-                }
-                Err(error) => job.fail(error),
-            });
+    let work = || match job.work() {
+        Ok((bytes, reads)) => {
+            let mut totals = totals.lock().unwrap_or_else(PoisonError::into_inner);
+            totals.0 += bytes;
+            totals.1 += reads;
         }
+        Err(error) => job.fail(error),
+    };
+    std::thread::scope(|scope| {
+        for worker in 1..workers {
+            let thread = std::thread::Builder::new().name(format!("fst-gds-{worker}"));
+            // Fewer threads are slower and still right.
+            let _ = thread.spawn_scoped(scope, work);
+        }
+        work();
     });
     if let Some(error) = job.failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
         return Err(error);
@@ -242,6 +246,7 @@ impl Job<'_> {
             bytes += self
                 .read_block(block, registered, slot.place)
                 .map_err(|source| self.located(block, source))?;
+            self.control.add_landed(block.need);
             reads += 1;
             let Landing { ops, done } = (self.route)(block).map_err(GdsError::Consumer)?;
             let base = registered.arena().address() + slot.place;

@@ -202,7 +202,8 @@ impl Control {
         }
     }
 
-    pub(crate) fn add_landed(&self, bytes: u64) {
+    /// Counts bytes that have landed; for readers of other kinds, such as cuFile's.
+    pub fn add_landed(&self, bytes: u64) {
         self.landed.fetch_add(bytes, Relaxed);
     }
 }

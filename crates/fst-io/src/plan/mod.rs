@@ -190,6 +190,9 @@ impl ReadPlan {
         }
         let segment = index(self.segments.len())?;
         let first_block = index(self.blocks.len())?;
+        // Before any is made: a sparse file can be longer than the memory for its plan.
+        let more = (end - start).div_ceil(self.limits.block);
+        index(usize::try_from(more.saturating_add(first_block.into())).unwrap_or(usize::MAX))?;
         let mut extent = first;
         let mut offset = start;
         while offset < end {

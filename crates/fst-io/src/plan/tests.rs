@@ -90,6 +90,8 @@ fn bad_requests_are_errors() {
         ReadPlan::new(overlap, Limits::default()),
         Err(PlanError::Unsorted { index: 1, .. })
     ));
+    let plan = ReadPlan::new(vec![Extent::new(0, 0..1 << 60)], Limits::default());
+    assert!(matches!(plan, Err(PlanError::TooMany)), "at once, not when memory has run out");
     let odd = Limits { align: 3, ..Limits::default() };
     assert!(matches!(ReadPlan::new(vec![], odd), Err(PlanError::Alignment { align: 3 })));
 }
