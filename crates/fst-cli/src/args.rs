@@ -69,6 +69,12 @@ pub(crate) struct LoadArgs {
     /// Hold every tensor's bytes to the sums in this file, as `fst sum -o FILE` writes them
     #[arg(long, value_name = "FILE", requires = "paths")]
     pub(crate) verify: Option<PathBuf>,
+    /// Write the load's timeline to this file, for chrome://tracing or https://ui.perfetto.dev
+    #[arg(long, value_name = "FILE")]
+    pub(crate) trace: Option<PathBuf>,
+    /// Draw throughput over time to this file, as an SVG
+    #[arg(long, value_name = "FILE.svg")]
+    pub(crate) plot: Option<PathBuf>,
     /// Print one JSON document instead of text
     #[arg(long)]
     pub(crate) json: bool,

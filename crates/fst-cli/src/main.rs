@@ -9,6 +9,7 @@ mod progress;
 mod reading;
 mod slice;
 mod text;
+mod timeline;
 
 use std::process::ExitCode;
 

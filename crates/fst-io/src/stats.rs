@@ -95,6 +95,8 @@ pub struct ReadStats {
     pub engine: ResolvedEngine,
     /// Reader threads.
     pub workers: usize,
+    /// Reads that may be in flight at once, over all threads.
+    pub depth: usize,
     /// Wall-clock seconds from start to the last block.
     pub seconds: f64,
     /// Bytes that were asked for.
@@ -128,6 +130,7 @@ impl ReadStats {
         Self {
             engine,
             workers,
+            depth: workers,
             seconds: 0.0,
             bytes_asked: plan.bytes_asked(),
             bytes_read: plan.bytes_read(),

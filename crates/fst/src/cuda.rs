@@ -106,9 +106,9 @@ impl CudaLoad {
         self.plan.least_memory()
     }
 
-    /// Bytes of the files that the page cache holds, if the system tells.
-    pub(crate) fn resident_bytes(&self) -> Option<u64> {
-        self.files.iter().map(|file| file.resident_bytes().ok()).sum()
+    /// The files that are read.
+    pub(crate) fn files(&self) -> &[SourceFile] {
+        &self.files
     }
 
     /// Refuses a load that the device has no room for, before anything is read.

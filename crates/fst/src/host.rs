@@ -119,9 +119,9 @@ impl HostLoad {
         !self.transformed.is_empty()
     }
 
-    /// Bytes of the files that the page cache holds, if the system tells.
-    pub(crate) fn resident_bytes(&self) -> Option<u64> {
-        self.files.iter().map(|file| file.resident_bytes().ok()).sum()
+    /// The files that are read.
+    pub(crate) fn files(&self) -> &[SourceFile] {
+        &self.files
     }
 
     /// Reads everything; every item is delivered once, unless there is an error.

@@ -200,7 +200,7 @@ impl Loader {
             manifest.check(checkpoint, &items)?;
         }
         let (files, number) = open_files(checkpoint, &items)?;
-        report.resident_bytes = files.iter().map(|file| file.resident_bytes().ok()).sum();
+        report.add_files(&files);
         let align = files.iter().map(SourceFile::align).max().unwrap_or(Limits::MIN_ALIGN);
         let mut ways = Ways::default();
         for (item, memory) in items.iter().zip(&mut memory) {

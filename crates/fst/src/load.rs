@@ -2,7 +2,7 @@
 
 use fst_format::Checkpoint;
 use fst_gpu::cufile::{GdsMode, GdsStatus};
-use fst_io::{Budget, Engine, ReadOptions, ReadStats, ResolvedEngine};
+use fst_io::{Budget, Engine, ReadOptions, ReadStats, ResolvedEngine, SourceFile};
 
 use crate::cuda::CudaLoad;
 use crate::device::Device;
@@ -64,11 +64,11 @@ impl Load {
         }
     }
 
-    /// Bytes of the files that the page cache holds, if the system tells.
-    pub(crate) fn resident_bytes(&self) -> Option<u64> {
+    /// The files that are read.
+    pub(crate) fn files(&self) -> &[SourceFile] {
         match self {
-            Self::Host(load) => load.resident_bytes(),
-            Self::Cuda(load) => load.resident_bytes(),
+            Self::Host(load) => load.files(),
+            Self::Cuda(load) => load.files(),
         }
     }
 

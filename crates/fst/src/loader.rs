@@ -198,7 +198,7 @@ impl Loader {
         let arena = if self.manifest.is_some() { VERIFY_ARENA } else { ARENA };
         let load = Load::new(&self.device, checkpoint, items, arena, false)?;
         load.check_memory()?;
-        report.resident_bytes = load.resident_bytes();
+        report.add_files(load.files());
         report.push("plan", began.elapsed(), 0);
 
         let began = Instant::now();

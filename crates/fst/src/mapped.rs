@@ -70,15 +70,14 @@ impl Loader {
 
         let mut rest = Vec::new();
         let mut ranges: Vec<(Arc<Mapping>, Range<usize>)> = Vec::new();
-        let mut maps: Vec<Option<(Arc<Mapping>, Option<u64>)>> =
-            vec![None; checkpoint.shards().len()];
+        let mut maps: Vec<Option<Arc<Mapping>>> = vec![None; checkpoint.shards().len()];
         for (index, item) in items.iter().enumerate() {
             if item.source_len() == 0 || !item.lands_in_place() {
                 rest.push(index);
                 continue;
             }
             let shard = &mut maps[item.info.shard()];
-            let (map, _) = match shard {
+            let map = match shard {
                 Some(map) => map,
                 None => {
                     let source = &checkpoint.shards()[item.info.shard()];
@@ -86,7 +85,8 @@ impl Loader {
                     let file = file.map_err(|e| locate(e, &items))?;
                     // SAFETY: passed on to our caller.
                     let map = unsafe { Mapping::new(&file) }.map_err(|e| locate(e, &items))?;
-                    shard.insert((Arc::new(map), file.resident_bytes().ok()))
+                    report.add_files(std::slice::from_ref(&file));
+                    shard.insert(Arc::new(map))
                 }
             };
             let (tensor, range) = mapped(item, map)?;
@@ -99,7 +99,6 @@ impl Loader {
             }
             tensors[index] = Some(tensor);
         }
-        report.resident_bytes = maps.into_iter().flatten().map(|(_, resident)| resident).sum();
         report.push("map", began.elapsed(), report.bytes_asked);
         if !self.lazy {
             mapping::read_ahead(&ranges);
@@ -116,10 +115,7 @@ impl Loader {
         if !rest.is_empty() {
             let began = Instant::now();
             let items = rest.iter().map(|index| items[*index].clone()).collect();
-            let mapped_resident = report.resident_bytes;
             let loaded = self.load_items(checkpoint, items, began, &mut report)?;
-            // Of the files that are mapped, too; some are both.
-            report.resident_bytes = mapped_resident.or(report.resident_bytes);
             for (index, tensor) in rest.into_iter().zip(loaded) {
                 tensors[index] = Some(tensor);
             }

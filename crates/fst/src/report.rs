@@ -1,27 +1,58 @@
 //! What a load did, and what bound it.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use fst_io::stats::{self, Event};
-use fst_io::{ReadStats, ResolvedEngine};
+use fst_io::{ReadStats, ResolvedEngine, SourceFile};
 
 use crate::device::Device;
 
 /// A part of a load.
+///
+/// Stages whose name has no dot, such as `open`, `plan` and `read`, follow each other: their wall
+/// clocks add up to the load's seconds. Those with a dot, such as `read.direct`, are parts of the
+/// one in front of the dot, and their times are added up over the threads and requests that were
+/// busy at once, so that they can exceed the wall clock. [`meaning`](Self::meaning) says what each
+/// is.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct Stage {
-    /// What was done, such as `open`, `plan`, `read`, `map`, `populate` (these follow each other and add up to the
-    /// load's seconds), or one of the parts of `read`, whose times are added up over threads and so
-    /// can exceed the wall clock: `read.direct`, `read.cached`, `read.buffered`, `read.mapped`
-    /// (from issue to arrival), `read.issue` (handing requests over, first touch of fresh pages
-    /// included), `read.wait` (nothing to do until storage answers), `read.reserve` (waiting for
-    /// memory), `read.deliver` (converting and handing over).
+    /// What was done.
     pub name: &'static str,
     /// Seconds.
     pub seconds: f64,
     /// Bytes that went through it; 0 where that makes no sense.
     pub bytes: u64,
+}
+
+impl Stage {
+    /// The stage that this is a part of: its seconds are then added up over threads and requests.
+    pub fn part_of(&self) -> Option<&'static str> {
+        self.name.split_once('.').map(|(whole, _)| whole)
+    }
+
+    /// What was done, in a few words; empty for stages without an explanation.
+    pub fn meaning(&self) -> &'static str {
+        match self.name {
+            "open" => "reading and checking headers",
+            "plan" => "opening files, choosing what to read",
+            "read" => "from the first request to the last tensor",
+            "map" => "mapping files into memory",
+            "populate" => "bringing mapped pages in",
+            "verify" => "hashing that was left when all was read",
+            "read.direct" => "around the page cache, from request to arrival",
+            "read.cached" => "copied out of the page cache",
+            "read.buffered" => "through the page cache, filled from storage",
+            "read.mapped" => "copied out of a mapping",
+            "read.issue" => "handing requests to the kernel",
+            "read.wait" => "nothing to do until storage answers",
+            "read.reserve" => "waiting for memory to read into",
+            "read.deliver" => "converting, handing tensors over",
+            "verify.hash" => "hashing, beside reading",
+            _ => "",
+        }
+    }
 }
 
 /// What a load did, and what bound it.
@@ -45,15 +76,25 @@ pub struct LoadReport {
     pub device: Device,
     /// Reader threads.
     pub workers: usize,
+    /// Reads that may be in flight at once, over all threads.
+    pub depth: usize,
     /// Length of the longest read in bytes.
     pub block_bytes: u64,
-    /// Bytes of the files that the page cache held before the load; `None` where the system does
-    /// not tell.
+    /// The files that were used.
+    pub files: Vec<PathBuf>,
+    /// Bytes of these files.
+    pub file_bytes: u64,
+    /// How many of these the page cache held before the load; `None` where the system does not
+    /// tell.
     pub resident_bytes: Option<u64>,
     /// The stages, in order.
     pub stages: Vec<Stage>,
-    /// Every block's way, when a trace was asked for.
+    /// Every block's way, when a [trace](crate::Loader::trace) was asked for, in the order of
+    /// their start. Starts count from that of the load, files are positions in
+    /// [`files`](Self::files).
     pub events: Vec<Event>,
+    /// Where in `files` those of the next read begin.
+    first_file: usize,
 }
 
 impl LoadReport {
@@ -77,10 +118,14 @@ impl LoadReport {
             engine,
             device,
             workers: 0,
+            depth: 0,
             block_bytes: 0,
-            resident_bytes: None,
+            files: Vec::new(),
+            file_bytes: 0,
+            resident_bytes: Some(0),
             stages: Vec::new(),
             events: Vec::new(),
+            first_file: 0,
         }
     }
 
@@ -101,8 +146,24 @@ impl LoadReport {
         }
     }
 
-    /// Adds what the readers did, as parts of the stage `read`.
+    /// Adds the files that are used next, and what the page cache holds of them.
+    pub(crate) fn add_files(&mut self, files: &[SourceFile]) {
+        let known = self.files.len();
+        self.first_file = known;
+        for file in files {
+            if !self.files[..known].iter().any(|path| path == file.path()) {
+                self.file_bytes += file.len();
+                let resident = file.resident_bytes().ok();
+                self.resident_bytes = self.resident_bytes.zip(resident).map(|(a, b)| a + b);
+            }
+            self.files.push(file.path().to_owned());
+        }
+    }
+
+    /// Adds what the readers did, one read after the other, as parts of the stage `read`, which is
+    /// the last that was added.
     pub(crate) fn add_reads(&mut self, reads: &[ReadStats]) {
+        let mut began = self.seconds - self.stage("read").map_or(0.0, |stage| stage.seconds);
         let ways = stats::Stage::ALL.map(|way| match way {
             stats::Stage::Direct => "read.direct",
             stats::Stage::Cached => "read.cached",
@@ -132,7 +193,14 @@ impl LoadReport {
             self.bytes_read += read.bytes_read;
             self.workers = self.workers.max(read.workers);
             self.block_bytes = self.block_bytes.max(read.block_bytes);
-            self.events.extend_from_slice(&read.events);
+            self.depth = self.depth.max(read.depth);
+            let start = Duration::try_from_secs_f64(began).unwrap_or_default();
+            self.events.extend(read.events.iter().map(|event| Event {
+                start: event.start + start,
+                file: event.file + self.first_file as u32,
+                ..*event
+            }));
+            began += read.seconds;
         }
     }
 }

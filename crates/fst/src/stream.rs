@@ -77,7 +77,7 @@ impl TensorStream {
         if limit < needed {
             return Err(Error::Budget { budget: limit, needed });
         }
-        report.resident_bytes = load.resident_bytes();
+        report.add_files(load.files());
         report.push("plan", began.elapsed(), 0);
 
         let budget = Budget::new(limit - scratch);

@@ -15,6 +15,7 @@ use crate::interrupt::{self, TemporaryFolder};
 use crate::progress::Progress;
 use crate::reading;
 use crate::text::{self, Align, FAINT, HEADING, RESULT, Table, counted, styled, visible};
+use crate::timeline;
 
 /// What the demonstration loads: the shapes of Llama 2, cut to about 1 GB.
 const DEMO_MODEL: &str = "llama-2-7b";
@@ -37,7 +38,10 @@ struct Report<'r> {
     bytes_read: u64,
     /// Bytes of the files in the page cache before; null where the system does not tell.
     resident_bytes: Option<u64>,
+    /// Bytes of the files that were used.
+    file_bytes: u64,
     workers: usize,
+    depth: usize,
     block_bytes: u64,
 }
 
@@ -86,6 +90,7 @@ fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
     if let Some(path) = &args.verify {
         loader = loader.verify(Manifest::read(path).map_err(Failure::of)?);
     }
+    loader = loader.trace(args.trace.is_some() || args.plot.is_some());
     let progress = Progress::new("loading", 0, !args.reading.no_progress);
     let bar = progress.bar();
     let loader = loader.on_progress(move |progress| {
@@ -96,10 +101,25 @@ fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
     let tensors = tensors.map_err(|error| reading::failure(paths, &checkpoint, &error))?;
     drop(progress);
     let report = tensors.report();
+    if let Some(path) = &args.trace {
+        timeline::write_trace(report, path)?;
+    }
+    if let Some(path) = &args.plot {
+        timeline::write_plot(report, path)?;
+    }
     if args.json {
         return text::print_json(&Report::of(report)).map_err(Failure::output);
     }
-    text::print(&render(report, paths)).map_err(Failure::output)
+    let mut out = render(report, paths);
+    for (path, what) in
+        [(&args.trace, "Timeline, for https://ui.perfetto.dev"), (&args.plot, "Throughput")]
+    {
+        if let Some(path) = path {
+            let line = format!("{what}: {}", visible(&path.display().to_string()));
+            out += &format!("\n{}\n", styled(FAINT, line));
+        }
+    }
+    text::print(&out).map_err(Failure::output)
 }
 
 /// Maps the checkpoint and brings all of it into memory, so that the time is that of tensors ready
@@ -130,7 +150,9 @@ impl<'r> Report<'r> {
             bytes_asked: report.bytes_asked,
             bytes_read: report.bytes_read,
             resident_bytes: report.resident_bytes,
+            file_bytes: report.file_bytes,
             workers: report.workers,
+            depth: report.depth,
             block_bytes: report.block_bytes,
         }
     }
@@ -152,50 +174,90 @@ fn render(report: &LoadReport, paths: &[PathBuf]) -> String {
     facts.row(["engine".into(), format!("{}: {}", report.engine.used, report.engine.reason)]);
     if report.workers > 0 {
         facts.row([
-            "read".into(),
+            "reading".into(),
             format!(
-                "{} in blocks of up to {} by {}",
-                text::bytes(report.bytes_read),
+                "{}, up to {} in flight, of up to {} each",
+                counted(report.workers as u64, "thread"),
+                counted(report.depth as u64, "request"),
                 text::bytes(report.block_bytes),
-                counted(report.workers as u64, "thread")
             ),
         ]);
     }
-    let asked = text::bytes(report.bytes_asked);
-    if asked != text::bytes(report.bytes_read) {
-        facts.row(["asked".into(), format!("{asked} of these")]);
-    }
+    facts.row(["read".into(), bytes_read(report)]);
     if let Some(resident) = report.resident_bytes {
-        let share = match resident {
-            0 => "nothing was in the page cache before".to_owned(),
-            _ => format!("{} were in the page cache before", text::bytes(resident)),
-        };
-        facts.row(["cached".into(), share]);
+        facts.row(["cached".into(), share(resident, report.file_bytes)]);
     }
     out += &facts.render();
-    out += &format!("\n{}\n{}", styled(HEADING, "Stages"), stage_table(&report.stages).render());
+    out += &stage_tables(report);
     out
 }
 
-fn stage_table(stages: &[Stage]) -> Table {
-    let mut table = Table::new(&[Align::Left, Align::Right, Align::Right, Align::Right]);
-    for stage in stages {
-        // The parts of a stage have its name and a dot before their own. Their times are added up
-        // over threads, so that a rate of theirs would mean nothing.
-        let (name, part) = match stage.name.split_once('.') {
-            Some((_, part)) => (format!("  {part}"), true),
-            None => (stage.name.to_owned(), false),
-        };
-        let bytes = if stage.bytes > 0 { text::bytes(stage.bytes) } else { String::new() };
-        let rate = if stage.bytes > 0 && !part {
-            text::rate(stage.bytes as f64 / stage.seconds / 1e9)
-        } else {
-            String::new()
-        };
-        let time = text::seconds(stage.seconds);
-        table.row([name, if part { format!("({time})") } else { time }, bytes, rate]);
+/// What was read, and how much of it nobody had asked for.
+fn bytes_read(report: &LoadReport) -> String {
+    let (asked, read) = (report.bytes_asked, report.bytes_read);
+    match read.checked_sub(asked) {
+        // Mapped tensors are asked for and not read.
+        None => format!("{} of the {} asked for", text::bytes(read), text::bytes(asked)),
+        // File headers and the ragged ends of blocks.
+        Some(more) if more <= asked / 100 => format!("{}, as asked for", text::bytes(read)),
+        Some(more) => format!(
+            "{}: the {} asked for and {} between them, which cost less than more requests",
+            text::bytes(read),
+            text::bytes(asked),
+            text::bytes(more)
+        ),
     }
-    table
+}
+
+/// How much of the files the page cache held.
+fn share(resident: u64, files: u64) -> String {
+    match resident {
+        0 => "nothing was in the page cache before".to_owned(),
+        _ if resident >= files => "all was in the page cache before".to_owned(),
+        _ => format!(
+            "{} of {} ({:.0}%) were in the page cache before",
+            text::bytes(resident),
+            text::bytes(files),
+            resident as f64 / files as f64 * 100.0
+        ),
+    }
+}
+
+/// The stages that follow each other, and then what each is made of.
+fn stage_tables(report: &LoadReport) -> String {
+    let stages = &report.stages;
+    let cells = |stage: &Stage, name: &str| {
+        let bytes = if stage.bytes > 0 { text::bytes(stage.bytes) } else { String::new() };
+        [name.to_owned(), text::seconds(stage.seconds), bytes]
+    };
+    let mut table =
+        Table::new(&[Align::Left, Align::Right, Align::Right, Align::Right, Align::Left]);
+    let wholes = || stages.iter().filter(|stage| stage.part_of().is_none());
+    for stage in wholes() {
+        // Mapping moves no byte.
+        let moved = stage.bytes > 0 && stage.name != "map";
+        let rate = if moved { stage.bytes as f64 / stage.seconds / 1e9 } else { f64::INFINITY };
+        let rate = if moved { text::rate(rate) } else { String::new() };
+        let meaning = styled(FAINT, stage.meaning());
+        table.row(cells(stage, stage.name).into_iter().chain([rate, meaning]));
+    }
+    let heading = styled(HEADING, "Stages, one after the other");
+    let mut out = format!("\n{heading}\n{}", table.render());
+    for whole in wholes() {
+        let mut table = Table::new(&[Align::Left, Align::Right, Align::Right, Align::Left]);
+        let mut any = false;
+        for stage in stages.iter().filter(|stage| stage.part_of() == Some(whole.name)) {
+            let (_, name) = stage.name.split_once('.').unwrap_or_default();
+            let meaning = styled(FAINT, stage.meaning());
+            table.row(cells(stage, name).into_iter().chain([meaning]));
+            any = true;
+        }
+        if any {
+            let what = format!("Within {}, added up over threads and requests", whole.name);
+            out += &format!("\n{}\n{}", styled(HEADING, what), table.render());
+        }
+    }
+    out
 }
 
 /// Makes the demonstration's checkpoint and takes it out of the page cache, so that the load shows

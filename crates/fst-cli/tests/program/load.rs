@@ -1,5 +1,6 @@
 //! `fst load`: what it reports, and the demonstration.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -90,6 +91,75 @@ fn text_reports_size_rate_engine_and_stages() {
         assert!(run.stdout.contains(part), "no {part} in {}", run.stdout);
     }
     assert!(!run.stdout.contains('\u{1b}'), "colours in a pipe");
+}
+
+#[test]
+fn text_tells_wall_clock_from_added_up_time() {
+    let folder = Folder::new();
+    let path = folder.synth("c", &["--model", "gpt2", "--layers", "2", "--shrink", "4"]);
+    let path = path.to_str().unwrap();
+    let all = run(["load", path]).stdout;
+    for part in ["Stages, one after the other", "Within read, added up over threads", "in flight"] {
+        assert!(all.contains(part), "no {part} in {all}");
+    }
+    assert!(all.contains(", as asked for") && all.contains("in the page cache before"), "{all}");
+    // The tensors in between are read over.
+    let some = run(["load", path, "--select", "*bias*"]).stdout;
+    assert!(some.contains("between them"), "{some}");
+    let mapped = run(["load", path, "--map"]).stdout;
+    assert!(mapped.contains("0 B of the ") && !mapped.contains("in flight"), "{mapped}");
+}
+
+#[test]
+fn a_trace_has_every_byte_and_no_overlap_on_a_track() {
+    let folder = Folder::new();
+    let args = ["--model", "llama-2-7b", "--layers", "2", "--shrink", "8", "--shards", "2"];
+    let path = folder.synth("c", &args);
+    let path = path.to_str().unwrap();
+    let trace = folder.join("trace.json");
+    let plot = folder.join("plot.svg");
+    for extra in [&[][..], &["--dtype", "F32"], &["--engine", "pread"], &["--map"]] {
+        let files = ["--trace", trace.to_str().unwrap(), "--plot", plot.to_str().unwrap()];
+        let json = run([&["load", path, "--json"], &files[..], extra].concat()).json();
+        let text = std::fs::read_to_string(&trace).unwrap();
+        let document: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let events = document["traceEvents"].as_array().unwrap();
+        let end = json["seconds"].as_f64().unwrap() * 1e6;
+        let mut tracks: BTreeMap<u64, Vec<(f64, f64)>> = BTreeMap::new();
+        let (mut bytes, mut names) = (0, BTreeSet::new());
+        for event in events {
+            if event["ph"] == "M" {
+                names.insert(event["tid"].as_u64().unwrap_or_default());
+                continue;
+            }
+            let number = |key: &str| event[key].as_f64().unwrap();
+            tracks
+                .entry(event["tid"].as_u64().unwrap())
+                .or_default()
+                .push((number("ts"), number("ts") + number("dur")));
+            assert!(number("ts") + number("dur") <= end + 1.0, "{event} after {end}");
+            if event["cat"] == "read" {
+                bytes += event["args"]["bytes"].as_u64().unwrap();
+                assert!(event["args"]["file"].as_str().unwrap().starts_with(path));
+            }
+        }
+        assert_eq!(Some(bytes), json["bytes_read"].as_u64(), "{extra:?}");
+        for (track, slices) in &mut tracks {
+            assert!(names.contains(track), "track {track} has no name");
+            slices.sort_by(|a, b| a.0.total_cmp(&b.0));
+            for pair in slices.windows(2) {
+                assert!(pair[0].1 <= pair[1].0 + 0.002, "{extra:?}: overlap on track {track}");
+            }
+        }
+        let svg = std::fs::read_to_string(&plot).unwrap();
+        let way = if extra == ["--map"] { "populate" } else { "GB/s" };
+        assert!(svg.starts_with("<svg") && svg.contains(way), "{svg}");
+        assert!(svg.contains("polyline") && svg.trim_end().ends_with("</svg>"));
+    }
+    let text = run(["load", path, "--trace", trace.to_str().unwrap()]);
+    assert!(text.stdout.contains("perfetto") && text.stdout.contains("trace.json"));
+    let bad = run(["load", path, "--trace", "/no/such/folder/trace.json"]);
+    assert!(bad.error().starts_with("/no/such/folder/trace.json: "), "{}", bad.stderr);
 }
 
 #[test]
