@@ -223,3 +223,26 @@ fn tensors_are_handed_to_cudarc_and_dlpack_without_a_copy() {
         deleter(managed.as_ptr());
     }
 }
+
+#[test]
+fn cufile_loads_what_the_pipeline_loads() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = open(&odd_checkpoint(dir.path()));
+    let sim = machine(1, MEMORY);
+    fst::gpu::cufile::CuFile::open_at(sim.path()).unwrap();
+    for dtype in [None, Some(Dtype::F32)] {
+        let mut loader = Loader::new().slice("huge", 1, 3..1500);
+        if let Some(dtype) = dtype {
+            loader = loader.dtype(dtype);
+        }
+        let host = loader.load(&checkpoint).unwrap();
+        let loader = loader.device(Device::cuda(0).unwrap()).engine(Engine::Gds);
+        let tensors = loader.load(&checkpoint).unwrap();
+        assert_same(&tensors, &host, &dtype);
+        assert_eq!(tensors.report().engine.used, Engine::Gds);
+        assert!(tensors.report().bytes_read >= tensors.report().bytes_asked);
+        assert!(matches!(loader.stream(&checkpoint), Err(Error::Engine { .. })));
+    }
+    let host = Loader::new().engine(Engine::Gds).load(&checkpoint);
+    assert!(host.unwrap_err().to_string().contains("device memory only"));
+}
