@@ -6,6 +6,7 @@ use fst_format::{Dtype, SliceError};
 use fst_io::Engine;
 
 use crate::device::Device;
+use crate::dist::DistError;
 
 /// A result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -136,6 +137,9 @@ pub enum Error {
     /// The device cannot be used.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// Several ranks could not load together.
+    #[error(transparent)]
+    Dist(#[from] DistError),
     /// The load was cancelled.
     #[error("cancelled")]
     Cancelled,

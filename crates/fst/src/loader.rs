@@ -10,6 +10,7 @@ use fst_format::{Checkpoint, Dtype, TensorInfo};
 use fst_io::{Engine, ReadOptions};
 
 use crate::device::Device;
+use crate::dist::RankOptions;
 use crate::error::{Error, Result};
 use crate::host::Watch;
 use crate::load::{Load, resolve_engine};
@@ -51,6 +52,7 @@ pub struct Loader {
     pub(crate) lazy: bool,
     on_progress: Option<OnProgress>,
     pub(crate) cancel: CancelToken,
+    pub(crate) ranks: RankOptions,
 }
 
 impl fmt::Debug for Loader {
@@ -60,6 +62,7 @@ impl fmt::Debug for Loader {
             .field("selection", &self.selection)
             .field("read", &self.read)
             .field("budget", &self.budget)
+            .field("ranks", &self.ranks)
             .finish_non_exhaustive()
     }
 }
@@ -160,12 +163,16 @@ impl Loader {
         self
     }
 
-    /// Loads the selected tensors and returns when all are usable.
+    /// Loads the selected tensors and returns when all are usable. In a [group](Self::group), these
+    /// are this rank's shards.
     ///
     /// # Errors
     ///
     /// What is wrong with the request, the files or the machine; see [`Error`].
     pub fn load(&self, checkpoint: &Checkpoint) -> Result<Tensors> {
+        if let Some(group) = self.ranks.group()? {
+            return self.load_rank(checkpoint, group);
+        }
         let began = Instant::now();
         let engine = resolve_engine(self.read.engine, &self.device)?;
         let mut report = LoadReport::new(engine, self.device.clone());
@@ -228,6 +235,7 @@ impl Loader {
     ///
     /// What is wrong with the request; [`Error::Budget`] names the smallest budget that works.
     pub fn stream(&self, checkpoint: &Checkpoint) -> Result<TensorStream> {
+        self.ranks.refuse("a stream")?;
         TensorStream::start(self, checkpoint)
     }
 

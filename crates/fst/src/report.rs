@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use fst_dist::ExchangeReport;
 use fst_io::stats::{self, Event};
 use fst_io::{ReadStats, ResolvedEngine};
 
@@ -16,7 +17,10 @@ pub struct Stage {
     /// can exceed the wall clock: `read.direct`, `read.cached`, `read.buffered`, `read.mapped`
     /// (from issue to arrival), `read.issue` (handing requests over, first touch of fresh pages
     /// included), `read.wait` (nothing to do until storage answers), `read.reserve` (waiting for
-    /// memory), `read.deliver` (converting and handing over).
+    /// memory), `read.deliver` (converting and handing over). In a load by ranks also
+    /// `read.exchange` (transfers, waiting for other ranks among them), `read.pack` (bringing parts
+    /// into and out of the order in which they travel) and `read.starve` (waiting for blocks to
+    /// send), and afterwards `convert`.
     pub name: &'static str,
     /// Seconds.
     pub seconds: f64,
@@ -54,6 +58,24 @@ pub struct LoadReport {
     pub stages: Vec<Stage>,
     /// Every block's way, when a trace was asked for.
     pub events: Vec<Event>,
+    /// This rank's part, in a load by several.
+    pub rank: Option<RankReport>,
+}
+
+/// What one rank of several kept and exchanged. What it read, the [report](LoadReport) says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RankReport {
+    /// The rank.
+    pub rank: u32,
+    /// How many ranks there are.
+    pub world: u32,
+    /// Bytes of the files that it keeps, before conversion and padding.
+    pub kept_bytes: u64,
+    /// Bytes sent to other ranks; a broadcast counts once for each receiver.
+    pub sent_bytes: u64,
+    /// Bytes received from other ranks.
+    pub received_bytes: u64,
 }
 
 impl LoadReport {
@@ -81,6 +103,7 @@ impl LoadReport {
             resident_bytes: None,
             stages: Vec::new(),
             events: Vec::new(),
+            rank: None,
         }
     }
 
@@ -122,6 +145,17 @@ impl LoadReport {
             self.workers = self.workers.max(read.workers);
             self.block_bytes = self.block_bytes.max(read.block_bytes);
             self.events.extend_from_slice(&read.events);
+        }
+    }
+
+    /// Adds what the exchange did, as parts of the stage `read`.
+    pub(crate) fn add_exchange(&mut self, exchange: &ExchangeReport) {
+        for (name, time, bytes) in [
+            ("read.exchange", exchange.exchange, exchange.received_bytes),
+            ("read.pack", exchange.copy, 0),
+            ("read.starve", exchange.wait, 0),
+        ] {
+            self.stages.push(Stage { name, seconds: time.as_secs_f64(), bytes });
         }
     }
 }
