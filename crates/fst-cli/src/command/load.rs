@@ -13,6 +13,7 @@ use crate::args::LoadArgs;
 use crate::failure::Failure;
 use crate::interrupt::{self, TemporaryFolder};
 use crate::progress::Progress;
+use crate::ranks;
 use crate::reading;
 use crate::text::{self, Align, FAINT, HEADING, RESULT, Table, counted, styled, visible};
 
@@ -82,6 +83,12 @@ fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
     let mut loader = reading::loader(&args.reading)?;
     if let Some(dtype) = args.dtype {
         loader = loader.dtype(dtype);
+    }
+    if let Some(world) = args.ranks.world {
+        return ranks::load_here(args, paths, &checkpoint, &loader, world);
+    }
+    if let Some(group) = args.ranks.dist {
+        return ranks::load_as_one(args, paths, &checkpoint, loader, group);
     }
     let progress = Progress::new("loading", 0, !args.reading.no_progress);
     let bar = progress.bar();

@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 use crate::args::SumArgs;
 use crate::failure::Failure;
 use crate::progress::Progress;
+use crate::ranks;
 use crate::reading;
 use crate::text::{self, visible};
 
@@ -24,6 +25,9 @@ struct Report {
 
 #[derive(Serialize)]
 struct Sum {
+    /// The rank that keeps it, where there are several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rank: Option<u32>,
     name: String,
     dtype: &'static str,
     shape: Vec<usize>,
@@ -35,6 +39,9 @@ pub(crate) fn run(args: &SumArgs) -> Result<(), Failure> {
     let mut loader = reading::loader(&args.reading)?;
     for slice in &args.slice {
         loader = loader.slice(&slice.name, slice.dim, slice.range.clone());
+    }
+    if let Some(world) = args.world {
+        return shards(args, &loader, &checkpoint, world);
     }
     // Of a selection it shows what was summed, without an end.
     let all = args.slice.is_empty() && args.reading.select.is_empty();
@@ -50,6 +57,30 @@ pub(crate) fn run(args: &SumArgs) -> Result<(), Failure> {
     let lines =
         report.tensors.iter().map(|sum| format!("{}  {}\n", sum.sha256, visible(&sum.name)));
     text::print(&lines.collect::<String>()).map_err(Failure::output)
+}
+
+/// Sums the shards of `world` ranks, rank by rank.
+fn shards(
+    args: &SumArgs,
+    loader: &Loader,
+    checkpoint: &Checkpoint,
+    world: u32,
+) -> Result<(), Failure> {
+    let preset = ranks::preset(checkpoint, &args.rule, &args.paths)?;
+    let loader = loader.clone().preset(preset);
+    let sums = ranks::run(world, &loader, checkpoint, |rank, tensors| {
+        tensors.iter().map(|tensor| Ok(Sum { rank: Some(rank), ..sum(tensor)? })).collect()
+    });
+    let sums: Vec<Vec<Sum>> =
+        sums.map_err(|error| reading::failure(&args.paths, checkpoint, &error))?;
+    let report = Report { tensors: sums.into_iter().flatten().collect() };
+    if args.json {
+        return text::print_json(&report).map_err(Failure::output);
+    }
+    let line = |sum: &Sum| {
+        format!("{}  {}  {}\n", sum.sha256, sum.rank.unwrap_or_default(), visible(&sum.name))
+    };
+    text::print(&report.tensors.iter().map(line).collect::<String>()).map_err(Failure::output)
 }
 
 /// Reads and hashes all tensors, in no particular order. Hashing is slower than reading, so each
@@ -106,6 +137,7 @@ fn sum(tensor: &Tensor) -> Result<Sum, Error> {
     let on_host = tensor.to_host()?;
     let digest = Sha256::digest(on_host.bytes()?);
     Ok(Sum {
+        rank: None,
         name: tensor.name().to_owned(),
         dtype: tensor.dtype().as_str(),
         shape: tensor.shape().to_vec(),
