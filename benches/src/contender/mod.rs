@@ -129,6 +129,14 @@ pub const CONTENDERS: &[Contender] = &[
         states: BOTH,
     },
     Contender {
+        name: "fst-map",
+        what: "this workspace: Loader::map, each page touched",
+        kind: Kind::Rust,
+        gives: Gives::Mapped,
+        ops: WHOLE,
+        states: BOTH,
+    },
+    Contender {
         name: "safetensors-copy",
         what: "crate safetensors 0.8.0: mmap, each tensor copied into a Vec",
         kind: Kind::Rust,
@@ -287,6 +295,7 @@ pub fn prepare(name: &str, op: Op, folder: &Path, files: &[PathBuf]) -> Result<J
         "fst" if op == Op::Open => Box::new(move || ours::open(&folder)),
         "fst" => Box::new(move || ours::load(&folder, op, Engine::Auto)),
         "fst-pread" => Box::new(move || ours::load(&folder, op, Engine::Pread)),
+        "fst-map" => Box::new(move || ours::map_and_touch(&folder)),
         "safetensors-copy" => Box::new(move || official::copy(&files, op)),
         "safetensors-touch" => Box::new(move || official::touch(&files)),
         "safetensors-open" => Box::new(move || official::open(&files)),

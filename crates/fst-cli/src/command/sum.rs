@@ -4,22 +4,52 @@ use std::collections::HashMap;
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, sync_channel};
 
+use serde::Serialize;
+
 use fst::{Checkpoint, Checksum, Error, Loader, Manifest, Tensor};
 
 use crate::args::SumArgs;
 use crate::failure::Failure;
 use crate::progress::Progress;
+use crate::ranks;
 use crate::reading;
 use crate::text::{self, counted, visible};
 
 /// Memory for tensors on their way from the reader to the hash, unless one tensor needs more.
 const MEMORY_BUDGET: u64 = 1 << 30;
 
+/// The shards' sums, as JSON.
+#[derive(Serialize)]
+struct Report {
+    tensors: Vec<RankSum>,
+}
+
+/// The sum of a shard, with the rank that keeps it.
+#[derive(Serialize)]
+struct RankSum {
+    rank: u32,
+    name: String,
+    dtype: Option<&'static str>,
+    shape: Option<Vec<usize>>,
+    sha256: String,
+}
+
+impl RankSum {
+    fn of(rank: u32, tensor: &Tensor) -> Result<Self, Error> {
+        let Checksum { name, dtype, shape, sha256, .. } = Checksum::of(tensor)?;
+        let dtype = dtype.map(|dtype| dtype.as_str());
+        Ok(Self { rank, name, dtype, shape, sha256: sha256.to_string() })
+    }
+}
+
 pub(crate) fn run(args: &SumArgs) -> Result<(), Failure> {
     let checkpoint = reading::open(&args.paths)?;
     let mut loader = reading::loader(&args.reading)?;
     for slice in &args.slice {
         loader = loader.slice(&slice.name, slice.dim, slice.range.clone());
+    }
+    if let Some(world) = args.world {
+        return shards(args, &loader, &checkpoint, world);
     }
     // Of a selection it shows what was summed, without an end.
     let all = args.slice.is_empty() && args.reading.select.is_empty();
@@ -45,6 +75,29 @@ pub(crate) fn run(args: &SumArgs) -> Result<(), Failure> {
         }
     };
     text::print(&out).map_err(Failure::output)
+}
+
+/// Sums the shards of `world` ranks, rank by rank.
+fn shards(
+    args: &SumArgs,
+    loader: &Loader,
+    checkpoint: &Checkpoint,
+    world: u32,
+) -> Result<(), Failure> {
+    let preset = ranks::preset(checkpoint, &args.rule, &args.paths)?;
+    let loader = loader.clone().preset(preset);
+    let sums = ranks::run(world, &loader, checkpoint, |rank, tensors| {
+        tensors.iter().map(|tensor| RankSum::of(rank, tensor)).collect()
+    });
+    let sums: Vec<Vec<RankSum>> =
+        sums.map_err(|error| reading::failure(&args.paths, checkpoint, &error))?;
+    let report = Report { tensors: sums.into_iter().flatten().collect() };
+    if args.json {
+        return text::print_json(&report).map_err(Failure::output);
+    }
+    let line =
+        |shard: &RankSum| format!("{}  {}  {}\n", shard.sha256, shard.rank, visible(&shard.name));
+    text::print(&report.tensors.iter().map(line).collect::<String>()).map_err(Failure::output)
 }
 
 /// Reads and hashes all tensors, in no particular order. Hashing is slower than reading, so each
