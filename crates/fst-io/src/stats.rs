@@ -105,6 +105,9 @@ pub struct ReadStats {
     pub bytes_read: u64,
     /// Length of the longest block, in bytes.
     pub block_bytes: u64,
+    /// Reads in flight over all workers, at the end: what was asked for, or what the first blocks
+    /// showed to be fastest.
+    pub depth: usize,
     /// By way, in the order of [`Stage::ALL`].
     pub stages: [StageStats; Stage::ALL.len()],
     /// Time in which workers faulted fresh destination memory in, other reads being under way;
@@ -135,6 +138,7 @@ impl ReadStats {
             bytes_asked: plan.bytes_asked(),
             bytes_read: plan.bytes_read(),
             block_bytes: plan.limits().block,
+            depth: 0,
             stages: Default::default(),
             touch: Duration::ZERO,
             touch_bytes: 0,

@@ -7,6 +7,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
 
+use super::depth::Depth;
 use crate::buffer::HUGE_PAGE;
 use crate::engine::{CachePolicy, Control, ReadOptions};
 use crate::error::Error;
@@ -31,6 +32,7 @@ pub(super) enum Route {
 #[derive(Debug)]
 pub(super) struct Job<'a> {
     pub(super) files: &'a [SourceFile],
+    pub(super) depth: Depth,
     plan: &'a ReadPlan,
     sink: SinkRef<'a>,
     control: &'a Control,
@@ -63,6 +65,7 @@ impl<'a> Job<'a> {
         options: &ReadOptions,
         control: &'a Control,
         started: Instant,
+        depth: Depth,
     ) -> Result<Self, Error> {
         for segment in plan.segments() {
             let Some(file) = files.get(segment.file as usize) else {
@@ -86,6 +89,7 @@ impl<'a> Job<'a> {
             cache: options.cache,
             trace: options.trace,
             started,
+            depth,
             cursor: AtomicUsize::new(0),
             stopped: AtomicBool::new(false),
             failure: Mutex::new(None),
@@ -289,6 +293,9 @@ impl<'a> Job<'a> {
     ) {
         let took = began.elapsed();
         stats.count(stage, block.need, took);
+        if stage == Stage::Direct {
+            self.depth.arrived(block.need, self.started.elapsed());
+        }
         if self.trace {
             stats.events.push(Event {
                 worker: worker as u32,

@@ -6,6 +6,7 @@
 //! block over. No lock is taken on the way of a block; a worker waits only for its own reads, or
 //! for the sink when that has no memory to lend.
 
+mod depth;
 mod job;
 mod mmap;
 mod pread;
@@ -24,6 +25,7 @@ use crate::file::SourceFile;
 use crate::plan::ReadPlan;
 use crate::sink::Sink;
 use crate::stats::ReadStats;
+use depth::Depth;
 use job::Job;
 
 pub use uring::uring_refusal;
@@ -143,7 +145,8 @@ pub struct ReadOptions {
     pub engine: Engine,
     /// Reader threads; by default one a core, within bounds that suit the engine.
     pub workers: Option<usize>,
-    /// Direct reads in flight over all workers.
+    /// Reads in flight over all workers of the engine `uring`; by default as many as prove useful
+    /// while the first blocks arrive, within 4..=128 requests and 256 MiB.
     pub depth: Option<usize>,
     /// When to go through the page cache.
     pub cache: CachePolicy,
@@ -236,10 +239,10 @@ pub fn read(
         _ => cores.clamp(1, 16),
     });
     let workers = workers.clamp(1, plan.blocks().len().max(1));
-    let job = Job::new(files, plan, sink, options, control, started)?;
-    let depth = options.depth.unwrap_or(16).div_ceil(workers).clamp(1, 128);
+    let depth = Depth::new(options.depth, workers, plan.limits().block);
+    let job = Job::new(files, plan, sink, options, control, started, depth)?;
     let run = |worker: usize| match engine.used {
-        Engine::Uring => uring::work(&job, worker, depth),
+        Engine::Uring => uring::work(&job, worker),
         Engine::Mmap => mmap::work(&job, worker),
         _ => pread::work(&job, worker),
     };
@@ -265,6 +268,10 @@ pub fn read(
             }
         }
     });
+    stats.depth = match engine.used {
+        Engine::Uring => job.depth.total(),
+        _ => workers,
+    };
     job.finish()?;
     for file in files {
         file.verify_unchanged()?;

@@ -63,7 +63,8 @@ fn new_ring(entries: u32) -> io::Result<IoUring> {
         })
 }
 
-pub(super) fn work(job: &Job<'_>, id: usize, depth: usize) -> WorkerStats {
+pub(super) fn work(job: &Job<'_>, id: usize) -> WorkerStats {
+    let depth = job.depth.max_share();
     match new_ring(depth as u32) {
         Ok(ring) => Worker::new(job, id, ring, depth).run(),
         // Locked-memory limits of older kernels can refuse the n-th ring.
@@ -96,8 +97,6 @@ struct Worker<'j, 'a> {
     ready: VecDeque<Flight<'a>>,
     /// A block for which there was no memory.
     in_hand: Option<&'a Block>,
-    /// How many requests may be in flight.
-    limit: usize,
     stats: WorkerStats,
 }
 
@@ -112,7 +111,6 @@ impl<'j, 'a> Worker<'j, 'a> {
             free: (0..depth).collect(),
             ready: VecDeque::with_capacity(AHEAD),
             in_hand: None,
-            limit: depth,
             stats: WorkerStats::default(),
         }
     }
@@ -183,7 +181,7 @@ impl<'j, 'a> Worker<'j, 'a> {
             }
             return;
         }
-        while self.in_flight() < self.limit
+        while self.in_flight() < self.job.depth.share()
             && let Some(flight) = self.ready.pop_front()
         {
             self.push(Flight { began: Instant::now(), ..flight });
