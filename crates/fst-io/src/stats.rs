@@ -95,8 +95,6 @@ pub struct ReadStats {
     pub engine: ResolvedEngine,
     /// Reader threads.
     pub workers: usize,
-    /// Reads that may be in flight at once, over all threads.
-    pub depth: usize,
     /// Wall-clock seconds from start to the last block.
     pub seconds: f64,
     /// Bytes that were asked for.
@@ -138,7 +136,6 @@ impl ReadStats {
             bytes_asked: plan.bytes_asked(),
             bytes_read: plan.bytes_read(),
             block_bytes: plan.limits().block,
-            depth: 0,
             stages: Default::default(),
             touch: Duration::ZERO,
             touch_bytes: 0,

@@ -247,9 +247,6 @@ pub fn read(
         _ => pread::work(&job, worker),
     };
     let mut stats = ReadStats::new(engine.clone(), workers, plan);
-    if engine.used == Engine::Uring {
-        stats.depth = depth * workers;
-    }
     thread::scope(|scope| {
         let threads: Vec<_> = (1..workers)
             .filter_map(|worker| {
