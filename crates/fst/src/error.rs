@@ -128,9 +128,9 @@ pub enum Error {
     },
     /// The reader waits for memory that the tensors handed out so far hold.
     #[error(
-        "nothing could be read for {} s: tensors that are still held fill the memory budget of \
+        "nothing could be read for {:.1} s: tensors that are still held fill the memory budget of \
          {budget} bytes; drop some",
-        waited.as_secs()
+        waited.as_secs_f64()
     )]
     Stalled {
         /// The budget in bytes.

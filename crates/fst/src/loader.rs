@@ -53,6 +53,7 @@ pub struct Loader {
     pub(crate) read: ReadOptions,
     pub(crate) budget: Option<u64>,
     pub(crate) in_order: bool,
+    pub(crate) stall_timeout: Option<Duration>,
     /// Mappings are left to those who touch them.
     pub(crate) lazy: bool,
     pub(crate) manifest: Option<Arc<Manifest>>,
@@ -159,6 +160,14 @@ impl Loader {
     #[must_use]
     pub fn memory_budget(mut self, bytes: u64) -> Self {
         self.budget = Some(bytes);
+        self
+    }
+
+    /// How long a [`stream`](Self::stream) waits, when nothing is read because tensors that are
+    /// still held fill its budget, before it says so ([`Error::Stalled`]); by default 10 s.
+    #[must_use]
+    pub fn stall_timeout(mut self, timeout: Duration) -> Self {
+        self.stall_timeout = Some(timeout);
         self
     }
 

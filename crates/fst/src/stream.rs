@@ -23,8 +23,11 @@ use crate::verify::{Hashed, verified};
 /// The budget when none was set, in bytes.
 const DEFAULT_BUDGET: u64 = 2 << 30;
 
+/// Bytes of an arena where the budget is tight.
+const SHORT_ARENA: u64 = 1 << 20;
+
 /// How long nothing may be read, while a reader waits for memory that held tensors occupy, before
-/// the stream says so.
+/// the stream says so, unless the loader was told otherwise.
 const STALL: Duration = Duration::from_secs(10);
 
 /// How often a waiting stream looks at its cancel token.
@@ -35,8 +38,9 @@ pub struct TensorStream {
     arrivals: Option<Receiver<Result<(usize, Tensor)>>>,
     reader: Option<JoinHandle<()>>,
     budget: Budget,
-    stop: Arc<AtomicBool>,
     watch: Arc<Watch>,
+    stall_timeout: Duration,
+    stop: Arc<AtomicBool>,
     cancel: CancelToken,
     report: Arc<Mutex<Option<LoadReport>>>,
     remaining: usize,
@@ -70,13 +74,20 @@ impl TensorStream {
             manifest.check(checkpoint, &items)?;
         }
         let limit = loader.budget.unwrap_or(DEFAULT_BUDGET);
-        let arena = (limit / 8).clamp(1 << 20, ARENA / 4);
-        let load = Load::new(device, checkpoint, items, arena, loader.in_order)?;
-        let scratch = load.scratch();
-        let needed = load.least_memory() + scratch;
+        let plan = |arena| -> Result<(Load, u64)> {
+            let load = Load::new(device, checkpoint, items.clone(), arena, loader.in_order)?;
+            let needed = load.least_memory() + load.scratch();
+            Ok((load, needed))
+        };
+        let (mut load, mut needed) = plan((limit / 8).clamp(SHORT_ARENA, ARENA / 4))?;
+        if limit < needed {
+            // The shortest arenas need the least.
+            (load, needed) = plan(SHORT_ARENA)?;
+        }
         if limit < needed {
             return Err(Error::Budget { budget: limit, needed });
         }
+        let scratch = load.scratch();
         report.add_files(load.files());
         report.push("plan", began.elapsed(), 0);
 
@@ -128,8 +139,9 @@ impl TensorStream {
             arrivals: Some(arrivals),
             reader: Some(reader),
             budget,
-            stop,
             watch,
+            stall_timeout: loader.stall_timeout.unwrap_or(STALL),
+            stop,
             cancel: loader.cancel.clone(),
             report: done,
             remaining,
@@ -183,7 +195,7 @@ impl TensorStream {
                 return Err(Error::Cancelled);
             }
             let Some(arrivals) = &self.arrivals else { return Err(Error::Cancelled) };
-            match arrivals.recv_timeout(TICK) {
+            match arrivals.recv_timeout(TICK.min(self.stall_timeout)) {
                 Ok(arrival) => return arrival,
                 Err(RecvTimeoutError::Disconnected) => return Err(Error::Cancelled),
                 Err(RecvTimeoutError::Timeout) => {
@@ -193,7 +205,7 @@ impl TensorStream {
                         (bytes, since) = (now, Instant::now());
                     }
                     let waited = since.elapsed();
-                    if waited > STALL && self.budget.waiting() > 0 {
+                    if waited > self.stall_timeout && self.budget.waiting() > 0 {
                         return Err(Error::Stalled { budget: self.budget.limit(), waited });
                     }
                 }

@@ -212,7 +212,9 @@ impl TransformPlan {
         })
     }
 
-    /// Bytes of arenas that must be in memory at once: a block needs all that it leads to.
+    /// Bytes of arenas that must be in memory at once: a block needs all that it leads to. (Arenas
+    /// come in the order of the blocks, so that the first block that is not done finds those of all
+    /// blocks in front of it full and gone.)
     pub(crate) fn least_memory(&self) -> u64 {
         let of_block = |block| self.arenas_of(block).map(|arena| self.arenas[arena].0).sum();
         self.plan.blocks().iter().map(of_block).max().unwrap_or(0)
