@@ -53,6 +53,7 @@ pub struct SourceFile {
     direct_io: DirectIo,
     /// Set when a direct read was refused at run time (EINVAL): later blocks do not try again.
     direct_off: AtomicBool,
+    len: u64,
     expected: Metadata,
 }
 
@@ -83,6 +84,7 @@ impl SourceFile {
             direct,
             direct_io,
             direct_off: AtomicBool::new(false),
+            len: found.len(),
             expected: found,
         })
     }
@@ -94,7 +96,7 @@ impl SourceFile {
 
     /// Length in bytes when it was opened.
     pub fn len(&self) -> u64 {
-        self.expected.len()
+        self.len
     }
 
     /// Whether the file held no byte when it was opened.
@@ -143,6 +145,13 @@ impl SourceFile {
     /// The system's error where it cannot tell.
     pub fn resident_bytes(&self) -> io::Result<u64> {
         crate::residency::resident_bytes(&self.buffered, 0, self.len())
+    }
+
+    /// A source of a length, and with a descriptor for direct reads, of the test's own choice.
+    #[cfg(test)]
+    pub(crate) fn faked(path: &Path, direct: Option<File>, len: u64) -> Result<Self, Error> {
+        let opened = Self::open(path, None)?;
+        Ok(Self { direct, len, direct_io: DirectIo::NotTried, ..opened })
     }
 
     pub(crate) fn refuse_direct(&self) {

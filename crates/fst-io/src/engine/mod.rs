@@ -276,3 +276,6 @@ pub fn read(
     stats.seconds = started.elapsed().as_secs_f64();
     Ok(stats)
 }
+
+#[cfg(test)]
+mod tests;

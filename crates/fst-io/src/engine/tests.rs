@@ -1,0 +1,118 @@
+//! What files do that test folders do not: errors in mid-file, reads that end early, direct reads
+//! that are refused only when they are tried.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::Mutex;
+
+use memmap2::MmapOptions;
+
+use super::*;
+use crate::SharedBuffer;
+use crate::extent::Extent;
+use crate::place::{InPlace, Layout};
+use crate::plan::Limits;
+
+const KIB: u64 = 1 << 10;
+const ENGINES: [Engine; 3] = [Engine::Uring, Engine::Pread, Engine::Mmap];
+
+fn noise(len: u64) -> Vec<u8> {
+    (0..len).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect()
+}
+
+/// Reads a range of a source; the bytes from `start` on.
+fn load(
+    file: &SourceFile,
+    (start, end): (u64, u64),
+    limits: Limits,
+    options: &ReadOptions,
+) -> Result<Vec<u8>, Error> {
+    let plan = ReadPlan::new(vec![Extent::new(0, start..end)], limits)?;
+    let layout = Layout::new(&plan, u64::MAX);
+    let arena = Mutex::new(SharedBuffer::empty());
+    let keep = |_, full: SharedBuffer| {
+        *arena.lock().unwrap() = full;
+        Ok(())
+    };
+    let sink = InPlace::new(&plan, &layout, None, &keep);
+    super::read(std::slice::from_ref(file), &plan, &sink, options, &Control::new())?;
+    let at = layout.extent(&plan, 0).unwrap().offset as usize;
+    Ok(arena.lock().unwrap()[at..at + (end - start) as usize].to_vec())
+}
+
+#[test]
+fn an_error_in_mid_file_names_the_byte_where_it_is() {
+    // This process's memory as a file: a mapping reaches past its file's end, and what lies there
+    // cannot be read. The read that meets the border is short; the next one fails with EIO.
+    let good = 300 * KIB;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("mapped");
+    fs::write(&path, noise(good)).unwrap();
+    let mapped = File::open(&path).unwrap();
+    // SAFETY: the file is this test's own.
+    let map = unsafe { MmapOptions::new().len(512 * KIB as usize).map(&mapped).unwrap() };
+    let start = map.as_ptr() as u64;
+    let page = crate::sys::page_size() as u64;
+    let border = start + good.next_multiple_of(page);
+    for engine in ENGINES {
+        if uring_refusal().is_some() && engine == Engine::Uring {
+            continue;
+        }
+        let memory = Path::new("/proc/self/mem");
+        let file = SourceFile::faked(memory, None, i64::MAX as u64).unwrap();
+        let limits = Limits { block: 64 * KIB, ..Limits::default() };
+        let options = ReadOptions { engine, workers: Some(2), ..ReadOptions::default() };
+        let error = load(&file, (start, start + 512 * KIB), limits, &options).unwrap_err();
+        let Error::Read { path, offset, source, .. } = &error else { panic!("{engine}: {error}") };
+        assert_eq!(path.to_str(), Some("/proc/self/mem"));
+        if engine == Engine::Mmap {
+            assert_eq!(source.raw_os_error(), Some(libc::ENODEV), "it cannot be mapped");
+            continue;
+        }
+        assert_eq!(source.raw_os_error(), Some(libc::EIO), "{engine}: {error}");
+        // Blocks past the border fail, too, and any of them may be the first.
+        let blocks = border..start + 512 * KIB;
+        assert!(blocks.contains(offset), "{engine}: {offset:#x} not in {blocks:#x?}");
+
+        // One block, so that the read goes over the border: the short part counts.
+        let limits = Limits { block: 1 << 40, ..limits };
+        let error = load(&file, (start, start + 512 * KIB), limits, &options).unwrap_err();
+        let Error::Read { offset, .. } = error else { panic!("{engine}: {error}") };
+        assert_eq!(offset, border, "{engine}");
+
+        let whole = load(&file, (start + 5, start + good), limits, &options).unwrap();
+        assert!(whole == noise(good)[5..], "{engine}");
+    }
+    drop(map);
+}
+
+#[test]
+fn direct_reads_refused_when_tried_go_through_the_cache() {
+    let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let path = folder.path().join("data");
+    let len = 700 * KIB + 77;
+    fs::write(&path, noise(len)).unwrap();
+    for engine in [Engine::Uring, Engine::Pread] {
+        if uring_refusal().is_some() && engine == Engine::Uring {
+            continue;
+        }
+        let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(&path);
+        let Ok(direct) = direct else { return };
+        let opened = SourceFile::open(&path, None).unwrap();
+        let file = SourceFile::faked(&path, Some(direct), len).unwrap();
+        // Offsets at multiples of 64 bytes: too little for direct reads of a disk.
+        let limits = Limits { align: 64, block: 64 * KIB, ..Limits::default() };
+        let options = ReadOptions {
+            engine,
+            cache: CachePolicy::Direct,
+            workers: Some(2),
+            ..ReadOptions::default()
+        };
+        let got = load(&file, (64, len), limits, &options).unwrap();
+        assert!(got == noise(len)[64..], "{engine}");
+        if matches!(opened.direct_io(), crate::DirectIo::Available { offset_align: 128.., .. }) {
+            assert!(file.direct().is_none(), "{engine}: it was refused, and that is kept");
+        }
+    }
+}
