@@ -12,12 +12,15 @@
 //!
 //! Workloads ([`workload`]) and contenders ([`contender`]) are data. Results are written as JSON, a table
 //! and a drawing ([`report`], [`plot`]) with a description of the machine ([`machine`]).
+//!
+//! [`gpu`] measures loads to a CUDA device, for the folder that `tools/gpu-check` makes.
 
 pub mod app;
 pub mod child;
 pub mod contender;
 pub mod data;
 pub mod digest;
+pub mod gpu;
 pub mod huge;
 pub mod machine;
 pub mod memory;

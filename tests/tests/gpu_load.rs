@@ -1,6 +1,9 @@
 //! Loads to CUDA devices under the simulated driver, held to loads to the host, which other tests
 //! hold to the official crate. Copies happen at the latest moment that the driver's contract
 //! allows, fresh and freed memory is poisoned, and whatever is left over fails the test.
+//!
+//! With `FST_TEST_REAL_CUDA=1` the tests that need no simulator run on the machine's own driver
+//! and device 0; the others say that they were skipped.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -12,10 +15,32 @@ use fst_tests::{misaligned_checkpoint, odd_checkpoint};
 
 const MEMORY: u64 = 256 << 20;
 
-fn machine(devices: u64, memory: u64) -> Guard {
+/// A simulated machine; `None` where the tests use the machine's own driver.
+fn simulated(devices: u64, memory: u64) -> Option<Guard> {
+    if std::env::var_os("FST_TEST_REAL_CUDA").is_some_and(|v| v == "1") {
+        return None;
+    }
     let sim = Sim::load().expect("the simulator").exclusive(devices, memory);
     assert!(sim.add_kernels(fst_cuda_sim_kernels::LIBRARY.as_ref()));
-    sim
+    Some(sim)
+}
+
+/// A machine with one device, for tests that can run on real hardware as well.
+fn machine() -> Option<Guard> {
+    simulated(1, MEMORY)
+}
+
+/// For tests that need the simulator.
+macro_rules! simulated_or_skip {
+    ($devices:expr, $memory:expr) => {
+        match simulated($devices, $memory) {
+            Some(sim) => sim,
+            None => {
+                println!("SKIPPED: needs the simulated driver");
+                return;
+            }
+        }
+    };
 }
 
 fn open(paths: &[PathBuf]) -> Checkpoint {
@@ -49,7 +74,7 @@ fn whole_checkpoints_arrive_through_every_engine() {
     let checkpoint = open(&odd_checkpoint(dir.path()));
     let host = Loader::new().load(&checkpoint).unwrap();
     for engine in [Engine::Auto, Engine::Uring, Engine::Pread, Engine::Mmap] {
-        let _sim = machine(1, MEMORY);
+        let _sim = machine();
         let loader = Loader::new().device(Device::cuda(0).unwrap()).engine(engine);
         let tensors = loader.load(&checkpoint).unwrap();
         assert_same(&tensors, &host, &engine);
@@ -70,7 +95,7 @@ fn slices_and_conversions_happen_on_the_way() {
             loader = loader.dtype(dtype);
         }
         let host = loader.load(&checkpoint).unwrap();
-        let _sim = machine(1, MEMORY);
+        let _sim = machine();
         let tensors = loader.device(Device::cuda(0).unwrap()).load(&checkpoint).unwrap();
         assert_same(&tensors, &host, &dtype);
     }
@@ -84,7 +109,7 @@ fn misaligned_tensors_are_moved_and_converted() {
     let checkpoint = open(&[path]);
     for loader in [Loader::new(), Loader::new().dtype(Dtype::F64)] {
         let host = loader.load(&checkpoint).unwrap();
-        let _sim = machine(1, MEMORY);
+        let _sim = machine();
         let tensors = loader.device(Device::cuda(0).unwrap()).load(&checkpoint).unwrap();
         assert_same(&tensors, &host, &"misaligned");
     }
@@ -96,7 +121,7 @@ fn streams_keep_to_a_budget_of_device_memory() {
     let checkpoint = open(&odd_checkpoint(dir.path()));
     let host = Loader::new().load(&checkpoint).unwrap();
     for in_order in [false, true] {
-        let _sim = machine(1, MEMORY);
+        let _sim = machine();
         let budget = 9 << 20;
         let loader = Loader::new().device(Device::cuda(0).unwrap()).memory_budget(budget);
         let mut stream = loader.in_order(in_order).stream(&checkpoint).unwrap();
@@ -121,7 +146,7 @@ fn streams_keep_to_a_budget_of_device_memory() {
 fn a_stream_dropped_midway_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let checkpoint = open(&odd_checkpoint(dir.path()));
-    let _sim = machine(1, MEMORY);
+    let _sim = machine();
     let loader = Loader::new().device(Device::cuda(0).unwrap()).memory_budget(9 << 20);
     let mut stream = loader.stream(&checkpoint).unwrap();
     let kept = stream.next().unwrap().unwrap();
@@ -133,7 +158,7 @@ fn a_stream_dropped_midway_leaves_nothing() {
 fn too_little_device_memory_is_told_before_anything_is_read() {
     let dir = tempfile::tempdir().unwrap();
     let checkpoint = open(&odd_checkpoint(dir.path()));
-    let sim = machine(1, 8 << 20);
+    let sim = simulated_or_skip!(1, 8 << 20);
     let error = Loader::new().device(Device::cuda(0).unwrap()).load(&checkpoint).unwrap_err();
     let Error::Device(DeviceError::TooLarge { largest, bytes, .. }) = &error else {
         panic!("{error}")
@@ -152,7 +177,7 @@ fn failures_at_every_call_end_the_load_and_leave_nothing() {
     for call in calls {
         let mut failed = 0;
         for nth in [1, 2, 5] {
-            let sim = machine(1, MEMORY);
+            let sim = simulated_or_skip!(1, MEMORY);
             let device = Device::cuda(0).unwrap();
             sim.fail(call, nth, 2);
             match Loader::new().device(device).load(&checkpoint) {
@@ -171,7 +196,7 @@ fn two_devices_and_two_loads_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let checkpoint = open(&odd_checkpoint(dir.path()));
     let host = Loader::new().load(&checkpoint).unwrap();
-    let _sim = machine(2, MEMORY);
+    let _sim = simulated_or_skip!(2, MEMORY);
     std::thread::scope(|scope| {
         let loads: Vec<_> = [0, 1, 0]
             .map(|ordinal| {
@@ -196,7 +221,7 @@ fn two_devices_and_two_loads_at_once() {
 
 #[test]
 fn devices_that_are_not_there_are_errors() {
-    let _sim = machine(1, MEMORY);
+    let _sim = simulated_or_skip!(1, MEMORY);
     assert_eq!(Device::available().len(), 2);
     let error = Device::cuda(1).unwrap_err().to_string();
     assert!(error.contains("no CUDA device 1"), "{error}");
@@ -209,7 +234,7 @@ fn devices_that_are_not_there_are_errors() {
 fn tensors_are_handed_to_cudarc_and_dlpack_without_a_copy() {
     let dir = tempfile::tempdir().unwrap();
     let checkpoint = open(&odd_checkpoint(dir.path()));
-    let _sim = machine(1, MEMORY);
+    let _sim = machine();
     let loader = Loader::new().device(Device::cuda(0).unwrap()).select("big");
     let tensor = loader.load(&checkpoint).unwrap().get("big").unwrap().clone();
     let source = tensor.dlpack().unwrap();
