@@ -91,7 +91,7 @@ pub(crate) struct LoadArgs {
     #[command(flatten)]
     pub(crate) reading: Reading,
     /// Convert tensors of a floating-point dtype to this one, such as BF16 or F32
-    #[arg(long, value_name = "DTYPE")]
+    #[arg(value_parser = parse_dtype, long, value_name = "DTYPE")]
     pub(crate) dtype: Option<Dtype>,
     /// Map the files instead of reading them, and bring their pages into memory: no copy, but the
     /// files must not be changed meanwhile
@@ -200,7 +200,7 @@ pub(crate) struct SynthArgs {
     #[arg(long, value_name = "N")]
     pub(crate) shards: Option<usize>,
     /// Give tensors of a floating-point dtype this one
-    #[arg(long, value_name = "DTYPE")]
+    #[arg(value_parser = parse_dtype, long, value_name = "DTYPE")]
     pub(crate) dtype: Option<Dtype>,
     /// Choose other values; the same seed gives the same bytes
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -227,6 +227,14 @@ pub(crate) struct DoctorArgs {
     /// Print one JSON document instead of text
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// A dtype by its name in safetensors, in capitals or not.
+fn parse_dtype(name: &str) -> Result<Dtype, String> {
+    name.to_uppercase().parse().map_err(|error| {
+        let known: Vec<&str> = Dtype::ALL.iter().map(|dtype| dtype.as_str()).collect();
+        format!("{error}; there are {}", known.join(", "))
+    })
 }
 
 /// The models by name, so that help and errors list them.

@@ -15,7 +15,10 @@ impl FromStr for DeviceArg {
 
     fn from_str(name: &str) -> Result<Self, Self::Err> {
         let ordinal = name.strip_prefix("cuda:");
-        if name == "host" || ordinal.is_some_and(|ordinal| ordinal.parse::<u32>().is_ok()) {
+        if name == "host"
+            || name == "cuda"
+            || ordinal.is_some_and(|ordinal| ordinal.parse::<u32>().is_ok())
+        {
             Ok(Self(name.to_owned()))
         } else {
             Err("expected host, or cuda:N with the number of a GPU")
@@ -36,10 +39,10 @@ mod tests {
 
     #[test]
     fn only_devices_have_such_names() {
-        for name in ["host", "cuda:0", "cuda:15"] {
+        for name in ["host", "cuda", "cuda:0", "cuda:15"] {
             assert!(name.parse::<DeviceArg>().is_ok(), "{name}");
         }
-        for name in ["", "cpu", "cuda", "cuda:", "cuda:-1", "cuda:x", "cuda:0:0", "CUDA:0"] {
+        for name in ["", "cpu", "cuda:", "cuda:-1", "cuda:x", "cuda:0:0", "CUDA:0"] {
             assert!(name.parse::<DeviceArg>().is_err(), "{name}");
         }
     }

@@ -21,7 +21,9 @@ pub enum HeaderError {
         file_len: u64,
     },
     /// The header is longer than any reader of the format accepts.
-    #[error("header of {len} bytes is longer than the format's limit of {max} bytes")]
+    #[error(
+        "header of {len} bytes is longer than the format's limit of {max} bytes: not a safetensors file?"
+    )]
     TooLarge {
         /// Length of the header in bytes.
         len: u64,
