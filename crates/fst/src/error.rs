@@ -7,6 +7,7 @@ use fst_format::{Dtype, SliceError};
 use fst_io::Engine;
 
 use crate::device::Device;
+use crate::dist::DistError;
 use crate::manifest::{ManifestError, VerifyError};
 
 /// A result of this crate.
@@ -161,6 +162,9 @@ pub enum Error {
     /// What was loaded is not what the manifest says.
     #[error(transparent)]
     Verify(#[from] VerifyError),
+    /// Several ranks could not load together.
+    #[error(transparent)]
+    Dist(#[from] DistError),
     /// The load was cancelled.
     #[error("cancelled")]
     Cancelled,

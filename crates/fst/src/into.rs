@@ -181,6 +181,7 @@ impl Loader {
         N: AsRef<str>,
         D: Into<Destination<'d>>,
     {
+        self.ranks.refuse("memory of the caller's")?;
         if !self.target().is_host() {
             return Err(Error::Engine {
                 engine: self.read.engine,

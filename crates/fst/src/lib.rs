@@ -27,6 +27,8 @@
 //! - [`Loader::map`] backs tensors by a mapping of their files instead, without a copy, for whoever
 //!   can promise that nobody changes the files.
 //! - [`Loader::load_into`] fills memory that the caller has already.
+//! - [`Loader::group`] makes a load one rank's part of several ranks' ([`dist`]): nothing is read
+//!   more often than needed, and no rank receives what it does not keep.
 //! - [`LoadReport`] says what was read, by which way, and what bound the load.
 //!
 //! # What this crate does not do
@@ -36,6 +38,7 @@
 
 mod cuda;
 mod device;
+pub mod dist;
 mod doctor;
 mod error;
 mod host;
@@ -54,6 +57,13 @@ mod transform;
 mod verify;
 
 pub use device::Device;
+#[cfg(feature = "mpi")]
+pub use dist::group::MpiGroup;
+pub use dist::group::{LaunchEnv, NcclGroup};
+pub use dist::{
+    DistError, Experts, Group, Links, LocalGroup, Place, Plan, Preset, Remainder, Shard, Split,
+    Storage, Topology,
+};
 pub use doctor::{CudaReport, Doctor, HugePages, Measurement, PathReport};
 pub use error::{DeviceError, Error, Result};
 pub use fst_format::{Checkpoint, Dtype, Element, Shard as ShardFile, Slice, TensorInfo};
@@ -62,7 +72,7 @@ pub use into::Destination;
 pub use loader::Loader;
 pub use manifest::{Checksum, Digest, Manifest, ManifestError, NotADigest, VerifyError};
 pub use progress::{CancelToken, Progress};
-pub use report::{LoadReport, Stage};
+pub use report::{LoadReport, RankReport, Stage};
 pub use stream::TensorStream;
 pub use tensor::{Tensor, Tensors};
 

@@ -13,6 +13,7 @@ use fst_format::{Checkpoint, Dtype, TensorInfo};
 use fst_io::{Engine, ReadOptions};
 
 use crate::device::Device;
+use crate::dist::RankOptions;
 use crate::error::{Error, Result};
 use crate::host::{Deliver, Watch};
 use crate::load::{Load, resolve_engine};
@@ -57,6 +58,7 @@ pub struct Loader {
     pub(crate) manifest: Option<Arc<Manifest>>,
     on_progress: Option<OnProgress>,
     pub(crate) cancel: CancelToken,
+    pub(crate) ranks: RankOptions,
 }
 
 impl fmt::Debug for Loader {
@@ -66,6 +68,7 @@ impl fmt::Debug for Loader {
             .field("selection", &self.selection)
             .field("read", &self.read)
             .field("budget", &self.budget)
+            .field("ranks", &self.ranks)
             .finish_non_exhaustive()
     }
 }
@@ -166,12 +169,16 @@ impl Loader {
         self
     }
 
-    /// Loads the selected tensors and returns when all are usable.
+    /// Loads the selected tensors and returns when all are usable. In a [group](Self::group), these
+    /// are this rank's shards.
     ///
     /// # Errors
     ///
     /// What is wrong with the request, the files or the machine; see [`Error`].
     pub fn load(&self, checkpoint: &Checkpoint) -> Result<Tensors> {
+        if let Some(group) = self.ranks.group()? {
+            return self.load_rank(checkpoint, group);
+        }
         let began = Instant::now();
         let engine = resolve_engine(self.read.engine, &self.device)?;
         let mut report = LoadReport::new(engine, self.device.clone());
@@ -250,6 +257,7 @@ impl Loader {
     ///
     /// What is wrong with the request; [`Error::Budget`] names the smallest budget that works.
     pub fn stream(&self, checkpoint: &Checkpoint) -> Result<TensorStream> {
+        self.ranks.refuse("a stream")?;
         TensorStream::start(self, checkpoint)
     }
 

@@ -49,6 +49,7 @@ impl Loader {
     /// renaming another onto its name is harmless, and is how the Hugging Face cache and package
     /// managers update files.
     pub unsafe fn map(&self, checkpoint: &Checkpoint) -> Result<Tensors> {
+        self.ranks.refuse("a mapping")?;
         if !self.target().is_host() {
             return Err(Error::Engine {
                 engine: Engine::Mmap,

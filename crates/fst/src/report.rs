@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use fst_dist::ExchangeReport;
 use fst_io::stats::{self, Event};
 use fst_io::{ReadStats, ResolvedEngine, SourceFile};
 
@@ -49,6 +50,10 @@ impl Stage {
             "read.wait" => "nothing to do until storage answers",
             "read.reserve" => "waiting for memory to read into",
             "read.deliver" => "converting, handing tensors over",
+            "read.exchange" => "transfers, waiting for other ranks among them",
+            "read.pack" => "into and out of the order in which parts travel",
+            "read.starve" => "waiting for blocks to send",
+            "convert" => "converting shards that arrived",
             "verify.hash" => "hashing, beside reading",
             _ => "",
         }
@@ -93,8 +98,26 @@ pub struct LoadReport {
     /// their start. Starts count from that of the load, files are positions in
     /// [`files`](Self::files).
     pub events: Vec<Event>,
+    /// This rank's part, in a load by several.
+    pub rank: Option<RankReport>,
     /// Where in `files` those of the next read begin.
     first_file: usize,
+}
+
+/// What one rank of several kept and exchanged. What it read, the [report](LoadReport) says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RankReport {
+    /// The rank.
+    pub rank: u32,
+    /// How many ranks there are.
+    pub world: u32,
+    /// Bytes of the files that it keeps, before conversion and padding.
+    pub kept_bytes: u64,
+    /// Bytes sent to other ranks; a broadcast counts once for each receiver.
+    pub sent_bytes: u64,
+    /// Bytes received from other ranks.
+    pub received_bytes: u64,
 }
 
 impl LoadReport {
@@ -126,6 +149,7 @@ impl LoadReport {
             stages: Vec::new(),
             events: Vec::new(),
             first_file: 0,
+            rank: None,
         }
     }
 
@@ -201,6 +225,17 @@ impl LoadReport {
                 ..*event
             }));
             began += read.seconds;
+        }
+    }
+
+    /// Adds what the exchange did, as parts of the stage `read`.
+    pub(crate) fn add_exchange(&mut self, exchange: &ExchangeReport) {
+        for (name, time, bytes) in [
+            ("read.exchange", exchange.exchange, exchange.received_bytes),
+            ("read.pack", exchange.copy, 0),
+            ("read.starve", exchange.wait, 0),
+        ] {
+            self.push_part(name, time, bytes);
         }
     }
 }

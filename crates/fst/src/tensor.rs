@@ -25,6 +25,8 @@ use crate::report::LoadReport;
 #[derive(Clone)]
 pub struct Tensor {
     info: TensorInfo,
+    /// The name, where it is not the one in the checkpoint.
+    name: Option<Arc<str>>,
     dtype: Dtype,
     /// The shape, where it is not the one in the checkpoint.
     shape: Option<Box<[usize]>>,
@@ -44,12 +46,19 @@ pub(crate) enum Data {
 
 impl Tensor {
     pub(crate) fn new(info: TensorInfo, dtype: Dtype, shape: Option<&[usize]>, data: Data) -> Self {
-        Self { info, dtype, shape: shape.map(Into::into), data }
+        Self { info, name: None, dtype, shape: shape.map(Into::into), data }
     }
 
-    /// Its name in the checkpoint.
+    /// The same tensor by another name.
+    pub(crate) fn named(self, name: &str) -> Self {
+        let name = (name != self.info.name()).then(|| name.into());
+        Self { name, ..self }
+    }
+
+    /// Its name: the one in the checkpoint, or that of the tensor that several are
+    /// [fused](crate::Split::fused_into) into.
     pub fn name(&self) -> &str {
-        self.info.name()
+        self.name.as_deref().unwrap_or_else(|| self.info.name())
     }
 
     /// Type of its elements, as loaded.
@@ -75,7 +84,8 @@ impl Tensor {
         }
     }
 
-    /// What the checkpoint says of it: the tensor before slicing and conversion.
+    /// What the checkpoint says of it: the tensor before slicing, sharding and conversion; of several
+    /// that are fused, the first.
     pub fn info(&self) -> &TensorInfo {
         &self.info
     }

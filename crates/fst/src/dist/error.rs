@@ -1,0 +1,77 @@
+//! What can end a load by several ranks, beside what can end any.
+
+use fst_dist::{ExchangeError, GroupError, PlanError};
+use fst_format::Dtype;
+
+use crate::device::Device;
+
+/// Why ranks could not load together.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DistError {
+    /// The plan cannot be made.
+    #[error(transparent)]
+    Plan(Box<PlanError>),
+    /// Reading or exchanging failed, on this rank or another.
+    #[error(transparent)]
+    Exchange(Box<ExchangeError>),
+    /// The group failed: says which rank and why.
+    #[error(transparent)]
+    Group(#[from] GroupError),
+    /// Shards were asked for, and there are no ranks.
+    #[error("shards need a group of ranks, or at least a topology to plan for")]
+    NoGroup,
+    /// Only whole loads are shared by ranks.
+    #[error("{what} is for a single rank; ranks of a group load everything at once")]
+    LoadOnly {
+        /// What was asked for.
+        what: &'static str,
+    },
+    /// A tensor is sliced as well as sharded.
+    #[error("tensor {tensor:?} cannot be sliced in a load by ranks; shard it by ranges instead")]
+    Sliced {
+        /// The tensor.
+        tensor: String,
+    },
+    /// The topology has another number of ranks than the group.
+    #[error("the topology has {topology} ranks, the group {group}")]
+    World {
+        /// Ranks of the topology.
+        topology: u32,
+        /// Ranks of the group.
+        group: u32,
+    },
+    /// Tensors of different types are to be fused.
+    #[error("tensor {tensor:?} of {found} cannot be part of {output:?}, which holds {expected}")]
+    FusedDtypes {
+        /// The fused tensor.
+        output: String,
+        /// Type of the elements of its first part.
+        expected: Dtype,
+        /// The part that differs.
+        tensor: String,
+        /// Its type.
+        found: Dtype,
+    },
+    /// Ranks do not load into this device's memory.
+    #[error("a group of ranks cannot load to {device}")]
+    Device {
+        /// The device asked for.
+        device: Device,
+    },
+}
+
+impl From<PlanError> for DistError {
+    fn from(error: PlanError) -> Self {
+        Self::Plan(Box::new(error))
+    }
+}
+
+impl From<ExchangeError> for DistError {
+    fn from(error: ExchangeError) -> Self {
+        match error {
+            ExchangeError::Group(error) => Self::Group(error),
+            error => Self::Exchange(Box::new(error)),
+        }
+    }
+}
