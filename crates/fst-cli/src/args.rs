@@ -8,6 +8,7 @@ use fst::{Dtype, Engine};
 use fst_cli::models::MODELS;
 
 use crate::device::DeviceArg;
+use crate::ranks::{GroupArg, PresetArg};
 use crate::slice::SliceArg;
 
 /// Loads safetensors checkpoints as fast as the hardware allows.
@@ -31,6 +32,8 @@ pub(crate) enum Command {
     Sum(SumArgs),
     /// Make a checkpoint with a published model's tensor names, shapes and order
     Synth(SynthArgs),
+    /// Show what each rank of several would read, send and receive; reads headers only
+    Plan(PlanArgs),
     /// Show what this machine offers and how a checkpoint would be read here
     Doctor(DoctorArgs),
 }
@@ -52,6 +55,34 @@ pub(crate) struct Reading {
     pub(crate) no_progress: bool,
 }
 
+/// What each rank of several keeps.
+#[derive(Debug, Args)]
+pub(crate) struct Rule {
+    /// How ranks share the tensors: llama, gpt2, falcon, bloom, moe, or auto to go by their names
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    pub(crate) preset: PresetArg,
+    /// Elements of an attention head: heads then stay whole
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) head_dim: Option<u64>,
+    /// Join query, key and value, and gate and up, into one tensor each
+    #[arg(long)]
+    pub(crate) fused: bool,
+}
+
+/// Ranks that load together.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Several ranks")]
+pub(crate) struct Ranks {
+    /// Load by N ranks of this process, each keeping its shards
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub(crate) world: Option<u32>,
+    /// Load as one rank of a group of processes: `mpi`, started by mpirun
+    #[arg(long, value_name = "GROUP", conflicts_with = "world")]
+    pub(crate) dist: Option<GroupArg>,
+    #[command(flatten)]
+    pub(crate) rule: Rule,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct LoadArgs {
     /// A .safetensors file, an index.json, or a folder that holds either
@@ -64,20 +95,22 @@ pub(crate) struct LoadArgs {
     pub(crate) dtype: Option<Dtype>,
     /// Map the files instead of reading them, and bring their pages into memory: no copy, but the
     /// files must not be changed meanwhile
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["world", "dist"])]
     pub(crate) map: bool,
     /// Hold every tensor's bytes to the sums in this file, as `fst sum -o FILE` writes them
-    #[arg(long, value_name = "FILE", requires = "paths")]
+    #[arg(long, value_name = "FILE", requires = "paths", conflicts_with_all = ["world", "dist"])]
     pub(crate) verify: Option<PathBuf>,
     /// Write the load's timeline to this file, for chrome://tracing or https://ui.perfetto.dev
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["world", "dist"])]
     pub(crate) trace: Option<PathBuf>,
     /// Draw throughput over time to this file, as an SVG
-    #[arg(long, value_name = "FILE.svg")]
+    #[arg(long, value_name = "FILE.svg", conflicts_with_all = ["world", "dist"])]
     pub(crate) plot: Option<PathBuf>,
     /// Print one JSON document instead of text
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) ranks: Ranks,
 }
 
 #[derive(Debug, Args)]
@@ -106,6 +139,47 @@ pub(crate) struct SumArgs {
     /// Write the sums to this file, for `fst load --verify FILE`
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,
+    /// Print one JSON document instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Sum the shards of N ranks of this process
+    #[arg(
+        long,
+        value_name = "N",
+        value_parser = clap::value_parser!(u32).range(1..=4096),
+        conflicts_with_all = ["slice", "output"],
+        help_heading = "Several ranks"
+    )]
+    pub(crate) world: Option<u32>,
+    #[command(flatten, next_help_heading = "Several ranks")]
+    pub(crate) rule: Rule,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PlanArgs {
+    /// A .safetensors file, an index.json, or a folder that holds either
+    #[arg(value_name = "PATH", required = true)]
+    pub(crate) paths: Vec<PathBuf>,
+    /// How many ranks
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub(crate) world: u32,
+    #[command(flatten)]
+    pub(crate) rule: Rule,
+    /// Spread the ranks over K nodes
+    #[arg(long, value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) nodes: u32,
+    /// Each node has the checkpoint on storage of its own, rather than all on shared storage
+    #[arg(long)]
+    pub(crate) local_storage: bool,
+    /// Rate of a storage, for all its ranks together
+    #[arg(long, value_name = "GB/S")]
+    pub(crate) storage_gb_s: Option<f64>,
+    /// Rate of a rank's link to others of its node, each way
+    #[arg(long, value_name = "GB/S")]
+    pub(crate) link_gb_s: Option<f64>,
+    /// Rate of a rank's link to other nodes, each way
+    #[arg(long, value_name = "GB/S")]
+    pub(crate) net_gb_s: Option<f64>,
     /// Print one JSON document instead of text
     #[arg(long)]
     pub(crate) json: bool,

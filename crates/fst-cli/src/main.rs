@@ -6,6 +6,7 @@ mod device;
 mod failure;
 mod interrupt;
 mod progress;
+mod ranks;
 mod reading;
 mod slice;
 mod text;
@@ -26,6 +27,7 @@ fn main() -> ExitCode {
         Command::Inspect(args) => command::inspect::run(args),
         Command::Sum(args) => command::sum::run(args),
         Command::Synth(args) => command::synth::run(args),
+        Command::Plan(args) => command::plan::run(args),
         Command::Doctor(args) => command::doctor::run(args),
     };
     match result {

@@ -13,6 +13,7 @@ use crate::args::LoadArgs;
 use crate::failure::Failure;
 use crate::interrupt::{self, TemporaryFolder};
 use crate::progress::Progress;
+use crate::ranks;
 use crate::reading;
 use crate::text::{self, Align, FAINT, HEADING, RESULT, Table, counted, styled, visible};
 use crate::timeline;
@@ -91,6 +92,12 @@ fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
         loader = loader.verify(Manifest::read(path).map_err(Failure::of)?);
     }
     loader = loader.trace(args.trace.is_some() || args.plot.is_some());
+    if let Some(world) = args.ranks.world {
+        return ranks::load_here(args, paths, &checkpoint, &loader, world);
+    }
+    if let Some(group) = args.ranks.dist {
+        return ranks::load_as_one(args, paths, &checkpoint, loader, group);
+    }
     let progress = Progress::new("loading", 0, !args.reading.no_progress);
     let bar = progress.bar();
     let loader = loader.on_progress(move |progress| {

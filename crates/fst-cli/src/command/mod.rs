@@ -3,5 +3,6 @@
 pub(crate) mod doctor;
 pub(crate) mod inspect;
 pub(crate) mod load;
+pub(crate) mod plan;
 pub(crate) mod sum;
 pub(crate) mod synth;

@@ -9,17 +9,36 @@ use fst::{Checkpoint, Checksum, Error, Loader, Manifest, Tensor};
 use crate::args::SumArgs;
 use crate::failure::Failure;
 use crate::progress::Progress;
+use crate::ranks;
 use crate::reading;
 use crate::text::{self, counted, visible};
 
 /// Memory for tensors on their way from the reader to the hash, unless one tensor needs more.
 const MEMORY_BUDGET: u64 = 1 << 30;
 
+/// The sum of one rank's shard.
+#[derive(serde::Serialize)]
+struct ShardSum {
+    rank: u32,
+    name: String,
+    dtype: &'static str,
+    shape: Vec<usize>,
+    sha256: String,
+}
+
+#[derive(serde::Serialize)]
+struct Shards {
+    tensors: Vec<ShardSum>,
+}
+
 pub(crate) fn run(args: &SumArgs) -> Result<(), Failure> {
     let checkpoint = reading::open(&args.paths)?;
     let mut loader = reading::loader(&args.reading)?;
     for slice in &args.slice {
         loader = loader.slice(&slice.name, slice.dim, slice.range.clone());
+    }
+    if let Some(world) = args.world {
+        return shards(args, &loader, &checkpoint, world);
     }
     // Of a selection it shows what was summed, without an end.
     let all = args.slice.is_empty() && args.reading.select.is_empty();
@@ -45,6 +64,37 @@ pub(crate) fn run(args: &SumArgs) -> Result<(), Failure> {
         }
     };
     text::print(&out).map_err(Failure::output)
+}
+
+/// Sums the shards of `world` ranks, rank by rank.
+fn shards(
+    args: &SumArgs,
+    loader: &Loader,
+    checkpoint: &Checkpoint,
+    world: u32,
+) -> Result<(), Failure> {
+    let preset = ranks::preset(checkpoint, &args.rule, &args.paths)?;
+    let loader = loader.clone().preset(preset);
+    let sums = ranks::run(world, &loader, checkpoint, |rank, tensors| {
+        let sum = |tensor: &Tensor| {
+            Ok(ShardSum {
+                rank,
+                name: tensor.name().to_owned(),
+                dtype: tensor.dtype().as_str(),
+                shape: tensor.shape().to_vec(),
+                sha256: Checksum::of(tensor)?.sha256.to_string(),
+            })
+        };
+        tensors.iter().map(sum).collect()
+    });
+    let sums: Vec<Vec<ShardSum>> =
+        sums.map_err(|error| reading::failure(&args.paths, checkpoint, &error))?;
+    let report = Shards { tensors: sums.into_iter().flatten().collect() };
+    if args.json {
+        return text::print_json(&report).map_err(Failure::output);
+    }
+    let line = |sum: &ShardSum| format!("{}  {}  {}\n", sum.sha256, sum.rank, visible(&sum.name));
+    text::print(&report.tensors.iter().map(line).collect::<String>()).map_err(Failure::output)
 }
 
 /// Reads and hashes all tensors, in no particular order. Hashing is slower than reading, so each

@@ -85,7 +85,7 @@ impl Reader for FileReader<'_> {
         let plan = ReadPlan::new(extents, limits).map_err(|e| (first, e.into()))?;
         let state = plan.blocks().iter().map(|_| AtomicU8::new(FREE)).collect();
         let sink = Places { plan: &plan, dests, parts: bounced, bounce: &self.bounce, state };
-        let control = self.watch.next();
+        let control = self.watch.next(None);
         match fst_io::read(self.files, &plan, &sink, &self.options, &control) {
             Ok(stats) => {
                 self.stats.lock().unwrap_or_else(|e| e.into_inner()).push(stats);

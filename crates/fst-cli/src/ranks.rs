@@ -1,0 +1,332 @@
+//! Loads by several ranks: threads of this process, or processes that a launcher started.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use fst::{Checkpoint, DistError, Error, Group, Loader, LocalGroup, Preset, Tensors};
+use serde::{Deserialize, Serialize};
+
+use crate::args::{LoadArgs, Rule};
+use crate::failure::Failure;
+use crate::reading;
+use crate::text::{self, Align, HEADING, RESULT, Table, counted, styled, visible};
+
+/// `--preset`: a family of models, or `auto`.
+#[derive(Clone, Debug)]
+pub(crate) enum PresetArg {
+    Auto,
+    Named(Preset),
+}
+
+impl FromStr for PresetArg {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let unknown = || format!("expected {} or auto", Preset::NAMES.join(", "));
+        match name {
+            "auto" => Ok(Self::Auto),
+            name => Preset::named(name).map(Self::Named).ok_or_else(unknown),
+        }
+    }
+}
+
+/// `--dist`: what carries bytes between processes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum GroupArg {
+    Mpi,
+}
+
+impl FromStr for GroupArg {
+    type Err = &'static str;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        match name {
+            "mpi" if cfg!(feature = "mpi") => Ok(Self::Mpi),
+            "mpi" => Err("this program was built without MPI: build it with --features mpi"),
+            _ => Err("expected mpi"),
+        }
+    }
+}
+
+/// The preset that the command line asks for.
+pub(crate) fn preset(
+    checkpoint: &Checkpoint,
+    rule: &Rule,
+    paths: &[PathBuf],
+) -> Result<Preset, Failure> {
+    let names = || checkpoint.tensors().iter().map(|tensor| tensor.name());
+    let preset = match &rule.preset {
+        PresetArg::Named(preset) => Some(preset.clone()),
+        PresetArg::Auto => Preset::detect(names()),
+    };
+    let Some(mut preset) = preset else {
+        let what = format!(
+            "no preset fits the names of the tensors; choose one with --preset: {}",
+            Preset::NAMES.join(", ")
+        );
+        return Err(match paths.first() {
+            Some(path) => Failure::at(path, what),
+            None => Failure::of(what),
+        });
+    };
+    if let Some(elements) = rule.head_dim {
+        preset = preset.head_dim(elements);
+    }
+    Ok(if rule.fused { preset.fused() } else { preset })
+}
+
+/// Loads as `world` ranks, one thread each, and does `each` on the thread of the rank that kept the
+/// tensors. Of several errors it returns the cause of the others.
+pub(crate) fn run<T: Send>(
+    world: u32,
+    loader: &Loader,
+    checkpoint: &Checkpoint,
+    each: impl Fn(u32, Tensors) -> Result<T, Error> + Sync,
+) -> Result<Vec<T>, Error> {
+    let rank = |group: LocalGroup| -> Result<T, Error> {
+        let group: Arc<dyn Group> = Arc::new(group);
+        let rank = group.rank();
+        each(rank, loader.clone().group(group).load(checkpoint)?)
+    };
+    let results: Vec<Result<T, Error>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = LocalGroup::host(world)
+            .into_iter()
+            .map(|group| {
+                let rank = &rank;
+                scope.spawn(move || rank(group))
+            })
+            .collect();
+        let join = |thread: std::thread::ScopedJoinHandle<'_, _>| {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        threads.into_iter().map(join).collect()
+    });
+    let mut done = Vec::with_capacity(results.len());
+    let mut failed: Option<Error> = None;
+    for result in results {
+        match result {
+            Ok(value) => done.push(value),
+            Err(error) if failed.as_ref().is_none_or(is_echo) => failed = Some(error),
+            Err(_) => {}
+        }
+    }
+    failed.map_or(Ok(done), Err)
+}
+
+/// Whether an error tells of another rank's.
+fn is_echo(error: &Error) -> bool {
+    matches!(error, Error::Dist(DistError::Group(_)))
+}
+
+/// One rank's load; it travels between processes.
+#[derive(Serialize, Deserialize)]
+struct Rank {
+    rank: u32,
+    tensors: usize,
+    /// Bytes of the loaded shards, padding and conversions in.
+    bytes: u64,
+    /// Bytes of the files that it keeps, read, sent to and received from other ranks.
+    kept: u64,
+    read: u64,
+    sent: u64,
+    received: u64,
+    seconds: f64,
+    resident_bytes: Option<u64>,
+    engine: String,
+    engine_asked: String,
+    engine_reason: String,
+    device: String,
+    workers: usize,
+    block_bytes: u64,
+    stages: Vec<Stage>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Stage {
+    name: String,
+    seconds: f64,
+    bytes: u64,
+}
+
+impl Rank {
+    fn of(tensors: &Tensors) -> Self {
+        let report = tensors.report();
+        let rank = report.rank;
+        let stage = |stage: &fst::Stage| Stage {
+            name: stage.name.to_owned(),
+            seconds: stage.seconds,
+            bytes: stage.bytes,
+        };
+        Self {
+            rank: rank.map_or(0, |rank| rank.rank),
+            tensors: report.tensors,
+            bytes: report.bytes,
+            kept: rank.map_or(report.bytes, |rank| rank.kept_bytes),
+            read: report.bytes_read,
+            sent: rank.map_or(0, |rank| rank.sent_bytes),
+            received: rank.map_or(0, |rank| rank.received_bytes),
+            seconds: report.seconds,
+            resident_bytes: report.resident_bytes,
+            engine: report.engine.used.as_str().to_owned(),
+            engine_asked: report.engine.asked.as_str().to_owned(),
+            engine_reason: report.engine.reason.clone(),
+            device: report.device.to_string(),
+            workers: report.workers,
+            block_bytes: report.block_bytes,
+            stages: report.stages.iter().map(stage).collect(),
+        }
+    }
+}
+
+/// The load of all ranks: sums of what they did, the time and stages of the slowest.
+#[derive(Serialize)]
+struct Report<'r> {
+    tensors: usize,
+    bytes: u64,
+    seconds: f64,
+    gb_per_s: f64,
+    engine: &'r str,
+    device: &'r str,
+    stages: serde_json::Map<String, serde_json::Value>,
+    engine_asked: &'r str,
+    engine_reason: &'r str,
+    resident_bytes: Option<u64>,
+    workers: usize,
+    block_bytes: u64,
+    world: usize,
+    preset: &'static str,
+    checkpoint_bytes: u64,
+    kept: u64,
+    read: u64,
+    sent: u64,
+    received: u64,
+    ranks: &'r [Rank],
+}
+
+/// `fst load --world N`.
+pub(crate) fn load_here(
+    args: &LoadArgs,
+    paths: &[PathBuf],
+    checkpoint: &Checkpoint,
+    loader: &Loader,
+    world: u32,
+) -> Result<(), Failure> {
+    let preset = preset(checkpoint, &args.ranks.rule, paths)?;
+    let loader = loader.clone().preset(preset.clone());
+    let ranks = run(world, &loader, checkpoint, |_, tensors| Ok(Rank::of(&tensors)))
+        .map_err(|error| reading::failure(paths, checkpoint, &error))?;
+    print(args, paths, checkpoint, &preset, &ranks)
+}
+
+/// `fst load --dist GROUP`: this process is one rank; rank 0 tells of all.
+pub(crate) fn load_as_one(
+    args: &LoadArgs,
+    paths: &[PathBuf],
+    checkpoint: &Checkpoint,
+    loader: Loader,
+    group: GroupArg,
+) -> Result<(), Failure> {
+    let GroupArg::Mpi = group;
+    let group = join_mpi()?;
+    let preset = preset(checkpoint, &args.ranks.rule, paths).inspect_err(|_| {
+        group.abort("no preset fits the names of the tensors");
+    })?;
+    let loader = loader.preset(preset.clone()).group(group.clone());
+    let fail = |error| reading::failure(paths, checkpoint, &error);
+    let tensors = loader.load(checkpoint).map_err(fail)?;
+    let told = serde_json::to_vec(&Rank::of(&tensors)).map_err(Failure::of)?;
+    let told = group.gather_messages(&told).map_err(Failure::of)?;
+    if group.rank() != 0 {
+        return Ok(());
+    }
+    let ranks: Result<Vec<Rank>, _> =
+        told.iter().map(|rank| serde_json::from_slice(rank)).collect();
+    print(args, paths, checkpoint, &preset, &ranks.map_err(Failure::of)?)
+}
+
+#[cfg(feature = "mpi")]
+fn join_mpi() -> Result<Arc<dyn Group>, Failure> {
+    let deadline = fst::dist::group::DEFAULT_DEADLINE;
+    Ok(Arc::new(fst::MpiGroup::init(deadline).map_err(Failure::of)?))
+}
+
+#[cfg(not(feature = "mpi"))]
+fn join_mpi() -> Result<Arc<dyn Group>, Failure> {
+    // The command line is not accepted without the feature.
+    Err(Failure::usage("--dist mpi: this program was built without MPI"))
+}
+
+fn print(
+    args: &LoadArgs,
+    paths: &[PathBuf],
+    checkpoint: &Checkpoint,
+    preset: &Preset,
+    ranks: &[Rank],
+) -> Result<(), Failure> {
+    let Some(slowest) = ranks.iter().max_by(|a, b| a.seconds.total_cmp(&b.seconds)) else {
+        return Ok(());
+    };
+    let sum = |of: fn(&Rank) -> u64| ranks.iter().map(of).sum::<u64>();
+    let stages = slowest.stages.iter().map(|stage| {
+        let figures = serde_json::json!({ "seconds": stage.seconds, "bytes": stage.bytes });
+        (stage.name.clone(), figures)
+    });
+    let bytes = sum(|rank| rank.bytes);
+    let report = Report {
+        tensors: ranks.iter().map(|rank| rank.tensors).sum(),
+        bytes,
+        seconds: slowest.seconds,
+        gb_per_s: bytes as f64 / slowest.seconds / 1e9,
+        engine: &slowest.engine,
+        device: &slowest.device,
+        stages: stages.collect(),
+        engine_asked: &slowest.engine_asked,
+        engine_reason: &slowest.engine_reason,
+        resident_bytes: slowest.resident_bytes,
+        workers: slowest.workers,
+        block_bytes: slowest.block_bytes,
+        world: ranks.len(),
+        preset: preset.name(),
+        checkpoint_bytes: checkpoint.byte_len(),
+        kept: sum(|rank| rank.kept),
+        read: sum(|rank| rank.read),
+        sent: sum(|rank| rank.sent),
+        received: sum(|rank| rank.received),
+        ranks,
+    };
+    if args.json {
+        return text::print_json(&report).map_err(Failure::output);
+    }
+    text::print(&render(&report, paths)).map_err(Failure::output)
+}
+
+fn render(report: &Report<'_>, paths: &[PathBuf]) -> String {
+    let paths: Vec<String> =
+        paths.iter().map(|path| visible(&path.display().to_string())).collect();
+    let mut out = format!("{}\n", styled(HEADING, paths.join(" ")));
+    out += &format!(
+        "  {} by {} (preset {}) in {}: {}\n\n",
+        text::bytes(report.checkpoint_bytes),
+        counted(report.world as u64, "rank"),
+        report.preset,
+        text::seconds(report.seconds),
+        styled(RESULT, text::rate(report.checkpoint_bytes as f64 / report.seconds / 1e9))
+    );
+    let mut table = Table::new(&[Align::Right; 7]);
+    let heads = ["rank", "tensors", "keeps", "read", "sent", "received", "time"];
+    table.row(heads.map(str::to_owned));
+    let cells = |name: String, tensors: usize, bytes: [u64; 4], seconds: f64| {
+        let [kept, read, sent, received] = bytes.map(text::bytes);
+        [name, text::count(tensors as u64), kept, read, sent, received, text::seconds(seconds)]
+    };
+    for rank in report.ranks {
+        let bytes = [rank.kept, rank.read, rank.sent, rank.received];
+        table.row(cells(rank.rank.to_string(), rank.tensors, bytes, rank.seconds));
+    }
+    let bytes = [report.kept, report.read, report.sent, report.received];
+    table.row(cells("all".to_owned(), report.tensors, bytes, report.seconds));
+    out += &table.render();
+    out += &format!("\n  engine {}: {}\n", report.engine, report.engine_reason);
+    out
+}
