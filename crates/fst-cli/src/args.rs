@@ -98,13 +98,13 @@ pub(crate) struct LoadArgs {
     #[arg(long, conflicts_with_all = ["world", "dist"])]
     pub(crate) map: bool,
     /// Hold every tensor's bytes to the sums in this file, as `fst sum -o FILE` writes them
-    #[arg(long, value_name = "FILE", requires = "paths")]
+    #[arg(long, value_name = "FILE", requires = "paths", conflicts_with_all = ["world", "dist"])]
     pub(crate) verify: Option<PathBuf>,
     /// Write the load's timeline to this file, for chrome://tracing or https://ui.perfetto.dev
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["world", "dist"])]
     pub(crate) trace: Option<PathBuf>,
     /// Draw throughput over time to this file, as an SVG
-    #[arg(long, value_name = "FILE.svg")]
+    #[arg(long, value_name = "FILE.svg", conflicts_with_all = ["world", "dist"])]
     pub(crate) plot: Option<PathBuf>,
     /// Print one JSON document instead of text
     #[arg(long)]
@@ -147,7 +147,7 @@ pub(crate) struct SumArgs {
         long,
         value_name = "N",
         value_parser = clap::value_parser!(u32).range(1..=4096),
-        conflicts_with = "slice",
+        conflicts_with_all = ["slice", "output"],
         help_heading = "Several ranks"
     )]
     pub(crate) world: Option<u32>,

@@ -258,9 +258,12 @@ impl Loader {
         let began = Instant::now();
         let mut report = LoadReport::new(engine, device);
         report.push("open", checkpoint.open_time(), 0);
+        if self.manifest.is_some() {
+            return Err(DistError::LoadOnly { what: "a manifest" }.into());
+        }
         let items = self.selection.resolve(checkpoint)?;
         let (files, number) = open_files(checkpoint, &items)?;
-        report.resident_bytes = files.iter().map(|file| file.resident_bytes().ok()).sum();
+        report.add_files(&files);
         let fingerprint = fingerprint::of(&items, &files)?;
         let plan = self.ranks.plan(&items, fingerprint)?;
         let view = plan.rank(group.rank());

@@ -50,6 +50,10 @@ impl Stage {
             "read.wait" => "nothing to do until storage answers",
             "read.reserve" => "waiting for memory to read into",
             "read.deliver" => "converting, handing tensors over",
+            "read.exchange" => "transfers, waiting for other ranks among them",
+            "read.pack" => "into and out of the order in which parts travel",
+            "read.starve" => "waiting for blocks to send",
+            "convert" => "converting shards that arrived",
             "verify.hash" => "hashing, beside reading",
             _ => "",
         }
@@ -231,7 +235,7 @@ impl LoadReport {
             ("read.pack", exchange.copy, 0),
             ("read.starve", exchange.wait, 0),
         ] {
-            self.stages.push(Stage { name, seconds: time.as_secs_f64(), bytes });
+            self.push_part(name, time, bytes);
         }
     }
 }

@@ -4,8 +4,6 @@ use std::collections::HashMap;
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, sync_channel};
 
-use serde::Serialize;
-
 use fst::{Checkpoint, Checksum, Error, Loader, Manifest, Tensor};
 
 use crate::args::SumArgs;
@@ -18,28 +16,19 @@ use crate::text::{self, counted, visible};
 /// Memory for tensors on their way from the reader to the hash, unless one tensor needs more.
 const MEMORY_BUDGET: u64 = 1 << 30;
 
-/// The shards' sums, as JSON.
-#[derive(Serialize)]
-struct Report {
-    tensors: Vec<RankSum>,
-}
-
-/// The sum of a shard, with the rank that keeps it.
-#[derive(Serialize)]
-struct RankSum {
+/// The sum of one rank's shard.
+#[derive(serde::Serialize)]
+struct ShardSum {
     rank: u32,
     name: String,
-    dtype: Option<&'static str>,
-    shape: Option<Vec<usize>>,
+    dtype: &'static str,
+    shape: Vec<usize>,
     sha256: String,
 }
 
-impl RankSum {
-    fn of(rank: u32, tensor: &Tensor) -> Result<Self, Error> {
-        let Checksum { name, dtype, shape, sha256, .. } = Checksum::of(tensor)?;
-        let dtype = dtype.map(|dtype| dtype.as_str());
-        Ok(Self { rank, name, dtype, shape, sha256: sha256.to_string() })
-    }
+#[derive(serde::Serialize)]
+struct Shards {
+    tensors: Vec<ShardSum>,
 }
 
 pub(crate) fn run(args: &SumArgs) -> Result<(), Failure> {
@@ -87,16 +76,24 @@ fn shards(
     let preset = ranks::preset(checkpoint, &args.rule, &args.paths)?;
     let loader = loader.clone().preset(preset);
     let sums = ranks::run(world, &loader, checkpoint, |rank, tensors| {
-        tensors.iter().map(|tensor| RankSum::of(rank, tensor)).collect()
+        let sum = |tensor: &Tensor| {
+            Ok(ShardSum {
+                rank,
+                name: tensor.name().to_owned(),
+                dtype: tensor.dtype().as_str(),
+                shape: tensor.shape().to_vec(),
+                sha256: Checksum::of(tensor)?.sha256.to_string(),
+            })
+        };
+        tensors.iter().map(sum).collect()
     });
-    let sums: Vec<Vec<RankSum>> =
+    let sums: Vec<Vec<ShardSum>> =
         sums.map_err(|error| reading::failure(&args.paths, checkpoint, &error))?;
-    let report = Report { tensors: sums.into_iter().flatten().collect() };
+    let report = Shards { tensors: sums.into_iter().flatten().collect() };
     if args.json {
         return text::print_json(&report).map_err(Failure::output);
     }
-    let line =
-        |shard: &RankSum| format!("{}  {}  {}\n", shard.sha256, shard.rank, visible(&shard.name));
+    let line = |sum: &ShardSum| format!("{}  {}  {}\n", sum.sha256, sum.rank, visible(&sum.name));
     text::print(&report.tensors.iter().map(line).collect::<String>()).map_err(Failure::output)
 }
 

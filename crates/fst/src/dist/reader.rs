@@ -191,7 +191,7 @@ impl Ways {
             && part.start.saturating_sub(extent.end()) <= self.gap
             && part.end() - extent.offset <= GROUP
         {
-            extent.len = part.end() - extent.offset;
+            extent.len = extent.len.max(part.end() - extent.offset);
             parts.end = at + 1;
             return;
         }
