@@ -30,6 +30,7 @@ pub mod stats;
 mod error;
 mod extent;
 mod file;
+mod numa;
 mod sys;
 
 pub use budget::Budget;

@@ -1,5 +1,6 @@
 //! The system calls that the standard library lacks, as functions that return `io::Result`.
 
+use std::collections::BTreeSet;
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
@@ -146,6 +147,31 @@ pub(crate) fn may_write(file: &File, owner: u32) -> bool {
     };
     // SAFETY: the path is a valid C string.
     unsafe { libc::faccessat(libc::AT_FDCWD, path.as_ptr(), libc::W_OK, libc::AT_EACCESS) == 0 }
+}
+
+/// The processors that the calling thread may run on.
+pub(crate) fn affinity() -> io::Result<BTreeSet<usize>> {
+    let mut set = MaybeUninit::<libc::cpu_set_t>::zeroed();
+    // SAFETY: the call fills at most the size given, which is that of `set`.
+    check(unsafe { libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), set.as_mut_ptr()) })?;
+    // SAFETY: all-zero bytes are a valid set, and the call succeeded in filling it.
+    let set = unsafe { set.assume_init() };
+    // SAFETY: the numbers are within the set's size.
+    Ok((0..libc::CPU_SETSIZE as usize)
+        .filter(|cpu| unsafe { libc::CPU_ISSET(*cpu, &set) })
+        .collect())
+}
+
+/// Lets the calling thread run on these processors only.
+pub(crate) fn set_affinity(processors: &BTreeSet<usize>) -> io::Result<()> {
+    // SAFETY: all-zero bytes are a valid set: the empty one.
+    let mut set = unsafe { MaybeUninit::<libc::cpu_set_t>::zeroed().assume_init() };
+    for cpu in processors.iter().filter(|cpu| **cpu < libc::CPU_SETSIZE as usize) {
+        // SAFETY: the number is within the set's size.
+        unsafe { libc::CPU_SET(*cpu, &mut set) };
+    }
+    // SAFETY: the call reads the size given, which is that of `set`.
+    check(unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set) })
 }
 
 /// The system's page size in bytes.

@@ -190,6 +190,7 @@ impl<'a> Job<'a> {
         if unsafe { sys::populate(ptr, len) }.is_err() {
             // An older kernel. Whoever writes first takes the faults, as ever.
             self.no_populate.store(true, Relaxed);
+            return None;
         }
         stats.touch += began.elapsed();
         stats.touch_bytes += len as u64;

@@ -4,7 +4,8 @@
 //! worker borrows memory from the [`Sink`], chooses its way by what the page cache holds (resident
 //! blocks are copied out of it, cold ones read around it with `O_DIRECT`), reads, and hands the
 //! block over. No lock is taken on the way of a block; a worker waits only for its own reads, or
-//! for the sink when that has no memory to lend.
+//! for the sink when that has no memory to lend. On machines of several NUMA nodes, workers stay
+//! beside the storage that they read.
 
 mod depth;
 mod job;
@@ -22,6 +23,7 @@ use std::time::Instant;
 use crate::budget::Budget;
 use crate::error::Error;
 use crate::file::SourceFile;
+use crate::numa::{self, Bound};
 use crate::plan::ReadPlan;
 use crate::sink::Sink;
 use crate::stats::ReadStats;
@@ -241,10 +243,14 @@ pub fn read(
     let workers = workers.clamp(1, plan.blocks().len().max(1));
     let depth = Depth::new(options.depth, workers, plan.limits().block);
     let job = Job::new(files, plan, sink, options, control, started, depth)?;
-    let run = |worker: usize| match engine.used {
-        Engine::Uring => uring::work(&job, worker),
-        Engine::Mmap => mmap::work(&job, worker),
-        _ => pread::work(&job, worker),
+    let near = numa::processors_near(files);
+    let run = |worker: usize| {
+        let _bound = near.as_ref().and_then(Bound::to);
+        match engine.used {
+            Engine::Uring => uring::work(&job, worker),
+            Engine::Mmap => mmap::work(&job, worker),
+            _ => pread::work(&job, worker),
+        }
     };
     let mut stats = ReadStats::new(engine.clone(), workers, plan);
     thread::scope(|scope| {

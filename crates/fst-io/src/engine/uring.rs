@@ -1,6 +1,11 @@
 //! io_uring: each worker keeps several large reads in flight on a ring of its own. While they are
 //! under way it gets the next blocks ready (their memory is faulted in), and copies resident
 //! blocks itself, looking at the ring between two steps.
+//!
+//! Nothing is registered with the ring (files, buffers, the ring itself): handing over a request
+//! of 4 MiB into huge pages takes 15 us in all, 4 ms of one processor per GB, which is the most
+//! that registering could save. Into 4 KiB pages it takes 110 us, and reading is a tenth slower
+//! besides: memory that sinks lend again and again should be on huge pages, too.
 
 use std::collections::VecDeque;
 use std::io;
