@@ -156,7 +156,7 @@ pub(crate) fn kept(
             pick(tensor, dim, &(0..sections).flat_map(of).map(Some).collect::<Vec<_>>())
         }
         Cut::Vocabulary => {
-            let rows = tensor.shape[0].next_multiple_of(64).next_multiple_of(world) / world;
+            let rows = tensor.shape[0].next_multiple_of(64).div_ceil(world);
             let row = |row| (row < tensor.shape[0]).then_some(row);
             pick(tensor, 0, &(rank * rows..(rank + 1) * rows).map(row).collect::<Vec<_>>())
         }
