@@ -40,22 +40,22 @@ pub fn write(path: &Path, specs: &[Spec]) {
 }
 
 /// A checkpoint of two shards with everything that is odd: many types of elements, scalars, empty
-/// tensors, large and small ones, and a crowd of tiny ones.
+/// tensors, large and small ones.
 pub fn odd_checkpoint(dir: &Path) -> Vec<PathBuf> {
     use Dtype::{BF16, BOOL, F8_E4M3, F16, F32, F64, I64, U8};
     let a = dir.join("a.safetensors");
     let b = dir.join("b.safetensors");
-    let mut first = vec![
-        ("big", BF16, vec![1500, 1001]),
-        ("scalar", F32, vec![]),
-        ("empty", F32, vec![0, 7]),
-        ("bytes", U8, vec![33]),
-        ("wide", F64, vec![3, 5, 7]),
-        ("flags", BOOL, vec![5]),
-    ];
-    let tiny = ["t0", "t1", "t2", "t3", "t4", "t5", "t6", "t7", "t8", "t9"];
-    first.extend(tiny.into_iter().zip(1..).map(|(name, n)| (name, F16, vec![n])));
-    write(&a, &first);
+    write(
+        &a,
+        &[
+            ("big", BF16, vec![1500, 1001]),
+            ("scalar", F32, vec![]),
+            ("empty", F32, vec![0, 7]),
+            ("bytes", U8, vec![33]),
+            ("wide", F64, vec![3, 5, 7]),
+            ("flags", BOOL, vec![5]),
+        ],
+    );
     write(
         &b,
         &[
@@ -68,13 +68,24 @@ pub fn odd_checkpoint(dir: &Path) -> Vec<PathBuf> {
     vec![a, b]
 }
 
+/// The [odd checkpoint](odd_checkpoint) with a third shard, a crowd of tiny tensors.
+pub fn crowded_checkpoint(dir: &Path) -> Vec<PathBuf> {
+    let mut paths = odd_checkpoint(dir);
+    let tiny = ["t0", "t1", "t2", "t3", "t4", "t5", "t6", "t7", "t8", "t9"];
+    let specs: Vec<Spec> =
+        tiny.into_iter().zip(1..).map(|(name, n)| (name, Dtype::F16, vec![n])).collect();
+    paths.push(dir.join("c.safetensors"));
+    write(&paths[2], &specs);
+    paths
+}
+
 /// A file that no writer of today makes and every reader must take: the header's length is odd, so
-/// that no tensor is aligned for its elements. Holds `a`, F32, and `b`, BF16.
-pub fn misaligned_checkpoint(path: &Path) {
-    let (a, b) = (noise(4 * 1_200_001, 1), noise(2 * 3001, 2));
+/// that no tensor is aligned for its elements. Holds `a`, F32, and `b`, BF16; returns their bytes.
+pub fn misaligned_checkpoint(path: &Path) -> (Vec<u8>, Vec<u8>) {
+    let (a, b) = (noise(4 * 600_001, 1), noise(2 * 3001, 2));
     let (a_end, b_end) = (a.len(), a.len() + b.len());
     let mut header = format!(
-        r#"{{"a":{{"dtype":"F32","shape":[1200001],"data_offsets":[0,{a_end}]}},"b":{{"dtype":"BF16","shape":[3001],"data_offsets":[{a_end},{b_end}]}}}}"#
+        r#"{{"a":{{"dtype":"F32","shape":[600001],"data_offsets":[0,{a_end}]}},"b":{{"dtype":"BF16","shape":[3001],"data_offsets":[{a_end},{b_end}]}}}}"#
     );
     while header.len().is_multiple_of(2) {
         header.push(' ');
@@ -84,4 +95,5 @@ pub fn misaligned_checkpoint(path: &Path) {
     file.extend_from_slice(&a);
     file.extend_from_slice(&b);
     fs::write(path, file).unwrap();
+    (a, b)
 }

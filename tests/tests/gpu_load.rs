@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 use cuda_sim::{Guard, Sim};
 use fst::{Checkpoint, Device, DeviceError, Dtype, Engine, Error, Loader, Tensor, Tensors};
-use fst_tests::{misaligned_checkpoint, odd_checkpoint};
+use fst_tests::{crowded_checkpoint, misaligned_checkpoint};
 
 const MEMORY: u64 = 256 << 20;
 
@@ -71,7 +71,7 @@ fn assert_same<'a>(
 #[test]
 fn whole_checkpoints_arrive_through_every_engine() {
     let dir = tempfile::tempdir().unwrap();
-    let checkpoint = open(&odd_checkpoint(dir.path()));
+    let checkpoint = open(&crowded_checkpoint(dir.path()));
     let host = Loader::new().load(&checkpoint).unwrap();
     for engine in [Engine::Auto, Engine::Uring, Engine::Pread, Engine::Mmap] {
         let _sim = machine();
@@ -86,7 +86,7 @@ fn whole_checkpoints_arrive_through_every_engine() {
 #[test]
 fn slices_and_conversions_happen_on_the_way() {
     let dir = tempfile::tempdir().unwrap();
-    let checkpoint = open(&odd_checkpoint(dir.path()));
+    let checkpoint = open(&crowded_checkpoint(dir.path()));
     let dtypes = [None, Some(Dtype::F32), Some(Dtype::F16), Some(Dtype::F64), Some(Dtype::F8E5M2)];
     for dtype in dtypes {
         let mut loader =
@@ -118,7 +118,7 @@ fn misaligned_tensors_are_moved_and_converted() {
 #[test]
 fn streams_keep_to_a_budget_of_device_memory() {
     let dir = tempfile::tempdir().unwrap();
-    let checkpoint = open(&odd_checkpoint(dir.path()));
+    let checkpoint = open(&crowded_checkpoint(dir.path()));
     let host = Loader::new().load(&checkpoint).unwrap();
     for in_order in [false, true] {
         let _sim = machine();
@@ -145,7 +145,7 @@ fn streams_keep_to_a_budget_of_device_memory() {
 #[test]
 fn a_stream_dropped_midway_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let checkpoint = open(&odd_checkpoint(dir.path()));
+    let checkpoint = open(&crowded_checkpoint(dir.path()));
     let _sim = machine();
     let loader = Loader::new().device(Device::cuda(0).unwrap()).memory_budget(9 << 20);
     let mut stream = loader.stream(&checkpoint).unwrap();
@@ -157,7 +157,7 @@ fn a_stream_dropped_midway_leaves_nothing() {
 #[test]
 fn too_little_device_memory_is_told_before_anything_is_read() {
     let dir = tempfile::tempdir().unwrap();
-    let checkpoint = open(&odd_checkpoint(dir.path()));
+    let checkpoint = open(&crowded_checkpoint(dir.path()));
     let sim = simulated_or_skip!(1, 8 << 20);
     let error = Loader::new().device(Device::cuda(0).unwrap()).load(&checkpoint).unwrap_err();
     let Error::Device(DeviceError::TooLarge { largest, bytes, .. }) = &error else {
@@ -171,7 +171,7 @@ fn too_little_device_memory_is_told_before_anything_is_read() {
 #[test]
 fn failures_at_every_call_end_the_load_and_leave_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let checkpoint = open(&odd_checkpoint(dir.path()));
+    let checkpoint = open(&crowded_checkpoint(dir.path()));
     let expected = checkpoint.tensors().len();
     let calls = ["cuMemAlloc_v2", "cuStreamCreate", "cuEventCreate", "cuEventRecord", "run:copy"];
     for call in calls {
@@ -194,7 +194,7 @@ fn failures_at_every_call_end_the_load_and_leave_nothing() {
 #[test]
 fn two_devices_and_two_loads_at_once() {
     let dir = tempfile::tempdir().unwrap();
-    let checkpoint = open(&odd_checkpoint(dir.path()));
+    let checkpoint = open(&crowded_checkpoint(dir.path()));
     let host = Loader::new().load(&checkpoint).unwrap();
     let _sim = simulated_or_skip!(2, MEMORY);
     std::thread::scope(|scope| {
@@ -233,7 +233,7 @@ fn devices_that_are_not_there_are_errors() {
 #[test]
 fn tensors_are_handed_to_cudarc_and_dlpack_without_a_copy() {
     let dir = tempfile::tempdir().unwrap();
-    let checkpoint = open(&odd_checkpoint(dir.path()));
+    let checkpoint = open(&crowded_checkpoint(dir.path()));
     let _sim = machine();
     let loader = Loader::new().device(Device::cuda(0).unwrap()).select("big");
     let tensor = loader.load(&checkpoint).unwrap().get("big").unwrap().clone();
@@ -252,7 +252,7 @@ fn tensors_are_handed_to_cudarc_and_dlpack_without_a_copy() {
 #[test]
 fn cufile_loads_what_the_pipeline_loads() {
     let dir = tempfile::tempdir().unwrap();
-    let checkpoint = open(&odd_checkpoint(dir.path()));
+    let checkpoint = open(&crowded_checkpoint(dir.path()));
     let sim = simulated_or_skip!(1, MEMORY);
     fst::gpu::cufile::CuFile::open_at(sim.path()).unwrap();
     for dtype in [None, Some(Dtype::F32)] {
