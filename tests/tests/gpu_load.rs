@@ -253,7 +253,7 @@ fn tensors_are_handed_to_cudarc_and_dlpack_without_a_copy() {
 fn cufile_loads_what_the_pipeline_loads() {
     let dir = tempfile::tempdir().unwrap();
     let checkpoint = open(&odd_checkpoint(dir.path()));
-    let sim = machine(1, MEMORY);
+    let sim = simulated_or_skip!(1, MEMORY);
     fst::gpu::cufile::CuFile::open_at(sim.path()).unwrap();
     for dtype in [None, Some(Dtype::F32)] {
         let mut loader = Loader::new().slice("huge", 1, 3..1500);
