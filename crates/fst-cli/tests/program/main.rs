@@ -6,6 +6,7 @@ mod doctor;
 mod fixture;
 mod inspect;
 mod load;
+mod ranks;
 mod sum;
 mod synth;
 mod usage;

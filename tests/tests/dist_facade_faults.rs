@@ -1,0 +1,200 @@
+//! Loads by several ranks when one of them fails: all end, in time, and name it.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod dist_support;
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use dist_support::{LONG, load, synth};
+use fst::{CancelToken, Checkpoint, DistError, Error, Loader, Preset, Shard};
+
+const WORLD: u32 = 3;
+
+/// A checkpoint of a few megabytes, and a copy of it.
+fn two_copies(folder: &Path) -> [PathBuf; 2] {
+    ["a", "b"].map(|name| {
+        let path = folder.join(name);
+        synth(&path, "llama-2-7b", |recipe| recipe.layers(1).shrink(10));
+        path
+    })
+}
+
+fn only_file(folder: &Path) -> PathBuf {
+    let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    files.filter(|path| path.extension().is_some_and(|e| e == "safetensors")).max().unwrap()
+}
+
+fn open(path: &Path) -> Checkpoint {
+    Checkpoint::open(path).unwrap()
+}
+
+/// What each rank says, all of them within a few seconds.
+fn failures(
+    loader: impl Fn(u32) -> Loader + Sync,
+    checkpoint: impl Fn(u32) -> Checkpoint + Sync,
+) -> Vec<String> {
+    let start = Instant::now();
+    let results = load(WORLD, LONG, loader, checkpoint);
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+    results.into_iter().map(|result| result.unwrap_err().to_string()).collect()
+}
+
+#[test]
+fn a_file_that_goes_bad_on_one_rank_ends_all() {
+    for failing in 0..WORLD {
+        for fault in ["gone", "shorter", "rewritten"] {
+            let folder = tempfile::tempdir().unwrap();
+            let [good, bad] = two_copies(folder.path());
+            let checkpoint = |rank| {
+                if rank != failing {
+                    return open(&good);
+                }
+                let checkpoint = open(&bad);
+                let file = only_file(&bad);
+                match fault {
+                    "gone" => std::fs::remove_file(&file).unwrap(),
+                    "shorter" => {
+                        let opened = File::options().write(true).open(&file).unwrap();
+                        opened.set_len(100_000).unwrap();
+                    }
+                    _ => {
+                        let opened = File::options().write(true).open(&file).unwrap();
+                        let later = std::time::SystemTime::now() + Duration::from_secs(5);
+                        opened.set_modified(later).unwrap();
+                    }
+                }
+                checkpoint
+            };
+            let told = failures(|_| Loader::new().preset(Preset::llama()), checkpoint);
+            let path = only_name(&bad);
+            for (rank, error) in (0..).zip(&told) {
+                assert!(error.contains(&path), "{fault}: rank {rank} says {error}");
+                let names = error.contains(&format!("rank {failing} failed"));
+                assert!(names || rank == failing, "{fault}: rank {rank} says {error}");
+            }
+        }
+    }
+}
+
+fn only_name(folder: &Path) -> String {
+    folder.display().to_string()
+}
+
+/// The file is whole when it is opened and too short when it is read.
+#[test]
+fn a_file_that_shrinks_under_the_load_of_one_rank_ends_all() {
+    for failing in 0..WORLD {
+        let folder = tempfile::tempdir().unwrap();
+        let [good, bad] = two_copies(folder.path());
+        let path_of = |rank| if rank == failing { &bad } else { &good };
+        let loader = |rank| {
+            let file = (rank == failing).then(|| only_file(&bad));
+            Loader::new().shard(move |tensor| {
+                // By now the files are open and have been looked at.
+                if let Some(file) = &file {
+                    File::options().write(true).open(file).unwrap().set_len(200_000).unwrap();
+                }
+                if tensor.shape().len() == 2 { Shard::split(0) } else { Shard::replicate() }
+            })
+        };
+        let told = failures(loader, |rank| open(path_of(rank)));
+        for (rank, error) in (0..).zip(&told) {
+            assert!(error.contains(&format!("rank {failing}")), "rank {rank} says {error}");
+            assert!(error.contains(&only_name(&bad)), "rank {rank} says {error}");
+        }
+    }
+}
+
+#[test]
+fn a_panic_of_one_rank_ends_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let [path, _] = two_copies(folder.path());
+    for failing in 0..WORLD {
+        let start = Instant::now();
+        let told: Vec<Option<String>> = std::thread::scope(|scope| {
+            let rank = |(rank, group): (u32, fst::LocalGroup)| {
+                let path = &path;
+                scope.spawn(move || {
+                    let loader = Loader::new().group(std::sync::Arc::new(group)).shard(move |_| {
+                        assert!(rank != failing, "as the test wants");
+                        Shard::split(0)
+                    });
+                    loader.load(&open(path)).unwrap_err().to_string()
+                })
+            };
+            let groups = (0..).zip(fst::LocalGroup::host(WORLD));
+            let threads: Vec<_> = groups.map(rank).collect();
+            threads.into_iter().map(|thread| thread.join().ok()).collect()
+        });
+        assert!(start.elapsed() < Duration::from_secs(20));
+        for (rank, error) in (0..).zip(told) {
+            assert_eq!(rank == failing, error.is_none());
+            if let Some(error) = error {
+                assert!(error.contains(&format!("rank {failing}")), "rank {rank} says {error}");
+                assert!(error.contains("panicked"), "rank {rank} says {error}");
+            }
+        }
+    }
+}
+
+#[test]
+fn ranks_with_other_checkpoints_are_refused_at_the_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    synth(&path("a"), "llama-2-7b", |recipe| recipe.layers(1).shrink(20));
+    // The same names, shapes and lengths: a fine-tune, as it were.
+    synth(&path("tuned"), "llama-2-7b", |recipe| recipe.layers(1).shrink(20).seed(1));
+    synth(&path("longer"), "llama-2-7b", |recipe| recipe.layers(2).shrink(20));
+    for other in ["tuned", "longer"] {
+        let checkpoint = |rank| open(&path(if rank == 1 { other } else { "a" }));
+        let results = load(WORLD, LONG, |_| Loader::new().preset(Preset::llama()), checkpoint);
+        for result in results {
+            let error = result.unwrap_err();
+            let Error::Dist(DistError::Exchange(told)) = &error else { panic!("{error}") };
+            let differs = matches!(**told, fst::dist::ExchangeError::PlanDiffers { rank: 1, .. });
+            assert!(differs, "{error}");
+        }
+    }
+    // Nor do ranks load by different rules.
+    let loader = |rank| Loader::new().shard(move |_| Shard::keep_on(u32::from(rank == 2)));
+    for result in load(WORLD, LONG, loader, |_| open(&path("a"))) {
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains("the plan of rank 2 differs"), "{error}");
+    }
+}
+
+#[test]
+fn a_rank_that_never_comes_is_missed_at_the_deadline() {
+    let folder = tempfile::tempdir().unwrap();
+    let [path, _] = two_copies(folder.path());
+    let deadline = Duration::from_millis(300);
+    let groups = fst::LocalGroup::with(2, fst::dist::group::HostCopier, deadline);
+    let start = Instant::now();
+    let first = std::sync::Arc::new(groups.into_iter().next().unwrap());
+    let error = Loader::new().group(first).load(&open(&path)).unwrap_err();
+    assert!(start.elapsed() < Duration::from_secs(20));
+    assert!(matches!(error, Error::Dist(DistError::Group(_))), "{error}");
+    assert!(error.to_string().contains("rank 1"), "{error}");
+}
+
+#[test]
+fn cancelling_one_rank_ends_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let [path, _] = two_copies(folder.path());
+    let start = Instant::now();
+    let loader = |rank| {
+        let token = CancelToken::new();
+        if rank == 1 {
+            token.cancel();
+        }
+        Loader::new().preset(Preset::llama()).cancel(token)
+    };
+    let results = load(2, LONG, loader, |_| open(&path));
+    assert!(start.elapsed() < Duration::from_secs(20));
+    assert!(matches!(results[1], Err(Error::Cancelled)), "{:?}", results[1]);
+    let error = results[0].as_ref().unwrap_err().to_string();
+    assert_eq!(error, "rank 1 failed: cancelled");
+}
