@@ -116,6 +116,8 @@ impl Climb {
 #[derive(Debug)]
 pub(super) struct Depth {
     workers: usize,
+    /// Workers that are not done yet: they share what others leave.
+    active: AtomicUsize,
     /// Now, over all workers.
     now: AtomicUsize,
     max: usize,
@@ -147,6 +149,7 @@ impl Depth {
         let depth = climb.depth();
         Self {
             workers,
+            active: workers.into(),
             now: depth.into(),
             max: if asked.is_some() { depth } else { range.1 },
             landed: 0.into(),
@@ -162,7 +165,16 @@ impl Depth {
 
     /// What one worker may have in flight now.
     pub(super) fn share(&self) -> usize {
-        self.total().div_ceil(self.workers)
+        self.total().div_ceil(self.active.load(Relaxed).max(1))
+    }
+
+    pub(super) fn workers(&self) -> usize {
+        self.workers
+    }
+
+    /// A worker has nothing left to do.
+    pub(super) fn leave(&self) {
+        self.active.fetch_sub(1, Relaxed);
     }
 
     /// What one worker may ever have in flight.
@@ -254,6 +266,9 @@ mod tests {
             depth.arrived(64 << 20, Duration::from_millis(100 * i));
         }
         assert_eq!((depth.total(), depth.share(), depth.max_share()), (7, 4, 4));
+        depth.leave();
+        assert_eq!(depth.share(), 7, "the last worker has it all");
+        depth.leave();
     }
 
     #[test]

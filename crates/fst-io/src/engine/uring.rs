@@ -26,8 +26,12 @@ use crate::stats::{Stage, WorkerStats};
 const MAX_REQUEST: u64 = if cfg!(test) { 20 << 10 } else { 1 << 30 };
 
 /// How many blocks a worker makes ready beyond those in flight: what a completion frees is taken
-/// at once, without a wait for page faults.
+/// at once, without a wait for memory.
 const AHEAD: usize = 2;
+/// How many bytes all workers together make ready where memory is fresh and the sink's last word on
+/// where a block lies: what faults cost varies tenfold (under a hypervisor that takes free memory
+/// back, most of all), and what was done while they were cheap is there while they are not.
+const FRESH_AHEAD: u64 = 256 << 20;
 
 /// Why io_uring cannot be used here, or `None` when it can.
 ///
@@ -129,7 +133,7 @@ impl<'j, 'a> Worker<'j, 'a> {
         loop {
             self.reap();
             self.issue();
-            if self.ready.len() < AHEAD && self.prepare() {
+            if self.may_prepare() && self.prepare() {
                 continue;
             }
             // With none in flight, `issue` left nothing ready and `prepare` has waited for memory:
@@ -139,7 +143,15 @@ impl<'j, 'a> Worker<'j, 'a> {
             }
             self.wait();
         }
+        self.job.depth.leave();
         std::mem::take(&mut self.stats)
+    }
+
+    fn may_prepare(&self) -> bool {
+        let Some(last) = self.ready.back() else { return true };
+        let bytes = self.ready.len() as u64 * last.block.len;
+        self.ready.len() < AHEAD
+            || last.target.is_fresh() && bytes < FRESH_AHEAD / self.job.depth.workers() as u64
     }
 
     /// Makes the next block ready to be read: gets memory for it and faults that in. Resident
@@ -187,7 +199,7 @@ impl<'j, 'a> Worker<'j, 'a> {
             }
             return;
         }
-        while self.in_flight() < self.job.depth.share()
+        while self.in_flight() < self.job.depth.share().min(self.slots.len())
             && let Some(flight) = self.ready.pop_front()
         {
             self.push(Flight { began: Instant::now(), ..flight });
