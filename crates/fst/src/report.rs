@@ -46,6 +46,7 @@ impl Stage {
             "read.cached" => "copied out of the page cache",
             "read.buffered" => "through the page cache, filled from storage",
             "read.mapped" => "copied out of a mapping",
+            "read.touch" => "first touch of fresh destination memory",
             "read.issue" => "handing requests to the kernel",
             "read.wait" => "nothing to do until storage answers",
             "read.reserve" => "waiting for memory to read into",
@@ -204,13 +205,15 @@ impl LoadReport {
         let total = |part: fn(&ReadStats) -> Duration| -> f64 {
             reads.iter().map(part).sum::<Duration>().as_secs_f64()
         };
-        for (name, seconds) in [
-            ("read.issue", total(|read| read.issue)),
-            ("read.wait", total(|read| read.wait)),
-            ("read.reserve", total(|read| read.reserve)),
-            ("read.deliver", total(|read| read.deliver)),
+        let touched = reads.iter().map(|read| read.touch_bytes).sum();
+        for (name, seconds, bytes) in [
+            ("read.touch", total(|read| read.touch), touched),
+            ("read.issue", total(|read| read.issue), 0),
+            ("read.wait", total(|read| read.wait), 0),
+            ("read.reserve", total(|read| read.reserve), 0),
+            ("read.deliver", total(|read| read.deliver), 0),
         ] {
-            self.stages.push(Stage { name, seconds, bytes: 0 });
+            self.stages.push(Stage { name, seconds, bytes });
         }
         for read in reads {
             self.bytes_asked += read.bytes_asked;
