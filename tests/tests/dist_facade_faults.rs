@@ -196,5 +196,6 @@ fn cancelling_one_rank_ends_all() {
     assert!(start.elapsed() < Duration::from_secs(20));
     assert!(matches!(results[1], Err(Error::Cancelled)), "{:?}", results[1]);
     let error = results[0].as_ref().unwrap_err().to_string();
-    assert_eq!(error, "rank 1 failed: cancelled");
+    // Rank 1 notices between two reads or in one, which it then names: rank and cause stay.
+    assert!(error.starts_with("rank 1 failed: ") && error.ends_with("cancelled"), "{error}");
 }
