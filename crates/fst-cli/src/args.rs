@@ -151,6 +151,14 @@ pub(crate) struct SumArgs {
         help_heading = "Several ranks"
     )]
     pub(crate) world: Option<u32>,
+    /// Sum the shards of a group of processes, of which this is one: `mpi`, started by mpirun
+    #[arg(
+        long,
+        value_name = "GROUP",
+        conflicts_with_all = ["world", "slice", "output"],
+        help_heading = "Several ranks"
+    )]
+    pub(crate) dist: Option<GroupArg>,
     #[command(flatten, next_help_heading = "Several ranks")]
     pub(crate) rule: Rule,
 }

@@ -246,13 +246,13 @@ pub(crate) fn load_as_one(
 }
 
 #[cfg(feature = "mpi")]
-fn join_mpi() -> Result<Arc<dyn Group>, Failure> {
+pub(crate) fn join_mpi() -> Result<Arc<dyn Group>, Failure> {
     let deadline = fst::dist::group::DEFAULT_DEADLINE;
     Ok(Arc::new(fst::MpiGroup::init(deadline).map_err(Failure::of)?))
 }
 
 #[cfg(not(feature = "mpi"))]
-fn join_mpi() -> Result<Arc<dyn Group>, Failure> {
+pub(crate) fn join_mpi() -> Result<Arc<dyn Group>, Failure> {
     // The command line is not accepted without the feature.
     Err(Failure::usage("--dist mpi: this program was built without MPI"))
 }

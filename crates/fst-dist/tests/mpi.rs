@@ -51,18 +51,36 @@ fn main() -> ExitCode {
         assert!(start.elapsed() < Duration::from_secs(20), "{scene}");
         println!("{scene} ... ok");
     }
-    // A killed process: mpirun ends the others.
-    let start = Instant::now();
-    let output = mpirun(3, "kill", path);
-    assert!(!output.status.success());
-    assert!(start.elapsed() < Duration::from_secs(20));
-    println!("kill ... ok");
+    for dying in 0..3 {
+        let scene = format!("kill-{dying}");
+        // A killed process: mpirun names it and ends the others.
+        let start = Instant::now();
+        let output = mpirun(3, &scene, path);
+        assert!(!output.status.success());
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(told.contains(&format!("process rank {dying} ")), "{told}");
+        assert!(told.contains("signal 9 (Killed)"), "{told}");
+        // Where a launcher lets the others live, they meet their deadline.
+        let output = mpirun_with(3, &["--enable-recovery"], &scene, path);
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let lines: Vec<&str> = text.lines().filter(|line| line.contains("says: ")).collect();
+        assert_eq!(lines.len(), 2, "{scene}: {output:?}");
+        let named = format!("for rank {dying}");
+        assert!(lines.iter().all(|line| line.contains(&named)), "{scene}: {lines:?}");
+        assert!(start.elapsed() < Duration::from_secs(40), "{scene}");
+        println!("{scene} ... ok");
+    }
     std::fs::remove_dir_all(&folder).unwrap();
     ExitCode::SUCCESS
 }
 
 fn mpirun(world: u32, scene: &str, path: &str) -> Output {
+    mpirun_with(world, &[], scene, path)
+}
+
+fn mpirun_with(world: u32, options: &[&str], scene: &str, path: &str) -> Output {
     Command::new("mpirun")
+        .args(options)
         .args(["--allow-run-as-root", "--oversubscribe", "-n", &world.to_string()])
         .args(["--host", &format!("127.0.0.1:{world}"), "--mca", "btl_tcp_if_include", "lo"])
         .arg(std::env::current_exe().unwrap())
@@ -75,14 +93,19 @@ fn bytes(range: std::ops::Range<u64>) -> Vec<u8> {
     range.map(|at| (at.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32) as u8).collect()
 }
 
-/// Reads the file, or fails at a certain read.
+/// Reads the file, or fails, or is killed while the others wait for what it was to read.
 struct OneFile {
     file: File,
     fails: bool,
+    dies: bool,
 }
 
 impl Reader for OneFile {
     fn read(&self, ranges: &mut [ReadInto<'_>]) -> Result<(), (usize, Cause)> {
+        if self.dies {
+            let me = std::process::id().to_string();
+            Command::new("kill").args(["-9", &me]).status().unwrap();
+        }
         for (index, range) in ranges.iter_mut().enumerate() {
             if self.fails {
                 return Err((index, "no such sector".into()));
@@ -95,7 +118,11 @@ impl Reader for OneFile {
 
 /// What one process does.
 fn act(scene: &str, path: &str) -> ExitCode {
-    let deadline = Duration::from_millis(if scene == "silent" { 300 } else { 60_000 });
+    let deadline = Duration::from_millis(match scene {
+        "silent" => 300,
+        _ if scene.starts_with("kill") => 2_000,
+        _ => 60_000,
+    });
     let group = MpiGroup::init(deadline).unwrap();
     let rank = group.rank();
     let result = match scene {
@@ -105,12 +132,6 @@ fn act(scene: &str, path: &str) -> ExitCode {
             group.barrier().map_err(|error| error.to_string())
         }
         "silent" => group.barrier().map_err(|error| error.to_string()),
-        "kill" if rank == 1 => {
-            let me = std::process::id().to_string();
-            Command::new("kill").args(["-9", &me]).status().unwrap();
-            Ok(())
-        }
-        "kill" => group.barrier().map_err(|error| error.to_string()),
         _ => load(&group, scene, path),
     };
     match result {
@@ -142,7 +163,8 @@ fn load(group: &MpiGroup, scene: &str, path: &str) -> Result<(), String> {
         view.outputs().iter().map(|o| vec![0; o.bytes as usize]).collect();
     let mut slices: Vec<&mut [u8]> = outputs.iter_mut().map(|o| &mut o[..]).collect();
     let fails = scene == format!("fail-{rank}");
-    let reader = OneFile { file: File::open(path).unwrap(), fails };
+    let dies = scene == format!("kill-{rank}");
+    let reader = OneFile { file: File::open(path).unwrap(), fails, dies };
     load_host(&view, group, reader, &mut slices).map_err(|error| error.to_string())?;
     let data = bytes(0..6_000_000);
     assert!(outputs[0] == data[..3_000_000], "rank {rank}: rows");

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::ffi::{CString, c_char, c_int, c_void};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -205,6 +206,82 @@ fn an_abort_of_any_rank_ends_all() {
             keep_busy(&group).to_string()
         });
         assert_eq!(errors, vec![format!("rank {failing} failed: out of paper"); 3]);
+        assert!(start.elapsed() < Duration::from_secs(5));
+        assert_eq!(sim.violations(), 0);
+    }
+}
+
+/// Stands between a rank and rank 0, so that the connection can end as that of a killed process does.
+struct Relay {
+    port: u16,
+    ends: Arc<Mutex<Vec<TcpStream>>>,
+}
+
+impl Relay {
+    /// Relays one connection to `port`.
+    fn to(port: u16) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let relay = Self { port: listener.local_addr().unwrap().port(), ends: Arc::default() };
+        let ends = relay.ends.clone();
+        std::thread::spawn(move || {
+            let (near, _) = listener.accept().unwrap();
+            let far = loop {
+                if let Ok(far) = TcpStream::connect(("127.0.0.1", port)) {
+                    break far;
+                }
+            };
+            let copy = |from: &TcpStream, to: &TcpStream| {
+                let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+                std::thread::spawn(move || std::io::copy(&mut from, &mut to));
+            };
+            copy(&near, &far);
+            copy(&far, &near);
+            ends.lock().unwrap().extend([near, far]);
+        });
+        relay
+    }
+
+    fn cut(&self) {
+        for end in self.ends.lock().unwrap().iter() {
+            end.shutdown(Shutdown::Both).unwrap();
+        }
+    }
+}
+
+/// NCCL itself does not tell: the others wait in an exchange for a rank that is gone.
+#[test]
+fn the_end_of_a_ranks_connection_ends_all() {
+    let sim = Sim::new();
+    for killed in 0..3u32 {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let relays = [Relay::to(port), Relay::to(port)];
+        let start = Instant::now();
+        let errors: Vec<Option<String>> = std::thread::scope(|scope| {
+            let run = |rank: u32| {
+                let (nccl, stream, relays) = (sim.nccl(), sim.stream(rank), &relays);
+                scope.spawn(move || {
+                    let port = rank.checked_sub(1).map_or(port, |at| relays[at as usize].port);
+                    let control = TcpControl::join(rank, 3, "127.0.0.1", port, LONG).unwrap();
+                    let group = NcclGroup::init_with(nccl, Box::new(control), stream).unwrap();
+                    if rank != killed {
+                        return Some(keep_busy(&group).to_string());
+                    }
+                    std::thread::sleep(Duration::from_millis(50));
+                    match rank.checked_sub(1) {
+                        Some(at) => relays[at as usize].cut(),
+                        None => relays.iter().for_each(Relay::cut),
+                    }
+                    // A killed process says nothing more, neither to NCCL.
+                    std::mem::forget(group);
+                    None
+                })
+            };
+            let threads: Vec<_> = (0..3).map(run).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        for error in errors.into_iter().flatten() {
+            assert!(error.starts_with(&format!("rank {killed} is lost: ")), "{error}");
+        }
         assert!(start.elapsed() < Duration::from_secs(5));
         assert_eq!(sim.violations(), 0);
     }

@@ -4,29 +4,30 @@ use std::collections::HashMap;
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, sync_channel};
 
-use fst::{Checkpoint, Checksum, Error, Loader, Manifest, Tensor};
+use fst::{Checkpoint, Checksum, Error, Loader, Manifest, Tensor, Tensors};
+use serde::{Deserialize, Serialize};
 
 use crate::args::SumArgs;
 use crate::failure::Failure;
 use crate::progress::Progress;
-use crate::ranks;
+use crate::ranks::{self, GroupArg};
 use crate::reading;
 use crate::text::{self, counted, visible};
 
 /// Memory for tensors on their way from the reader to the hash, unless one tensor needs more.
 const MEMORY_BUDGET: u64 = 1 << 30;
 
-/// The sum of one rank's shard.
-#[derive(serde::Serialize)]
+/// The sum of one rank's shard; it travels between processes.
+#[derive(Serialize, Deserialize)]
 struct ShardSum {
     rank: u32,
     name: String,
-    dtype: &'static str,
+    dtype: String,
     shape: Vec<usize>,
     sha256: String,
 }
 
-#[derive(serde::Serialize)]
+#[derive(Serialize)]
 struct Shards {
     tensors: Vec<ShardSum>,
 }
@@ -39,6 +40,9 @@ pub(crate) fn run(args: &SumArgs) -> Result<(), Failure> {
     }
     if let Some(world) = args.world {
         return shards(args, &loader, &checkpoint, world);
+    }
+    if let Some(group) = args.dist {
+        return shards_as_one(args, loader, &checkpoint, group);
     }
     // Of a selection it shows what was summed, without an end.
     let all = args.slice.is_empty() && args.reading.select.is_empty();
@@ -75,21 +79,55 @@ fn shards(
 ) -> Result<(), Failure> {
     let preset = ranks::preset(checkpoint, &args.rule, &args.paths)?;
     let loader = loader.clone().preset(preset);
-    let sums = ranks::run(world, &loader, checkpoint, |rank, tensors| {
-        let sum = |tensor: &Tensor| {
-            Ok(ShardSum {
-                rank,
-                name: tensor.name().to_owned(),
-                dtype: tensor.dtype().as_str(),
-                shape: tensor.shape().to_vec(),
-                sha256: Checksum::of(tensor)?.sha256.to_string(),
-            })
-        };
-        tensors.iter().map(sum).collect()
-    });
-    let sums: Vec<Vec<ShardSum>> =
-        sums.map_err(|error| reading::failure(&args.paths, checkpoint, &error))?;
-    let report = Shards { tensors: sums.into_iter().flatten().collect() };
+    let sums = ranks::run(world, &loader, checkpoint, |rank, tensors| sums_of(rank, &tensors));
+    let sums = sums.map_err(|error| reading::failure(&args.paths, checkpoint, &error))?;
+    print_shards(args, sums)
+}
+
+/// Sums the shards of this process, one rank of `group`; rank 0 tells those of all.
+fn shards_as_one(
+    args: &SumArgs,
+    loader: Loader,
+    checkpoint: &Checkpoint,
+    group: GroupArg,
+) -> Result<(), Failure> {
+    let GroupArg::Mpi = group;
+    let group = ranks::join_mpi()?;
+    let preset = ranks::preset(checkpoint, &args.rule, &args.paths).inspect_err(|_| {
+        group.abort("no preset fits the names of the tensors");
+    })?;
+    let loader = loader.preset(preset).group(group.clone());
+    let fail = |error| reading::failure(&args.paths, checkpoint, &error);
+    let tensors = loader.load(checkpoint).map_err(fail)?;
+    // The others wait for these sums.
+    let sums = sums_of(group.rank(), &tensors)
+        .inspect_err(|error| group.abort(&error.to_string()))
+        .map_err(fail)?;
+    let told = serde_json::to_vec(&sums).map_err(Failure::of)?;
+    let told = group.gather_messages(&told).map_err(Failure::of)?;
+    if group.rank() != 0 {
+        return Ok(());
+    }
+    let all: Result<Vec<Vec<ShardSum>>, _> =
+        told.iter().map(|sums| serde_json::from_slice(sums)).collect();
+    print_shards(args, all.map_err(Failure::of)?)
+}
+
+fn sums_of(rank: u32, tensors: &Tensors) -> Result<Vec<ShardSum>, Error> {
+    let sum = |tensor: &Tensor| {
+        Ok(ShardSum {
+            rank,
+            name: tensor.name().to_owned(),
+            dtype: tensor.dtype().as_str().to_owned(),
+            shape: tensor.shape().to_vec(),
+            sha256: Checksum::of(tensor)?.sha256.to_string(),
+        })
+    };
+    tensors.iter().map(sum).collect()
+}
+
+fn print_shards(args: &SumArgs, by_rank: Vec<Vec<ShardSum>>) -> Result<(), Failure> {
+    let report = Shards { tensors: by_rank.into_iter().flatten().collect() };
     if args.json {
         return text::print_json(&report).map_err(Failure::output);
     }

@@ -7,6 +7,7 @@ mod fixture;
 mod inspect;
 mod load;
 mod ranks;
+mod slices;
 mod sum;
 mod synth;
 mod usage;

@@ -5,7 +5,9 @@
 //! travel through buffers of the group's own: MPI cannot take back a message that was started, so
 //! after a failure such buffers are leaked rather than a caller's memory left in MPI's hands.
 //!
-//! A rank that is killed is noticed by `mpirun`, which by default ends the others too and names it.
+//! A rank that is killed is noticed by `mpirun`, which names it and ends the others (Open MPI within a
+//! second or two). Where it is told to let them live (`--enable-recovery`), they end at their deadline,
+//! with an error that names the rank they waited for.
 
 use std::collections::VecDeque;
 use std::mem::ManuallyDrop;
