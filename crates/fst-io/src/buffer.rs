@@ -114,7 +114,8 @@ impl HostBuffer {
         if let Some(map) = &self.map {
             let page = sys::page_size();
             let start = offset / page * page;
-            let end = offset.saturating_add(len).next_multiple_of(page).min(map.len());
+            // The mapping ends at a page border.
+            let end = offset.saturating_add(len).min(map.len()).next_multiple_of(page);
             if start < end {
                 let _ = map.advise(start, end - start, libc::MADV_POPULATE_WRITE);
             }
@@ -184,6 +185,8 @@ mod tests {
             assert_eq!(buffer.as_ptr().as_ptr() as usize % align, 0);
             assert!(buffer.capacity() >= len);
             buffer.populate(len / 2, len);
+            buffer.populate(len / 2, usize::MAX);
+            buffer.populate(usize::MAX, usize::MAX);
             // SAFETY: nobody writes to this buffer.
             unsafe {
                 assert!(buffer.slice(0..len).unwrap().iter().all(|b| *b == 0));

@@ -85,6 +85,12 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+    /// The kernel stopped working on a ring while reads were under way on it.
+    #[error("io_uring failed in mid-read: io_uring_enter: {source}")]
+    Ring {
+        /// What the system said.
+        source: io::Error,
+    },
     /// The extents cannot be planned.
     #[error(transparent)]
     Plan(#[from] PlanError),

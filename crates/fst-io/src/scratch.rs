@@ -2,7 +2,7 @@
 //! it wants from each. For bytes that must be moved, cut or converted before they are of use.
 
 use std::fmt;
-use std::sync::{Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 
 use crate::buffer::HostBuffer;
 use crate::error::Error;
@@ -18,7 +18,7 @@ pub type Take<'a> = &'a (dyn Fn(&Block, &[u8]) -> Result<(), SinkError> + Send +
 
 /// The sink of loads that transform what they read.
 pub struct Scratch<'a> {
-    memory: HostBuffer,
+    memory: Arc<HostBuffer>,
     /// Bytes of a slot: the plan's block length.
     slot: usize,
     free: Mutex<Vec<u64>>,
@@ -51,7 +51,7 @@ impl<'a> Scratch<'a> {
             source: std::io::ErrorKind::OutOfMemory.into(),
         };
         let slot = usize::try_from(plan.limits().block).map_err(|_| too_much())?;
-        let memory = HostBuffer::new(slot.checked_mul(slots).ok_or_else(too_much)?)?;
+        let memory = Arc::new(HostBuffer::new(slot.checked_mul(slots).ok_or_else(too_much)?)?);
         let free = Mutex::new((0..slots as u64).collect());
         Ok(Self { memory, slot, free, freed: Condvar::new(), admit, take })
     }
@@ -102,5 +102,10 @@ unsafe impl Sink for Scratch<'_> {
 
     fn abandoned(&self, _block: &Block, target: Target) {
         self.release(target.token());
+    }
+
+    fn lost(&self, _block: &Block, _target: Target) -> Option<Target> {
+        std::mem::forget(self.memory.clone());
+        None
     }
 }

@@ -101,4 +101,17 @@ pub unsafe trait Sink: Send + Sync {
 
     /// The read of `block` failed or was cancelled; its memory holds nothing of use.
     fn abandoned(&self, block: &Block, target: Target);
+
+    /// The kernel does not tell any more whether it is done with the memory of `target`, and may
+    /// write to it at any time from here on. A sink that owns the memory leaks it and returns
+    /// `None`: it is never freed, nor lent again. One that cannot leak it returns the target; the
+    /// reader then waits, for ever if need be, until the kernel is done. This is what it does unless
+    /// implemented.
+    ///
+    /// Happens when `io_uring_enter(2)` fails in mid-read, as under a system call filter that is
+    /// put in place meanwhile.
+    fn lost(&self, block: &Block, target: Target) -> Option<Target> {
+        let _ = block;
+        Some(target)
+    }
 }

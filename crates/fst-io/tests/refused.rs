@@ -9,6 +9,7 @@
 //! Each case runs in a child process: this program again, told by its environment what to read.
 
 use std::io::Write;
+use std::mem::MaybeUninit;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Output};
@@ -16,11 +17,14 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::{env, fs, io};
 
+use fst_io::lent::Lent;
 use fst_io::place::{InPlace, Layout};
-use fst_io::plan::{Limits, ReadPlan};
+use fst_io::plan::{Block, Limits, ReadPlan};
+use fst_io::scratch::Scratch;
+use fst_io::sink::{Sink, SinkError, Target};
 use fst_io::{
-    CachePolicy, Control, DirectIo, Engine, Error, Extent, ReadOptions, ReadStats, SharedBuffer,
-    SourceFile,
+    CachePolicy, Control, DirectIo, Engine, Error, Extent, ReadOptions, ReadStats, ResolvedEngine,
+    SharedBuffer, SourceFile,
 };
 
 const CHILD: &str = "FST_TEST_READ";
@@ -139,24 +143,24 @@ fn filter(rules: &[Refuse]) -> Vec<libc::sock_filter> {
     program
 }
 
+/// Has the calling thread, and what it starts, run under a filter.
+fn install(program: &mut [libc::sock_filter]) -> io::Result<()> {
+    let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    // SAFETY: the kernel copies the program, which lives until the call returns.
+    let installed = unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+            && libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const filter) == 0
+    };
+    if installed { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 fn under_filter(path: &Path, rules: &[Refuse]) -> Vec<String> {
     let mut program = filter(rules);
     let mut command = this_program(path);
     // SAFETY: between fork and exec, only two system calls are made, on memory that the closure
     // owns.
     unsafe {
-        command.pre_exec(move || {
-            let filter =
-                libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
-            let set = libc::PR_SET_SECCOMP;
-            let mode = libc::SECCOMP_MODE_FILTER;
-            if libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
-                || libc::prctl(set, mode, &raw const filter) != 0
-            {
-                return Err(io::Error::last_os_error());
-            }
-            Ok(())
-        });
+        command.pre_exec(move || install(&mut program));
     }
     lines(&command.output().unwrap())
 }
@@ -209,6 +213,121 @@ fn an_old_kernel_does_too() {
     );
     assert_eq!(count(&lines, "auto: pread"), 3, "{lines:?}");
     assert_eq!(count(&lines, "mmap: none: process_vm_readv is refused"), 3, "{lines:?}");
+}
+
+#[test]
+fn rings_that_can_be_made_and_not_used_are_not_used() {
+    let folder = disk_folder();
+    let path = file_in(folder.path());
+    let call = libc::SYS_io_uring_enter;
+    let lines = under_filter(&path, &[Refuse { call, when: None, errno: libc::EPERM }]);
+    assert_eq!(count(&lines, "auto: pread: io_uring is refused"), 3, "{lines:?}");
+    assert_eq!(count(&lines, "uring: none: io_uring is refused"), 3, "{lines:?}");
+}
+
+/// Lends an inner sink's memory, and at the n-th block has its thread lose `io_uring_enter(2)`.
+struct Sabotage<S> {
+    inner: S,
+    after: u64,
+    errno: i32,
+    lent: AtomicU64,
+    lost: AtomicU64,
+    /// Where the memory of lost targets is.
+    places: Mutex<Vec<usize>>,
+}
+
+impl<S> Sabotage<S> {
+    fn of(inner: S, after: u64, errno: i32) -> Self {
+        let (lent, lost) = (AtomicU64::new(0), AtomicU64::new(0));
+        Self { inner, after, errno, lent, lost, places: Mutex::default() }
+    }
+}
+
+// SAFETY: the inner sink's targets, passed on.
+unsafe impl<S: Sink> Sink for Sabotage<S> {
+    fn reserve(&self, block: &Block, wait: bool) -> Result<Option<Target>, SinkError> {
+        if self.lent.fetch_add(1, Relaxed) == self.after {
+            let call = libc::SYS_io_uring_enter;
+            install(&mut filter(&[Refuse { call, when: None, errno: self.errno }])).unwrap();
+        }
+        self.inner.reserve(block, wait)
+    }
+
+    fn landed(&self, block: &Block, target: Target) -> Result<(), SinkError> {
+        self.inner.landed(block, target)
+    }
+
+    fn abandoned(&self, block: &Block, target: Target) {
+        self.inner.abandoned(block, target);
+    }
+
+    fn lost(&self, block: &Block, target: Target) -> Option<Target> {
+        self.lost.fetch_add(1, Relaxed);
+        self.places.lock().unwrap().push(target.ptr().as_ptr() as usize);
+        self.inner.lost(block, target)
+    }
+}
+
+/// Whether a page is mapped.
+fn is_mapped(address: usize) -> bool {
+    let mut present = [0u8];
+    let page = std::ptr::without_provenance_mut(address / 4096 * 4096);
+    // SAFETY: the call looks at no byte of the page, and answers with one byte.
+    unsafe { libc::mincore(page, 1, present.as_mut_ptr()) == 0 }
+}
+
+/// Reads around the cache on a thread of its own, which the filter then goes with.
+fn sabotaged(path: &Path, read: impl FnOnce(&[SourceFile], &ReadPlan, &ReadOptions) + Send) {
+    let files = [SourceFile::open(path, None).unwrap()];
+    let limits = Limits { block: 64 << 10, align: files[0].align(), ..Limits::default() };
+    let plan = ReadPlan::new(vec![Extent::new(0, 0..5 << 20)], limits).unwrap();
+    let mut options = ReadOptions::default();
+    (options.engine, options.cache) = (Engine::Uring, CachePolicy::Direct);
+    (options.workers, options.depth) = (Some(1), Some(8));
+    std::thread::scope(|scope| scope.spawn(|| read(&files, &plan, &options)).join().unwrap());
+}
+
+#[test]
+fn a_ring_that_fails_in_mid_read_ends_it_and_frees_nothing() {
+    let folder = disk_folder();
+    let path = file_in(folder.path());
+    if ResolvedEngine::resolve(Engine::Uring).is_err() {
+        return skipped("no io_uring here");
+    }
+    for after in [0, 1, 20] {
+        sabotaged(&path, |files, plan, options| {
+            let layout = Layout::new(plan, u64::MAX);
+            let sink = InPlace::new(plan, &layout, None, &|_, _| panic!("it is not complete"));
+            let sink = Sabotage::of(sink, after, libc::EPERM);
+            let error = fst_io::read(files, plan, &sink, options, &Control::new()).unwrap_err();
+            let Error::Ring { source } = &error else { panic!("{error}") };
+            assert_eq!(source.raw_os_error(), Some(libc::EPERM));
+            let lost = sink.lost.load(Relaxed);
+            // Before the first call the kernel has nothing in hand.
+            assert!(after > 0 || lost == 0, "{lost} blocks lost");
+            eprintln!("{lost} blocks lost after {after}");
+            let places = std::mem::take(&mut *sink.places.lock().unwrap());
+            drop(sink);
+            assert!(places.iter().all(|place| is_mapped(*place)), "the kernel may write to it");
+        });
+    }
+    // Memory of others cannot be lost; here the kernel has nothing of it.
+    sabotaged(&path, |files, plan, options| {
+        let mut memory = vec![MaybeUninit::new(0u8); 5 << 20];
+        let sink = Sabotage::of(Lent::new(plan, [&mut memory[..]]).unwrap(), 0, libc::EPERM);
+        let error = fst_io::read(files, plan, &sink, options, &Control::new()).unwrap_err();
+        assert!(matches!(error, Error::Ring { .. }), "{error}");
+    });
+    sabotaged(&path, |files, plan, options| {
+        let take = |_: &Block, _: &[u8]| Ok(());
+        let sink = Scratch::new(plan, 16, &|_, _| Ok(true), &take).unwrap();
+        let sink = Sabotage::of(sink, 20, libc::EPERM);
+        let error = fst_io::read(files, plan, &sink, options, &Control::new()).unwrap_err();
+        assert!(matches!(error, Error::Ring { .. }), "{error}");
+        let places = std::mem::take(&mut *sink.places.lock().unwrap());
+        drop(sink);
+        assert!(!places.is_empty() && places.iter().all(|place| is_mapped(*place)));
+    });
 }
 
 #[test]

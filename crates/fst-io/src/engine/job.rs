@@ -211,6 +211,11 @@ impl<'a> Job<'a> {
         self.sink.0.abandoned(block, target);
     }
 
+    /// Leaves memory to a kernel that may write to it for ever; returns it where the sink cannot.
+    pub(super) fn lost(&self, block: &Block, target: Target) -> Option<Target> {
+        self.sink.0.lost(block, target)
+    }
+
     /// Chooses the way of a block by what the page cache holds of it.
     pub(super) fn route(&self, block: &Block) -> Route {
         let file = self.file(block);

@@ -116,3 +116,55 @@ fn direct_reads_refused_when_tried_go_through_the_cache() {
         }
     }
 }
+
+/// Has `io_uring_enter(2)` fail for the calling thread from here on.
+fn refuse_enter(errno: i32) {
+    let code = |code: u32, jf, k| libc::sock_filter { code: code as u16, jt: 0, jf, k };
+    let mut program = [
+        code(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+        code(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, libc::SYS_io_uring_enter as u32),
+        code(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ERRNO | errno as u32),
+        code(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    // SAFETY: the kernel copies the program, which lives until the call returns.
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        let mode = libc::SECCOMP_MODE_FILTER;
+        assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const filter), 0);
+    }
+}
+
+#[test]
+fn a_kernel_that_stays_short_of_resources_ends_the_read() {
+    if uring_refusal().is_some() {
+        return;
+    }
+    let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let path = folder.path().join("data");
+    fs::write(&path, noise(2048 * KIB)).unwrap();
+    for errno in [libc::EAGAIN, libc::EBUSY, libc::EBADF] {
+        let file = SourceFile::open(&path, None).unwrap();
+        let limits = Limits { block: 64 * KIB, align: file.align(), ..Limits::default() };
+        let plan = ReadPlan::new(vec![Extent::new(0, 0..2048 * KIB)], limits).unwrap();
+        let layout = Layout::new(&plan, u64::MAX);
+        let options = ReadOptions {
+            engine: Engine::Uring,
+            cache: CachePolicy::Direct,
+            workers: Some(1),
+            ..ReadOptions::default()
+        };
+        let landed = AtomicU64::new(0);
+        let hook = |_: &crate::plan::Block| {
+            if landed.fetch_add(1, Relaxed) == 2 {
+                refuse_enter(errno);
+            }
+        };
+        let sink = InPlace::new(&plan, &layout, None, &|_, _| Ok(())).on_landed(&hook);
+        // On a thread of its own, which the filter ends with.
+        let read = || super::read(&[file], &plan, &sink, &options, &Control::new());
+        let result = thread::scope(|scope| scope.spawn(read).join().unwrap());
+        let Err(Error::Ring { source }) = result else { panic!("{result:?}") };
+        assert_eq!(source.raw_os_error(), Some(errno));
+    }
+}

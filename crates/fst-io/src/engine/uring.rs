@@ -32,6 +32,9 @@ const AHEAD: usize = 2;
 /// where a block lies: what faults cost varies tenfold (under a hypervisor that takes free memory
 /// back, most of all), and what was done while they were cheap is there while they are not.
 const FRESH_AHEAD: u64 = 256 << 20;
+/// How long the kernel may say that it is short of resources, while nothing completes, before that
+/// counts as a failure of the ring.
+const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 30 });
 
 /// Why io_uring cannot be used here, or `None` when it can.
 ///
@@ -46,15 +49,16 @@ pub fn uring_refusal() -> Option<String> {
         };
         Some(format!("io_uring is refused: {e}{hint}"))
     };
-    match new_ring(2) {
-        Ok(ring) => {
-            let mut probe = io_uring::Probe::new();
-            match ring.submitter().register_probe(&mut probe) {
-                Ok(()) if probe.is_supported(opcode::Read::CODE) => None,
-                Ok(()) => Some("io_uring here has no read operation".to_owned()),
-                Err(e) => refused(e),
-            }
-        }
+    let probed = new_ring(2).and_then(|ring| {
+        // Filters name system calls one by one: this is the one that a read cannot do without.
+        ring.submit()?;
+        let mut probe = io_uring::Probe::new();
+        ring.submitter().register_probe(&mut probe)?;
+        Ok(probe.is_supported(opcode::Read::CODE))
+    });
+    match probed {
+        Ok(true) => None,
+        Ok(false) => Some("io_uring here has no read operation".to_owned()),
         Err(e) => refused(e),
     }
 }
@@ -96,13 +100,19 @@ struct Flight<'a> {
 
 /// One thread's ring. Invariant: for every `Some` in `slots`, one request is queued or in the
 /// kernel's hands, with the slot's index as its user data; the slot's target stays on loan until
-/// its completion is seen, on every path including drop.
+/// its completion is seen, on every path including drop. If the ring breaks, completions may never
+/// be seen: such targets are lost (see [`Worker::settle`]).
 struct Worker<'j, 'a> {
     job: &'j Job<'a>,
     id: usize,
     ring: IoUring,
     slots: Vec<Option<Flight<'a>>>,
     free: Vec<usize>,
+    /// Slots in the order in which their requests were queued; the kernel takes requests in this
+    /// order, and those at the end that the ring's own queue still holds were not taken.
+    queued: VecDeque<usize>,
+    /// Whether the kernel refuses to work on the ring.
+    broken: bool,
     /// Blocks whose memory is there, not yet handed to the kernel.
     ready: VecDeque<Flight<'a>>,
     /// A block for which there was no memory.
@@ -119,6 +129,8 @@ impl<'j, 'a> Worker<'j, 'a> {
             ring,
             slots,
             free: (0..depth).collect(),
+            queued: VecDeque::with_capacity(depth),
+            broken: false,
             ready: VecDeque::with_capacity(AHEAD),
             in_hand: None,
             stats: WorkerStats::default(),
@@ -142,6 +154,9 @@ impl<'j, 'a> Worker<'j, 'a> {
                 break;
             }
             self.wait();
+            if self.broken {
+                break;
+            }
         }
         self.job.depth.leave();
         std::mem::take(&mut self.stats)
@@ -255,6 +270,7 @@ impl<'j, 'a> Worker<'j, 'a> {
         let pushed = unsafe { self.ring.submission().push(&entry) };
         if pushed.is_ok() {
             self.slots[slot] = Some(flight);
+            self.queued.push_back(slot);
         } else {
             self.free.push(slot);
             self.give_up(flight);
@@ -271,21 +287,43 @@ impl<'j, 'a> Worker<'j, 'a> {
     /// Hands queued requests to the kernel, and lets it run what it deferred.
     fn submit(&mut self) {
         let began = Instant::now();
-        // EAGAIN, EBUSY, EINTR: what was not taken stays queued for the next call.
+        // What was not taken stays queued for the next call; an error that lasts is met by `wait`.
         let _ = self.ring.submit();
+        self.forget_taken();
         self.stats.issue += began.elapsed();
     }
 
-    /// Waits for at least one completion.
+    /// Forgets the order of requests that the kernel has taken out of the queue.
+    fn forget_taken(&mut self) {
+        let left = self.ring.submission().len();
+        self.queued.drain(..self.queued.len().saturating_sub(left));
+    }
+
+    /// Waits for at least one completion, or breaks the ring.
     fn wait(&mut self) {
         let began = Instant::now();
+        let mut short_since = None;
         while self.ring.completion().is_empty() {
-            match self.ring.submit_and_wait(1) {
-                Ok(_) => {}
-                Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
-                // Out of resources for the moment, or a broken ring: completions of what is in
-                // flight still come, and nothing may be freed before they have.
-                Err(_) => std::thread::sleep(Duration::from_millis(1)),
+            let result = self.ring.submit_and_wait(1);
+            self.forget_taken();
+            let Err(error) = result else {
+                short_since = None;
+                continue;
+            };
+            match error.raw_os_error() {
+                // There were as many signals as this was met.
+                Some(libc::EINTR) => {}
+                // Short of resources for the moment: completions free some.
+                Some(libc::EAGAIN | libc::EBUSY)
+                    if short_since.get_or_insert_with(Instant::now).elapsed() < PATIENCE =>
+                {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                _ => {
+                    self.broken = true;
+                    self.job.fail(Error::Ring { source: error });
+                    break;
+                }
             }
         }
         self.stats.wait += began.elapsed();
@@ -358,26 +396,63 @@ impl<'j, 'a> Worker<'j, 'a> {
         let result = unsafe { self.job.read_buffered(block, &target, done) };
         self.complete(block, target, result, Stage::Buffered, began);
     }
-}
 
-impl Drop for Worker<'_, '_> {
-    /// After a panic of the sink: no memory goes back before the kernel is done with it.
-    fn drop(&mut self) {
+    /// Gives all memory back, once the kernel is done with it.
+    ///
+    /// With a broken ring that may be never: what the kernel has not taken goes back, the rest is
+    /// lost to sinks whose memory may be lost. For those that lent memory of others, all that is
+    /// left is to wait for the kernel.
+    fn settle(&mut self) {
         for flight in self.ready.drain(..) {
             self.job.abandoned(flight.block, flight.target);
         }
-        while self.in_flight() > 0 {
+        while self.in_flight() > 0 && !self.broken {
             self.wait();
-            loop {
-                let Some(entry) = self.ring.completion().next() else {
-                    break;
-                };
-                let slot = entry.user_data() as usize;
-                if let Some(flight) = self.slots.get_mut(slot).and_then(Option::take) {
-                    self.free.push(slot);
-                    self.job.abandoned(flight.block, flight.target);
-                }
+            self.abandon_arrived();
+        }
+        self.abandon_arrived();
+        // Nothing is submitted any more: these are not the kernel's.
+        self.forget_taken();
+        while let Some(slot) = self.queued.pop_front() {
+            self.abandon(slot);
+        }
+        for slot in 0..self.slots.len() {
+            let Some(flight) = self.slots[slot].take() else { continue };
+            match self.job.lost(flight.block, flight.target) {
+                None => self.free.push(slot),
+                Some(target) => self.slots[slot] = Some(Flight { target, ..flight }),
             }
         }
+        while self.in_flight() > 0 {
+            std::thread::sleep(Duration::from_millis(10));
+            const GETEVENTS: u32 = 1; // IORING_ENTER_GETEVENTS: run what was deferred
+            // SAFETY: nothing is submitted, and no argument is given.
+            let _ = unsafe { self.ring.submitter().enter::<()>(0, 0, GETEVENTS, None) };
+            self.abandon_arrived();
+        }
+    }
+
+    /// Gives back the memory of all completions that are there.
+    fn abandon_arrived(&mut self) {
+        loop {
+            let Some(entry) = self.ring.completion().next() else {
+                break;
+            };
+            self.abandon(entry.user_data() as usize);
+        }
+    }
+
+    fn abandon(&mut self, slot: usize) {
+        if let Some(flight) = self.slots.get_mut(slot).and_then(Option::take) {
+            self.free.push(slot);
+            self.job.abandoned(flight.block, flight.target);
+        }
+    }
+}
+
+impl Drop for Worker<'_, '_> {
+    /// After a panic of the sink, or with a broken ring, requests are still under way.
+    fn drop(&mut self) {
+        self.settle();
     }
 }
