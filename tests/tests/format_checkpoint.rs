@@ -256,10 +256,6 @@ fn a_name_in_two_shards_is_refused() {
         }
         other => panic!("{other:?}"),
     }
-    // The same file twice, by whatever path.
-    let first = folder.path().join(map[0].1);
-    let error = Checkpoint::open_all([&first, &first]).unwrap_err();
-    assert!(matches!(error, Error::RepeatedTensor { .. }), "{error:?}");
 }
 
 #[test]
@@ -364,6 +360,42 @@ fn bad_headers_name_the_file_and_the_first_error_wins() {
         open_err(folder.path()),
         Error::Header { source: HeaderError::TooShort { file_len: 5 }, .. }
     ));
+}
+
+#[test]
+fn a_file_cut_short_tells_by_how_much() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    write_file(&path, &["a", "b", "c"], 100);
+    let whole = fs::read(&path).unwrap();
+    fs::write(&path, &whole[..whole.len() - 150]).unwrap();
+    let error = open_err(folder.path());
+    let Error::Header { source: HeaderError::Truncated { tensor, file_len, needed, .. }, .. } =
+        &error
+    else {
+        panic!("{error:?}")
+    };
+    assert_eq!((tensor.as_str(), *needed), ("b", whole.len() as u64));
+    assert_eq!(*file_len, whole.len() as u64 - 150);
+    let told = error.to_string();
+    assert!(told.contains(" is 150 bytes shorter than its header says"), "{told}");
+    assert!(told.contains("interrupted download"), "{told}");
+}
+
+#[test]
+fn a_file_that_is_given_twice_is_told_from_two_with_the_same_tensors() {
+    let folder = tempfile::tempdir().unwrap();
+    let [a, b, link] = ["a", "b", "link"].map(|name| folder.path().join(name));
+    write_file(&a, &["x"], 1);
+    fs::copy(&a, &b).unwrap();
+    symlink(&a, &link).unwrap();
+    let open = |paths: [&Path; 2]| Checkpoint::open_all(paths).unwrap_err();
+    let twice = open([&a, &a]);
+    assert_eq!(twice.to_string(), format!("{}: given twice", a.display()));
+    let linked = open([&a, &link]);
+    let told = format!("{}: given twice, it is the same file as {}", link.display(), a.display());
+    assert_eq!(linked.to_string(), told);
+    assert!(matches!(open([&a, &b]), Error::RepeatedTensor { .. }));
 }
 
 #[test]

@@ -636,7 +636,7 @@ fn errors_name_the_tensor_the_bytes_and_the_rule() {
         (
             format!("{{{}}}", t("a", "U8", "[4]", 0, 4)),
             3,
-            r#"tensor "a" at bytes @0..@4 passes the end of the file at byte @3"#,
+            r#"file of @3 bytes is 1 byte shorter than its header says, as after an interrupted download; the first tensor that is not all there is "a" at bytes @0..@4"#,
         ),
         (
             format!("{{{}}}", t("a", "U8", "[4]", 4, 0)),

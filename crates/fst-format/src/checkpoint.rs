@@ -6,6 +6,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -60,7 +61,7 @@ impl Checkpoint {
     /// # Errors
     ///
     /// Files that are missing, unreadable or not sound, an index that leaves its folder or
-    /// disagrees, and a tensor's name in two shards.
+    /// disagrees, and a tensor's name in two shards, or in one that is there twice.
     pub fn open(path: impl AsRef<Path>) -> Result<Checkpoint, Error> {
         Self::open_all([path])
     }
@@ -112,14 +113,13 @@ impl Checkpoint {
             let name_of = |position: u32| tensors[position as usize].name();
             for position in 0..tensors.len() as u32 {
                 table.insert(position, name_of).map_err(|first| {
-                    let path_of = |position: u32| {
-                        shards[tensors[position as usize].shard()].path().to_owned()
-                    };
-                    Error::RepeatedTensor {
-                        tensor: name_of(position).to_owned(),
-                        first: path_of(first),
-                        second: path_of(position),
+                    let shard_of = |position: u32| &shards[tensors[position as usize].shard()];
+                    let (one, other) = (shard_of(first), shard_of(position));
+                    let (first, second) = (one.path.clone(), other.path.clone());
+                    if one.is_same_file(other) {
+                        return Error::RepeatedFile { first, second };
                     }
+                    Error::RepeatedTensor { tensor: name_of(position).to_owned(), first, second }
                 })?;
             }
             Some(table)
@@ -239,6 +239,12 @@ impl Shard {
     #[must_use]
     pub fn file_metadata(&self) -> &std::fs::Metadata {
         &self.file_metadata
+    }
+
+    /// Whether both are one file, by whatever names.
+    fn is_same_file(&self, other: &Shard) -> bool {
+        let place = |shard: &Shard| (shard.file_metadata.dev(), shard.file_metadata.ino());
+        place(self) == place(other)
     }
 
     /// The file's own metadata.

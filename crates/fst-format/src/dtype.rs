@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::SizeError;
+
 /// Declares the enum together with the table that everything about a dtype is read from.
 macro_rules! dtypes {
     ($($(#[$doc:meta])* $variant:ident = $name:literal, $bits:literal, $align:literal;)*) => {
@@ -103,15 +105,18 @@ dtypes! {
 }
 
 impl Dtype {
-    /// Bytes of a tensor of this shape: `None` when the count of elements or bits passes `u64`,
-    /// `Some(Err(bits))` when the bits do not fill whole bytes.
+    /// Bytes of a tensor of this shape.
     ///
     /// The product is taken from the left, as the official parser takes it: `[0, huge, huge]` is
     /// an empty tensor, `[huge, huge, 0]` an overflow.
-    pub(crate) fn byte_len(self, shape: &[usize]) -> Option<Result<u64, u64>> {
-        let elements = shape.iter().try_fold(1u64, |n, &dim| n.checked_mul(dim as u64))?;
-        let bits = elements.checked_mul(u64::from(self.bits()))?;
-        Some(if bits % 8 == 0 { Ok(bits / 8) } else { Err(bits) })
+    pub(crate) fn byte_len(self, shape: &[usize]) -> Result<u64, SizeError> {
+        let elements = shape.iter().try_fold(1u64, |n, &dim| n.checked_mul(dim as u64));
+        let bits = elements.and_then(|n| n.checked_mul(u64::from(self.bits())));
+        match bits {
+            Some(bits) if bits % 8 == 0 => Ok(bits / 8),
+            Some(bits) => Err(SizeError::PartialByte { dtype: self, shape: shape.to_vec(), bits }),
+            None => Err(SizeError::Overflow { dtype: self, shape: shape.to_vec() }),
+        }
     }
 }
 
@@ -169,11 +174,18 @@ mod tests {
     #[test]
     fn byte_len_checks_overflow_from_the_left() {
         let huge = usize::MAX;
-        assert_eq!(Dtype::F32.byte_len(&[]), Some(Ok(4)));
-        assert_eq!(Dtype::F32.byte_len(&[0, huge, huge]), Some(Ok(0)));
-        assert_eq!(Dtype::F32.byte_len(&[huge, huge, 0]), None);
-        assert_eq!(Dtype::F4.byte_len(&[3]), Some(Err(12)));
-        assert_eq!(Dtype::F6E2M3.byte_len(&[4]), Some(Ok(3)));
-        assert_eq!(Dtype::U8.byte_len(&[1 << 61]), None);
+        let overflow = |dtype, shape: &[usize]| {
+            assert_eq!(
+                Dtype::byte_len(dtype, shape),
+                Err(SizeError::Overflow { dtype, shape: shape.to_vec() })
+            );
+        };
+        assert_eq!(Dtype::F32.byte_len(&[]), Ok(4));
+        assert_eq!(Dtype::F32.byte_len(&[0, huge, huge]), Ok(0));
+        overflow(Dtype::F32, &[huge, huge, 0]);
+        let partial = SizeError::PartialByte { dtype: Dtype::F4, shape: vec![3], bits: 12 };
+        assert_eq!(Dtype::F4.byte_len(&[3]), Err(partial));
+        assert_eq!(Dtype::F6E2M3.byte_len(&[4]), Ok(3));
+        overflow(Dtype::U8, &[1 << 61]);
     }
 }

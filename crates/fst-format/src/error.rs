@@ -6,7 +6,7 @@
 use std::fmt;
 use std::io;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::Dtype;
 
@@ -32,7 +32,8 @@ pub enum HeaderError {
     },
     /// The file ends before its header does.
     #[error(
-        "header at bytes {}..{} passes the end of the file at byte {file_len}",
+        "header at bytes {}..{} passes the end of the file at byte {file_len}: an interrupted \
+         download, or not a safetensors file",
         range.start, range.end
     )]
     PastEnd {
@@ -134,27 +135,13 @@ pub enum HeaderError {
         /// That tensor's bytes.
         other_range: Range<u64>,
     },
-    /// The size that shape and dtype ask for is no `u64` of bits.
-    #[error("tensor {tensor:?}: size of {dtype} {shape:?} overflows")]
-    SizeOverflow {
+    /// Shape and dtype ask for no size that there is.
+    #[error("tensor {tensor:?}: {source}")]
+    Size {
         /// The tensor.
         tensor: String,
-        /// Its dtype.
-        dtype: Dtype,
-        /// Its shape.
-        shape: Vec<usize>,
-    },
-    /// The elements of a packed dtype do not fill whole bytes.
-    #[error("tensor {tensor:?}: {dtype} {shape:?} is {bits} bits, not whole bytes")]
-    PartialByte {
-        /// The tensor.
-        tensor: String,
-        /// Its dtype.
-        dtype: Dtype,
-        /// Its shape.
-        shape: Vec<usize>,
-        /// Its size in bits.
-        bits: u64,
+        /// What is wrong with it.
+        source: SizeError,
     },
     /// The byte range has another length than shape and dtype ask for.
     #[error(
@@ -175,8 +162,9 @@ pub enum HeaderError {
     },
     /// The file ends before its last tensor does.
     #[error(
-        "tensor {tensor:?} at bytes {}..{} passes the end of the file at byte {file_len}",
-        range.start, range.end
+        "file of {file_len} bytes is {} shorter than its header says, as after an interrupted \
+         download; the first tensor that is not all there is {tensor:?} at bytes {}..{}",
+        Bytes(needed.saturating_sub(*file_len)), range.start, range.end
     )]
     Truncated {
         /// The first tensor that the file does not hold in full.
@@ -185,6 +173,8 @@ pub enum HeaderError {
         range: Range<u64>,
         /// Length of the file in bytes.
         file_len: u64,
+        /// Length that the header asks for, in bytes.
+        needed: u64,
     },
     /// Bytes after the last tensor belong to no tensor.
     #[error("bytes {}..{} after the last tensor belong to no tensor", range.start, range.end)]
@@ -192,6 +182,40 @@ pub enum HeaderError {
         /// The bytes that nothing covers.
         range: Range<u64>,
     },
+}
+
+/// Why a shape of a dtype has no size in bytes.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SizeError {
+    /// The size is no `u64` of bits, or with those of tensors before it no `u64` of bytes.
+    #[error("size of {dtype} {shape:?} overflows")]
+    Overflow {
+        /// The dtype.
+        dtype: Dtype,
+        /// The shape.
+        shape: Vec<usize>,
+    },
+    /// The elements of a packed dtype do not fill whole bytes.
+    #[error("{dtype} {shape:?} is {bits} bits, not whole bytes")]
+    PartialByte {
+        /// The dtype.
+        dtype: Dtype,
+        /// The shape.
+        shape: Vec<usize>,
+        /// The size in bits.
+        bits: u64,
+    },
+}
+
+/// A number of bytes with its noun.
+struct Bytes(u64);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let plural = if self.0 == 1 { "" } else { "s" };
+        write!(f, "{} byte{plural}", self.0)
+    }
 }
 
 /// Prefix `tensor "x": ` where there is a tensor.
@@ -376,6 +400,14 @@ pub enum Error {
         /// The shard that has it, if one does.
         found: Option<PathBuf>,
     },
+    /// A file is among the paths twice.
+    #[error("{}: given twice{}", second.display(), AlsoNamed(first, second))]
+    RepeatedFile {
+        /// The path that comes first.
+        first: PathBuf,
+        /// The path that comes second, of the same file.
+        second: PathBuf,
+    },
     /// Two shards have a tensor of one name.
     #[error(
         "{}: tensor {tensor:?} is also in {}", second.display(), first.display()
@@ -388,6 +420,18 @@ pub enum Error {
         /// The shard that comes second.
         second: PathBuf,
     },
+}
+
+/// The other path of a file, if it has one.
+struct AlsoNamed<'a>(&'a Path, &'a Path);
+
+impl fmt::Display for AlsoNamed<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 == self.1 {
+            true => Ok(()),
+            false => write!(f, ", it is the same file as {}", self.0.display()),
+        }
+    }
 }
 
 /// The end of a sentence on a tensor that is not where the index says.

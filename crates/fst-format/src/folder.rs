@@ -11,6 +11,7 @@
 //! Anything else is refused with the list of files: merging unrelated files would load weights
 //! that nobody asked for.
 
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use crate::Error;
@@ -38,22 +39,27 @@ pub(crate) fn choose(folder: &Path) -> Result<Choice, Error> {
     let open_error = |source| Error::Open { path: folder.to_owned(), source };
     let mut names = Vec::new();
     for item in std::fs::read_dir(folder).map_err(open_error)? {
-        names.push(item.map_err(open_error)?.file_name().to_string_lossy().into_owned());
+        names.push(item.map_err(open_error)?.file_name());
     }
     names.sort_unstable();
     choose_among(folder, names)
 }
 
-/// Rules 3 to 5, on the sorted names of a folder.
-fn choose_among(folder: &Path, names: Vec<String>) -> Result<Choice, Error> {
+/// Rules 3 to 5, on the sorted names of a folder. Names need not be UTF-8; those of numbered sets
+/// are.
+fn choose_among(folder: &Path, names: Vec<OsString>) -> Result<Choice, Error> {
     let (mut indices, mut files) = (Vec::new(), Vec::new());
     for name in names {
-        if name.ends_with(".safetensors.index.json") {
+        if name.as_encoded_bytes().ends_with(b".safetensors.index.json") {
             indices.push(name);
-        } else if name.ends_with(".safetensors") {
+        } else if name.as_encoded_bytes().ends_with(b".safetensors") {
             files.push(name);
         }
     }
+    let ambiguous = |names: &[OsString]| {
+        let files = names.iter().map(|name| name.to_string_lossy().into_owned()).collect();
+        Error::Ambiguous { folder: folder.to_owned(), files }
+    };
     match (&indices[..], &files[..]) {
         ([index], _) => return Ok(Choice::Index(folder.join(index))),
         ([], []) => {
@@ -62,19 +68,19 @@ fn choose_among(folder: &Path, names: Vec<String>) -> Result<Choice, Error> {
         ([], [file]) => return Ok(Choice::Files(vec![folder.join(file)])),
         ([], _) => {}
         _ => {
-            return Err(Error::Ambiguous { folder: folder.to_owned(), files: indices });
+            return Err(ambiguous(&indices));
         }
     }
 
     let mut numbers = Vec::with_capacity(files.len());
     let mut set = None;
     for file in &files {
-        match Numbered::parse(file) {
+        match file.to_str().and_then(Numbered::parse) {
             Some(n) if *set.get_or_insert((n.prefix, n.of)) == (n.prefix, n.of) => {
                 numbers.push((n.number, file));
             }
             _ => {
-                return Err(Error::Ambiguous { folder: folder.to_owned(), files });
+                return Err(ambiguous(&files));
             }
         }
     }
@@ -86,20 +92,20 @@ fn choose_among(folder: &Path, names: Vec<String>) -> Result<Choice, Error> {
             return Err(incomplete(folder, &files[0], expected));
         }
         if number < expected {
-            return Err(Error::Ambiguous { folder: folder.to_owned(), files });
+            return Err(ambiguous(&files));
         }
     }
     if (numbers.len() as u64) < total {
         return Err(incomplete(folder, &files[0], numbers.len() as u64 + 1));
     }
     if numbers.len() as u64 > total {
-        return Err(Error::Ambiguous { folder: folder.to_owned(), files });
+        return Err(ambiguous(&files));
     }
     Ok(Choice::Files(numbers.into_iter().map(|(_, file)| folder.join(file)).collect()))
 }
 
-fn incomplete(folder: &Path, sibling: &str, number: u64) -> Error {
-    let missing = Numbered::parse(sibling).map_or_else(String::new, |n| {
+fn incomplete(folder: &Path, sibling: &OsStr, number: u64) -> Error {
+    let missing = sibling.to_str().and_then(Numbered::parse).map_or_else(String::new, |n| {
         format!("{}-{number:0width$}-of-{}.safetensors", n.prefix, n.of_text, width = n.width)
     });
     Error::IncompleteSet { folder: folder.to_owned(), missing }
@@ -138,7 +144,7 @@ mod tests {
     use super::*;
 
     fn among(names: &[&str]) -> Result<Vec<String>, Error> {
-        let mut names: Vec<String> = names.iter().map(|&n| n.to_owned()).collect();
+        let mut names: Vec<OsString> = names.iter().map(OsString::from).collect();
         names.sort_unstable();
         choose_among(Path::new("/m"), names).map(|choice| {
             let paths = match choice {
@@ -186,6 +192,18 @@ mod tests {
                 other => panic!("{other:?}"),
             }
         }
+    }
+
+    #[test]
+    fn names_that_are_not_utf8_are_names() {
+        use std::os::unix::ffi::OsStringExt;
+        let name = |start: &[u8]| OsString::from_vec([start, b".safetensors"].concat());
+        let odd = name(b"m\xff");
+        let choice = choose_among(Path::new("/m"), vec![odd.clone()]).unwrap();
+        assert_eq!(choice, Choice::Files(vec![Path::new("/m").join(&odd)]));
+        // Two names that look alike once what is wrong in them is replaced.
+        let two = choose_among(Path::new("/m"), vec![name(b"m\xfe"), odd]);
+        assert!(matches!(two, Err(Error::Ambiguous { .. })), "{two:?}");
     }
 
     #[test]

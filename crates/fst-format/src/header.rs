@@ -217,23 +217,17 @@ fn check_coverage(entries: &Entries, data_start: u64, data_len: u64) -> Result<(
         covered = end;
 
         let shape = entries.shape(entry);
-        let expected = match dtype.byte_len(shape) {
-            Some(Ok(expected)) => expected,
-            Some(Err(bits)) => {
-                let (tensor, shape) = (name(entry), shape.to_vec());
-                return Err(HeaderError::PartialByte { tensor, dtype, shape, bits });
-            }
-            None => {
-                let (tensor, shape) = (name(entry), shape.to_vec());
-                return Err(HeaderError::SizeOverflow { tensor, dtype, shape });
-            }
-        };
+        let expected = dtype
+            .byte_len(shape)
+            .map_err(|source| HeaderError::Size { tensor: name(entry), source })?;
         if end - begin != expected {
             let (tensor, shape) = (name(entry), shape.to_vec());
             return Err(HeaderError::WrongSize { tensor, dtype, shape, range, expected });
         }
         if end > data_len {
-            return Err(HeaderError::Truncated { tensor: name(entry), range, file_len });
+            let end = entries.tensors.last().map_or(end, |last| last.end);
+            let needed = data_start.saturating_add(end);
+            return Err(HeaderError::Truncated { tensor: name(entry), range, file_len, needed });
         }
     }
     if covered != data_len {

@@ -48,7 +48,7 @@ pub use checkpoint::{Checkpoint, Shard, TensorInfo};
 pub use decoder::{Decoded, HeaderDecoder};
 pub use dtype::{Dtype, UnknownDtype};
 pub use element::Element;
-pub use error::{Error, HeaderError, JsonError};
+pub use error::{Error, HeaderError, JsonError, SizeError};
 pub use header::{Header, HeaderTensor, MAX_HEADER_LEN};
 pub use slice::{Runs, RunsIter, Slice, SliceError};
 pub use writer::{

@@ -11,9 +11,9 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use crate::Dtype;
 use crate::header::{MAX_HEADER_LEN, PREFIX_LEN};
 use crate::names::NameTable;
+use crate::{Dtype, SizeError};
 
 /// Default alignment of the data in a file, in bytes: a page, which every direct-I/O block size in
 /// use divides.
@@ -69,27 +69,13 @@ pub enum WriteError {
         /// The name.
         tensor: String,
     },
-    /// The size of a tensor, or the sum of all, is no `u64`.
-    #[error("tensor {tensor:?}: size of {dtype} {shape:?} overflows")]
-    SizeOverflow {
+    /// Shape and dtype ask for no size that there is, or one that passes `u64` with those before.
+    #[error("tensor {tensor:?}: {source}")]
+    Size {
         /// The tensor.
         tensor: String,
-        /// Its dtype.
-        dtype: Dtype,
-        /// Its shape.
-        shape: Vec<usize>,
-    },
-    /// The elements of a packed dtype do not fill whole bytes.
-    #[error("tensor {tensor:?}: {dtype} {shape:?} is {bits} bits, not whole bytes")]
-    PartialByte {
-        /// The tensor.
-        tensor: String,
-        /// Its dtype.
-        dtype: Dtype,
-        /// Its shape.
-        shape: Vec<usize>,
-        /// Its size in bits.
-        bits: u64,
+        /// What is wrong with it.
+        source: SizeError,
     },
     /// The header would be longer than readers accept.
     #[error("header of {len} bytes is longer than the format's limit of {max} bytes")]
@@ -196,18 +182,15 @@ impl Layout {
         if name == "__metadata__" {
             return Err(WriteError::ReservedName { tensor: name });
         }
-        let len = match dtype.byte_len(&shape) {
-            Some(Ok(len)) => len,
-            Some(Err(bits)) => {
-                return Err(WriteError::PartialByte { tensor: name, dtype, shape, bits });
-            }
-            None => {
-                return Err(WriteError::SizeOverflow { tensor: name, dtype, shape });
-            }
-        };
         let begin = self.data_len;
-        let Some(end) = begin.checked_add(len) else {
-            return Err(WriteError::SizeOverflow { tensor: name, dtype, shape });
+        let end = dtype.byte_len(&shape).and_then(|len| {
+            begin
+                .checked_add(len)
+                .ok_or_else(|| SizeError::Overflow { dtype, shape: shape.clone() })
+        });
+        let end = match end {
+            Ok(end) => end,
+            Err(source) => return Err(WriteError::Size { tensor: name, source }),
         };
         self.tensors.push(Declared { name, dtype, shape, begin, end });
         let position = self.tensors.len() as u32 - 1;
@@ -524,11 +507,11 @@ mod tests {
         ));
         assert!(matches!(
             layout.tensor("c", Dtype::U8, &[huge, 2]),
-            Err(WriteError::SizeOverflow { .. })
+            Err(WriteError::Size { source: SizeError::Overflow { .. }, .. })
         ));
         assert!(matches!(
             layout.tensor("c", Dtype::F4, &[3]),
-            Err(WriteError::PartialByte { bits: 12, .. })
+            Err(WriteError::Size { source: SizeError::PartialByte { bits: 12, .. }, .. })
         ));
         assert_eq!(layout.data_len(), 7);
         layout.tensor("c", Dtype::U8, &[1]).unwrap();
