@@ -54,3 +54,27 @@ fn the_smallest_budget_works_for_blocks_that_lead_to_several_arenas() {
     names.sort();
     assert_eq!(names, ["a", "b"]);
 }
+
+#[test]
+fn a_stream_tells_its_bytes_at_once_and_reports_at_its_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = two(dir.path());
+    let loader = Loader::new().select("{a,c}").dtype(Dtype::F32);
+    let mut stream = loader.stream(&checkpoint).unwrap();
+    let bytes = 1025 * 2048 * 4;
+    assert_eq!((stream.remaining(), stream.byte_len()), (1, bytes));
+    assert_eq!(stream.next().unwrap().unwrap().byte_len() as u64, bytes);
+    assert_eq!((stream.remaining(), stream.byte_len()), (0, bytes));
+    assert!(stream.next().is_none());
+    assert_eq!(stream.report().unwrap().bytes, bytes);
+}
+
+#[test]
+fn malformed_patterns_are_told_from_those_that_match_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = two(dir.path());
+    let refused = |pattern: &str| Loader::new().select(pattern).load(&checkpoint).unwrap_err();
+    assert!(matches!(refused("c*"), Error::NoMatch { pattern } if pattern == "c*"));
+    let malformed = refused("{a,b").to_string();
+    assert_eq!(malformed, "malformed pattern \"{a,b\": the { at byte 0 is never closed");
+}

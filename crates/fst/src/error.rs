@@ -9,6 +9,7 @@ use fst_io::Engine;
 use crate::device::Device;
 use crate::dist::DistError;
 use crate::manifest::{ManifestError, VerifyError};
+use crate::pattern::PatternError;
 
 /// A result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -53,6 +54,14 @@ pub enum Error {
     SliceNotSelected {
         /// The tensor.
         tensor: String,
+    },
+    /// A pattern makes no sense.
+    #[error("malformed pattern {pattern:?}: {source}")]
+    Pattern {
+        /// The pattern.
+        pattern: String,
+        /// What is wrong with it, and where.
+        source: PatternError,
     },
     /// A pattern matched no tensor.
     #[error("no tensor matches {pattern:?}")]
@@ -165,6 +174,12 @@ pub enum Error {
     /// Several ranks could not load together.
     #[error(transparent)]
     Dist(#[from] DistError),
+    /// A thread that loads panicked: a mistake in this library, or in a closure that was given to it.
+    #[error("a thread of the load panicked: {message}")]
+    Panicked {
+        /// What the panic said.
+        message: String,
+    },
     /// The load was cancelled.
     #[error("cancelled")]
     Cancelled,

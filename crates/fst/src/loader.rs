@@ -94,8 +94,9 @@ impl Loader {
         self
     }
 
-    /// Loads only tensors whose name matches a glob pattern (`*`, `?`, `[a-z]`, `{a,b}`); with
-    /// several calls, those that match any. A pattern that matches nothing is an error.
+    /// Loads only tensors whose name matches a [pattern](crate::Pattern) (`*`, `?`, `[a-z]`,
+    /// `{a,b}`, `{0..11}`); with several calls, those that match any. A pattern that is malformed
+    /// or matches nothing is an error of the load.
     #[must_use]
     pub fn select(mut self, pattern: impl Into<String>) -> Self {
         self.selection.add_pattern(pattern.into());

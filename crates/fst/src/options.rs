@@ -9,6 +9,7 @@ use fst_format::{Checkpoint, Dtype, Runs, Slice, TensorInfo};
 use fst_gpu::cast::{self, CastType};
 
 use crate::error::{Error, Result};
+use crate::pattern::Pattern;
 
 type Predicate = Arc<dyn Fn(&TensorInfo) -> bool + Send + Sync>;
 
@@ -163,12 +164,18 @@ impl Selection {
                 return Err(Error::SlicedTwice { tensor: name.clone() });
             }
         }
-        let mut matched = vec![false; self.patterns.len()];
+        let parse = |pattern: &String| {
+            pattern
+                .parse::<Pattern>()
+                .map_err(|source| Error::Pattern { pattern: pattern.clone(), source })
+        };
+        let patterns: Vec<Pattern> = self.patterns.iter().map(parse).collect::<Result<_>>()?;
+        let mut matched = vec![false; patterns.len()];
         let mut items = Vec::with_capacity(checkpoint.tensors().len());
         for info in checkpoint.tensors() {
-            let mut wanted = self.patterns.is_empty();
-            for (pattern, matched) in self.patterns.iter().zip(&mut matched) {
-                if fast_glob::glob_match(pattern, info.name()) {
+            let mut wanted = patterns.is_empty();
+            for (pattern, matched) in patterns.iter().zip(&mut matched) {
+                if pattern.matches(info.name()) {
                     (wanted, *matched) = (true, true);
                 }
             }

@@ -18,7 +18,14 @@ pub struct Progress {
     pub elapsed: Duration,
 }
 
-/// Ends loads from outside, such as from a signal handler's thread. Clones are one token.
+/// Ends loads from outside: from another thread, or from a signal handler (cancelling is one atomic
+/// store). Clones are one token.
+///
+/// A load that was given the token by [`Loader::cancel`](crate::Loader::cancel) starts no more
+/// reads, waits for those in flight, frees its memory and returns
+/// [`Error::Cancelled`](crate::Error::Cancelled); other ranks of its group end with an error that
+/// names it. A used token stays used: loads that get it later end at once. Tensors that were handed
+/// out before are not affected.
 #[derive(Debug, Clone, Default)]
 pub struct CancelToken(Arc<AtomicBool>);
 
@@ -28,7 +35,7 @@ impl CancelToken {
         Self::default()
     }
 
-    /// Ends the loads that were given this token, with [`Error::Cancelled`](crate::Error).
+    /// Ends the loads that were given this token, now and later. Returns at once.
     pub fn cancel(&self) {
         self.0.store(true, Relaxed);
     }

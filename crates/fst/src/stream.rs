@@ -1,5 +1,6 @@
 //! Tensors as they land, within a memory budget.
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -44,6 +45,7 @@ pub struct TensorStream {
     cancel: CancelToken,
     report: Arc<Mutex<Option<LoadReport>>>,
     remaining: usize,
+    byte_len: u64,
     /// For streams in order: what came early, and which item is next.
     early: Option<(BTreeMap<usize, Tensor>, usize)>,
 }
@@ -97,6 +99,7 @@ impl TensorStream {
         let done = Arc::new(Mutex::new(None));
         let (sender, arrivals) = mpsc::channel();
         let remaining = load.items().len();
+        let byte_len = load.items().iter().map(|item| item.len()).sum();
         let reader = {
             let (budget, watch, done) = (budget.clone(), watch.clone(), done.clone());
             let options = loader.read.clone();
@@ -122,7 +125,7 @@ impl TensorStream {
                             hashed.report(&mut report);
                         }
                         report.tensors = load.items().len();
-                        report.bytes = load.items().iter().map(|item| item.len()).sum();
+                        report.bytes = byte_len;
                         *done.lock().unwrap_or_else(|e| e.into_inner()) = Some(report);
                     }
                     // If nobody listens any more, nobody misses the error.
@@ -145,6 +148,7 @@ impl TensorStream {
             cancel: loader.cancel.clone(),
             report: done,
             remaining,
+            byte_len,
             early: loader.in_order.then(|| (BTreeMap::new(), 0)),
         })
     }
@@ -154,12 +158,18 @@ impl TensorStream {
         self.remaining
     }
 
+    /// Bytes of all its tensors, those that are out and those to come.
+    pub fn byte_len(&self) -> u64 {
+        self.byte_len
+    }
+
     /// The most bytes of tensor memory that were in use at once, so far.
     pub fn peak_bytes(&self) -> u64 {
         self.budget.peak()
     }
 
-    /// What the load did, once the last tensor is out.
+    /// What the load did: `None` until the stream has ended well, which is when
+    /// [`next`](Iterator::next) has returned `None` after the last tensor.
     pub fn report(&self) -> Option<LoadReport> {
         self.report.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
@@ -182,9 +192,15 @@ impl TensorStream {
     /// The last tensor is out: the reader is about to check its files, write its report and end.
     /// Says what it found, such as a file that changed while it was read.
     fn end(&mut self) -> Option<Error> {
-        // A panic of the reader was its own end; nothing is in flight any more.
-        let _ = self.reader.take()?.join();
-        self.arrivals.take()?.try_iter().find_map(Result::err)
+        let found = self.arrivals.take();
+        let panicked = self.join()?;
+        found?.try_iter().find_map(Result::err).or(panicked)
+    }
+
+    /// Waits for the end of the reader; says so if it panicked. `None` if that was asked before.
+    fn join(&mut self) -> Option<Option<Error>> {
+        let panic = self.reader.take()?.join().err();
+        Some(panic.map(|panic| Error::Panicked { message: message_of(&*panic) }))
     }
 
     /// The next arrival, in whatever order.
@@ -197,7 +213,10 @@ impl TensorStream {
             let Some(arrivals) = &self.arrivals else { return Err(Error::Cancelled) };
             match arrivals.recv_timeout(TICK.min(self.stall_timeout)) {
                 Ok(arrival) => return arrival,
-                Err(RecvTimeoutError::Disconnected) => return Err(Error::Cancelled),
+                // The reader ends early with an error, or by a panic.
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(self.join().flatten().unwrap_or(Error::Cancelled));
+                }
                 Err(RecvTimeoutError::Timeout) => {
                     // One reader may wait for memory while another waits for slow storage.
                     let now = self.watch.bytes();
@@ -230,6 +249,13 @@ impl TensorStream {
     }
 }
 
+/// What a panic said.
+fn message_of(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+    text.unwrap_or_else(|| "no message".to_owned())
+}
+
 fn report_gone(gone: bool) -> Result<(), fst_io::sink::SinkError> {
     if gone { Err(Error::Cancelled.into()) } else { Ok(()) }
 }
@@ -257,5 +283,58 @@ impl Iterator for TensorStream {
 impl Drop for TensorStream {
     fn drop(&mut self) {
         self.close();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    /// A stream with so many tensors to come, whose reader does this with the sending end.
+    fn stream_of(
+        remaining: usize,
+        reader: impl FnOnce(mpsc::Sender<Result<(usize, Tensor)>>) + Send + 'static,
+    ) -> TensorStream {
+        let (sender, arrivals) = mpsc::channel();
+        TensorStream {
+            arrivals: Some(arrivals),
+            reader: Some(std::thread::spawn(move || reader(sender))),
+            budget: Budget::new(1),
+            watch: Arc::default(),
+            stall_timeout: STALL,
+            stop: Arc::default(),
+            cancel: CancelToken::new(),
+            report: Arc::default(),
+            remaining,
+            byte_len: 0,
+            early: None,
+        }
+    }
+
+    #[test]
+    fn a_panic_of_the_reader_is_not_a_cancelled_load() {
+        // Before the last tensor, and behind it.
+        for remaining in [1, 0] {
+            let mut stream = stream_of(remaining, |_sender| panic!("out of {}", "paper"));
+            let error = stream.next().unwrap().unwrap_err();
+            assert!(matches!(&error, Error::Panicked { message } if message == "out of paper"));
+            assert!(stream.next().is_none());
+        }
+    }
+
+    #[test]
+    fn an_error_sent_before_the_end_comes_first() {
+        for remaining in [1, 0] {
+            let mut stream = stream_of(remaining, |sender| {
+                let name = "x".to_owned();
+                sender.send(Err(Error::UnknownTensor { name })).unwrap();
+                panic!("later");
+            });
+            let error = stream.next().unwrap().unwrap_err();
+            assert!(matches!(error, Error::UnknownTensor { .. }), "{error}");
+            assert!(stream.next().is_none());
+        }
     }
 }
