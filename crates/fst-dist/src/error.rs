@@ -353,7 +353,7 @@ pub enum GroupError {
     Library {
         /// The names tried.
         looked_for: Vec<String>,
-        /// The loader's words for the last of them.
+        /// The loader's words for each.
         reason: String,
     },
     /// A library lacks a function.

@@ -360,6 +360,7 @@ fn a_missing_library_is_an_error() {
     let error = Nccl::open_at("/nowhere/libnccl.so.2".as_ref()).unwrap_err();
     let text = error.to_string();
     assert!(text.starts_with("looked for /nowhere/libnccl.so.2: "), "{text}");
+    assert!(text.contains("No such file"), "the loader's words are missing: {text}");
     // A library that is no NCCL.
     let error = Nccl::open_at("libc.so.6".as_ref()).unwrap_err();
     assert_eq!(error.to_string(), "libc.so.6 lacks ncclGetVersion");

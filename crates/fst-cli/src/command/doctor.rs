@@ -11,6 +11,10 @@ use crate::text::{self, Align, GOOD, HEADING, MISSING, Table, counted, styled, v
 /// How much of a checkpoint is read to measure an engine.
 const MEASURED_BYTES: u64 = 1_000_000_000;
 
+/// Where to get NCCL.
+const GET_NCCL: &str = "ranks on GPUs need it: NVIDIA's package libnccl2, or PyPI's \
+                        nvidia-nccl-cu12 with its nvidia/nccl/lib in LD_LIBRARY_PATH";
+
 #[derive(Serialize)]
 struct Report<'d> {
     kernel: &'d str,
@@ -255,7 +259,7 @@ fn render(doctor: &Doctor) -> String {
         "NCCL",
         match &doctor.nccl {
             Ok(library) => good(library),
-            Err(error) => missing(&visible(&error.to_string())),
+            Err(error) => missing(&format!("{}; {GET_NCCL}", visible(&error.to_string()))),
         },
     );
     let mut out = format!("{}\n{}", styled(HEADING, "This machine"), facts.render());

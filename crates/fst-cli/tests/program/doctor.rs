@@ -33,6 +33,11 @@ fn a_path_is_judged() {
     for part in ["This machine", "io_uring", "huge pages", "page cache", path.to_str().unwrap()] {
         assert!(text.stdout.contains(part), "no {part} in {}", text.stdout);
     }
+    if json["nccl"]["library"].is_null() {
+        for part in ["libnccl.so.2, libnccl.so: libnccl.so.2: ", "nvidia-nccl-cu12"] {
+            assert!(text.stdout.contains(part), "no {part} in {}", text.stdout);
+        }
+    }
     let missing = folder.join("missing");
     let missing = missing.to_str().unwrap();
     assert!(run(["doctor", missing]).error().starts_with(missing));

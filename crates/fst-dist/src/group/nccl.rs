@@ -113,15 +113,15 @@ impl Nccl {
     /// # Errors
     /// No such library, or one that lacks a function of NCCL 2.8.
     pub fn open() -> Result<Arc<Self>, GroupError> {
-        let mut reason = String::new();
+        let mut reasons = Vec::new();
         for name in LIBRARIES {
             match Self::open_at(Path::new(name)) {
-                Err(GroupError::Library { reason: why, .. }) => reason = why,
+                Err(GroupError::Library { reason, .. }) => reasons.push(reason),
                 opened => return opened,
             }
         }
         let looked_for = LIBRARIES.map(str::to_owned).to_vec();
-        Err(GroupError::Library { looked_for, reason })
+        Err(GroupError::Library { looked_for, reason: reasons.join("; ") })
     }
 
     /// Opens the NCCL library at a path.
@@ -133,7 +133,8 @@ impl Nccl {
         // SAFETY: NCCL's initialisers are those of a plain C++ library.
         let library = unsafe { Library::new(path) }.map_err(|error| GroupError::Library {
             looked_for: vec![name.clone()],
-            reason: error.to_string(),
+            // The loader's own words are those of the source.
+            reason: std::error::Error::source(&error).map_or(error.to_string(), |e| e.to_string()),
         })?;
         macro_rules! symbol {
             ($symbol:literal) => {
