@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, Parser, Subcommand};
-use fst::{Dtype, Engine};
+use fst::{Dtype, Engine, Pattern};
 use fst_cli::models::MODELS;
 
 use crate::device::DeviceArg;
@@ -38,6 +38,15 @@ pub(crate) enum Command {
     Doctor(DoctorArgs),
 }
 
+/// Which tensors.
+#[derive(Debug, Args)]
+pub(crate) struct Select {
+    /// Only tensors whose name matches this glob (`*`, `?`, `[a-z]`, `{a,b}`, `{0..11}`); may be
+    /// repeated
+    #[arg(long = "select", value_name = "GLOB", requires = "paths")]
+    pub(crate) patterns: Vec<Pattern>,
+}
+
 /// How to read and where to.
 #[derive(Debug, Args)]
 pub(crate) struct Reading {
@@ -47,9 +56,8 @@ pub(crate) struct Reading {
     /// How files are read: auto, uring, pread, mmap or gds
     #[arg(long, value_name = "ENGINE", default_value = "auto")]
     pub(crate) engine: Engine,
-    /// Load only tensors whose name matches this glob; may be repeated
-    #[arg(long, value_name = "GLOB")]
-    pub(crate) select: Vec<String>,
+    #[command(flatten)]
+    pub(crate) select: Select,
     /// Do not show progress; it is shown only on a terminal anyway
     #[arg(long)]
     pub(crate) no_progress: bool,
@@ -95,8 +103,16 @@ pub(crate) struct LoadArgs {
     pub(crate) dtype: Option<Dtype>,
     /// Map the files instead of reading them, and bring their pages into memory: no copy, but the
     /// files must not be changed meanwhile
-    #[arg(long, conflicts_with_all = ["world", "dist"])]
+    #[arg(long, conflicts_with_all = ["world", "dist", "engine"])]
     pub(crate) map: bool,
+    /// Load only START..END of dimension DIM of the tensor NAME; may be repeated
+    #[arg(
+        long,
+        value_name = "NAME:DIM:START..END",
+        requires = "paths",
+        conflicts_with_all = ["world", "dist"]
+    )]
+    pub(crate) slice: Vec<SliceArg>,
     /// Hold every tensor's bytes to the sums in this file, as `fst sum -o FILE` writes them
     #[arg(long, value_name = "FILE", requires = "paths", conflicts_with_all = ["world", "dist"])]
     pub(crate) verify: Option<PathBuf>,
@@ -118,6 +134,8 @@ pub(crate) struct InspectArgs {
     /// A .safetensors file, an index.json, or a folder that holds either
     #[arg(value_name = "PATH", required = true)]
     pub(crate) paths: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) select: Select,
     /// List every tensor, also where there are many
     #[arg(long)]
     pub(crate) all: bool,
@@ -136,6 +154,9 @@ pub(crate) struct SumArgs {
     /// Read only START..END of dimension DIM of the tensor NAME; may be repeated
     #[arg(long, value_name = "NAME:DIM:START..END")]
     pub(crate) slice: Vec<SliceArg>,
+    /// Convert tensors of a floating-point dtype to this one first, such as BF16 or F32
+    #[arg(value_parser = parse_dtype, long, value_name = "DTYPE")]
+    pub(crate) dtype: Option<Dtype>,
     /// Write the sums to this file, for `fst load --verify FILE`
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,
@@ -168,6 +189,8 @@ pub(crate) struct PlanArgs {
     /// A .safetensors file, an index.json, or a folder that holds either
     #[arg(value_name = "PATH", required = true)]
     pub(crate) paths: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) select: Select,
     /// How many ranks
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub(crate) world: u32,

@@ -44,7 +44,10 @@ impl Failure {
         let (message, status) = match self {
             Failure::Failed(message) => (message, 1),
             Failure::Usage(message) => (message, 2),
-            Failure::Interrupted => return ExitCode::from(130),
+            Failure::Interrupted => {
+                let _ = std::io::Write::write_all(&mut anstream::stderr(), b"cancelled\n");
+                return ExitCode::from(130);
+            }
         };
         // One line whatever a path or a name in a file holds. If standard error is gone as well,
         // the status has to do.

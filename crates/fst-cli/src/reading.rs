@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use fst::{CancelToken, Checkpoint, Error, Loader};
 
-use crate::args::Reading;
+use crate::args::{Reading, Select};
 use crate::failure::Failure;
 use crate::interrupt;
 
@@ -13,11 +13,14 @@ pub(crate) fn loader(reading: &Reading) -> Result<Loader, Failure> {
     let cancel = CancelToken::new();
     let mut loader =
         Loader::new().device(reading.device.open()?).engine(reading.engine).cancel(cancel.clone());
-    for glob in &reading.select {
-        loader = loader.select(glob);
-    }
+    loader = select(loader, &reading.select);
     interrupt::on_stop(move || cancel.cancel());
     Ok(loader)
+}
+
+/// The loader, for the chosen tensors.
+pub(crate) fn select(loader: Loader, select: &Select) -> Loader {
+    select.patterns.iter().fold(loader, |loader, pattern| loader.select(pattern.as_str()))
 }
 
 /// Opens the checkpoint that `paths` name together.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use fst::{Checkpoint, Dtype};
+use fst::{Checkpoint, Dtype, Error, Pattern, TensorInfo};
 use serde::Serialize;
 
 use crate::args::InspectArgs;
@@ -66,7 +66,9 @@ struct Total {
 
 pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
     let checkpoint = reading::open(&args.paths)?;
-    let report = Report::of(&checkpoint);
+    let chosen = chosen(&checkpoint, &args.select.patterns)
+        .map_err(|error| reading::failure(&args.paths, &checkpoint, &error))?;
+    let report = Report::of(&checkpoint, &chosen);
     if args.json {
         text::print_json(&report).map_err(Failure::output)
     } else {
@@ -74,10 +76,32 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
     }
 }
 
+/// The tensors that match any of the patterns, or all where there are none. As with a load, each
+/// pattern must match some.
+fn chosen<'c>(
+    checkpoint: &'c Checkpoint,
+    patterns: &[Pattern],
+) -> Result<Vec<&'c TensorInfo>, Error> {
+    let mut matched = vec![patterns.is_empty(); checkpoint.tensors().len()];
+    for pattern in patterns {
+        let mut any = false;
+        for (tensor, matched) in checkpoint.tensors().iter().zip(&mut matched) {
+            if pattern.matches(tensor.name()) {
+                (any, *matched) = (true, true);
+            }
+        }
+        if !any {
+            return Err(Error::NoMatch { pattern: pattern.to_string() });
+        }
+    }
+    let all = checkpoint.tensors().iter().zip(matched);
+    Ok(all.filter_map(|(tensor, matched)| matched.then_some(tensor)).collect())
+}
+
 impl<'c> Report<'c> {
-    fn of(checkpoint: &'c Checkpoint) -> Self {
+    fn of(checkpoint: &'c Checkpoint, chosen: &[&'c TensorInfo]) -> Self {
         let mut dtypes: BTreeMap<Dtype, DtypeReport> = BTreeMap::new();
-        for tensor in checkpoint.tensors() {
+        for tensor in chosen {
             let dtype = tensor.dtype();
             let sums = dtypes.entry(dtype).or_insert_with(|| DtypeReport {
                 dtype: dtype.as_str(),
@@ -103,8 +127,7 @@ impl<'c> Report<'c> {
                 metadata: shard.metadata(),
             })
             .collect();
-        let tensors: Vec<TensorReport<'c>> = checkpoint
-            .tensors()
+        let tensors: Vec<TensorReport<'c>> = chosen
             .iter()
             .map(|tensor| TensorReport {
                 name: tensor.name(),

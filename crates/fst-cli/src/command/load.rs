@@ -88,6 +88,9 @@ fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
     if let Some(dtype) = args.dtype {
         loader = loader.dtype(dtype);
     }
+    for slice in &args.slice {
+        loader = loader.slice(&slice.name, slice.dim, slice.range.clone());
+    }
     if let Some(path) = &args.verify {
         loader = loader.verify(Manifest::read(path).map_err(Failure::of)?);
     }
@@ -169,14 +172,21 @@ fn render(report: &LoadReport, paths: &[PathBuf]) -> String {
     let paths: Vec<String> =
         paths.iter().map(|path| visible(&path.display().to_string())).collect();
     let mut out = format!("{}\n", styled(HEADING, paths.join(" ")));
-    out += &format!(
-        "  {}, {} on {} in {}: {}\n\n",
-        counted(report.tensors as u64, "tensor"),
-        text::bytes(report.bytes),
-        report.device,
-        text::seconds(report.seconds),
-        styled(RESULT, text::rate(report.gb_per_s()))
-    );
+    let (tensors, bytes) = (counted(report.tensors as u64, "tensor"), text::bytes(report.bytes));
+    out += &match mapping_time(report) {
+        None => format!(
+            "  {tensors}, {bytes} on {} in {}: {}\n\n",
+            report.device,
+            text::seconds(report.seconds),
+            styled(RESULT, text::rate(report.gb_per_s()))
+        ),
+        // No byte was moved, so that there is no rate to speak of.
+        Some(mapped) => format!(
+            "  {tensors}, {bytes} mapped in {}, all in memory after {}\n\n",
+            text::seconds(mapped),
+            styled(RESULT, text::seconds(report.seconds)),
+        ),
+    };
     let mut facts = Table::new(&[Align::Left, Align::Left]);
     facts.row(["engine".into(), format!("{}: {}", report.engine.used, report.engine.reason)]);
     if report.workers > 0 {
@@ -197,6 +207,13 @@ fn render(report: &LoadReport, paths: &[PathBuf]) -> String {
     out += &facts.render();
     out += &stage_tables(report);
     out
+}
+
+/// How long it took until tensors could be used, if all of them are mapped.
+fn mapping_time(report: &LoadReport) -> Option<f64> {
+    let stage = |name: &str| report.stages.iter().find(|stage| stage.name == name);
+    let mapped = stage("map").filter(|_| stage("read").is_none())?;
+    Some(stage("open").map_or(0.0, |open| open.seconds) + mapped.seconds)
 }
 
 /// What was read, and how much of it nobody had asked for.
@@ -241,8 +258,8 @@ fn stage_tables(report: &LoadReport) -> String {
         Table::new(&[Align::Left, Align::Right, Align::Right, Align::Right, Align::Left]);
     let wholes = || stages.iter().filter(|stage| stage.part_of().is_none());
     for stage in wholes() {
-        // Mapping moves no byte.
-        let moved = stage.bytes > 0 && stage.name != "map";
+        // Mapping moves no byte, and finds some or all of them in memory.
+        let moved = stage.bytes > 0 && !["map", "populate"].contains(&stage.name);
         let rate = if moved { stage.bytes as f64 / stage.seconds / 1e9 } else { f64::INFINITY };
         let rate = if moved { text::rate(rate) } else { String::new() };
         let meaning = styled(FAINT, stage.meaning());

@@ -101,7 +101,7 @@ pub(crate) fn run(args: &PlanArgs) -> Result<(), Failure> {
     let preset = ranks::preset(&checkpoint, &args.rule, &args.paths)?;
     let name = preset.name();
     let began = std::time::Instant::now();
-    let plan = Loader::new()
+    let plan = reading::select(Loader::new(), &args.select)
         .topology(topology)
         .preset(preset)
         .plan(&checkpoint)

@@ -38,16 +38,16 @@ pub(crate) fn run(args: &SumArgs) -> Result<(), Failure> {
     for slice in &args.slice {
         loader = loader.slice(&slice.name, slice.dim, slice.range.clone());
     }
+    if let Some(dtype) = args.dtype {
+        loader = loader.dtype(dtype);
+    }
     if let Some(world) = args.world {
         return shards(args, &loader, &checkpoint, world);
     }
     if let Some(group) = args.dist {
         return shards_as_one(args, loader, &checkpoint, group);
     }
-    // Of a selection it shows what was summed, without an end.
-    let all = args.slice.is_empty() && args.reading.select.is_empty();
-    let total = if all { checkpoint.byte_len() } else { 0 };
-    let progress = Progress::new("summing", total, !args.reading.no_progress);
+    let progress = Progress::new("summing", 0, !args.reading.no_progress);
     let sums = sums(&loader, &checkpoint, &progress)
         .map_err(|error| reading::failure(&args.paths, &checkpoint, &error))?;
     drop(progress);
@@ -148,6 +148,7 @@ fn sums(
         }
         stream => stream?,
     };
+    progress.bar().set_length(stream.byte_len());
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let (send, receive) = sync_channel::<Tensor>(threads);
     let receive = Mutex::new(receive);

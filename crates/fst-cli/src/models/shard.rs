@@ -80,11 +80,11 @@ pub(super) fn cut(
 ) -> Result<Vec<ShardSpec>, ShardError> {
     let files = match rule {
         ShardRule::Single => vec![tensors],
-        ShardRule::MaxBytes(limit) => cut_where(tensors, |file, next| {
-            file.iter().map(TensorSpec::bytes).sum::<u64>() + next.bytes() > limit
-        }),
+        ShardRule::MaxBytes(limit) => {
+            cut_where(tensors, |_, bytes, next| bytes + next.bytes() > limit)
+        }
         ShardRule::PerLayer => {
-            cut_where(tensors, |file, next| layer_of(&file[0].name) != layer_of(&next.name))
+            cut_where(tensors, |first, _, next| layer_of(&first.name) != layer_of(&next.name))
         }
         ShardRule::Count(count) => evenly(tensors, count)?,
     };
@@ -99,17 +99,20 @@ pub(super) fn cut(
         .collect())
 }
 
-/// Starts a new file wherever `cut(the file so far, next tensor)` says so; the file is never empty.
+/// Starts a new file wherever `cut(first tensor of the file, its bytes so far, next tensor)` says so.
 fn cut_where(
     tensors: Vec<TensorSpec>,
-    cut: impl Fn(&[TensorSpec], &TensorSpec) -> bool,
+    cut: impl Fn(&TensorSpec, u64, &TensorSpec) -> bool,
 ) -> Vec<Vec<TensorSpec>> {
     let mut files = Vec::new();
     let mut file: Vec<TensorSpec> = Vec::new();
+    let mut bytes = 0;
     for tensor in tensors {
-        if !file.is_empty() && cut(&file, &tensor) {
+        if file.first().is_some_and(|first| cut(first, bytes, &tensor)) {
             files.push(std::mem::take(&mut file));
+            bytes = 0;
         }
+        bytes += tensor.bytes();
         file.push(tensor);
     }
     files.push(file);

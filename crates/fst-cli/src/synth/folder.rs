@@ -55,6 +55,17 @@ impl Folder {
         &self.path
     }
 
+    /// Refuses what the file system has no room for. One that does not tell is tried.
+    pub(super) fn check_space(&self, needed: u64) -> Result<(), SynthError> {
+        let Ok(space) = rustix::fs::statvfs(&self.path) else { return Ok(()) };
+        let free = space.f_bavail.saturating_mul(space.f_frsize);
+        // Of file systems without blocks, such as a tmpfs without a limit, nothing is known.
+        if space.f_blocks == 0 || needed <= free {
+            return Ok(());
+        }
+        Err(SynthError::NoSpace { path: self.path.clone(), needed, free })
+    }
+
     /// A file of this name, to be written under a temporary one.
     pub(super) fn file(&self, name: &str) -> Unfinished {
         let path = self.path.join(name);

@@ -109,11 +109,13 @@ impl Recipe {
     pub fn write(&self, folder: &Path, watch: &Watch<'_>) -> Result<Written, SynthError> {
         let plan = self.plan().map_err(|source| SynthError::Cut { source })?;
         let folder = Folder::prepare(folder)?;
+        let needed = plan.iter().map(ShardSpec::bytes).sum();
+        folder.check_space(needed)?;
         let files = write_files(&plan, self.seed, &folder, watch)?;
         Ok(Written {
             files: folder.finish(&plan, &files)?,
             tensors: plan.iter().map(|shard| shard.tensors.len()).sum(),
-            bytes: plan.iter().map(ShardSpec::bytes).sum(),
+            bytes: needed,
         })
     }
 }
@@ -178,6 +180,19 @@ pub enum SynthError {
     Exists {
         /// The file that is in the way.
         path: PathBuf,
+    },
+    /// The file system has no room for the checkpoint.
+    #[error(
+        "{}: no room for a checkpoint of {needed} bytes: {free} bytes are free, {} are missing",
+        path.display(), needed.saturating_sub(*free)
+    )]
+    NoSpace {
+        /// The folder.
+        path: PathBuf,
+        /// Bytes of the tensors; headers come on top.
+        needed: u64,
+        /// Bytes that this user may still write there.
+        free: u64,
     },
     /// A folder or file could not be made, renamed or removed.
     #[error("{}: {doing}: {source}", path.display())]

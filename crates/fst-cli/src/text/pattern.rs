@@ -82,7 +82,10 @@ impl<K> Group<K> {
     }
 }
 
-/// `7`, `{0..31}`, or `{0,2,5..9}` where numbers are missing.
+/// More runs of numbers than this are a `*`.
+const MOST_RUNS: usize = 8;
+
+/// `7`, `{0..31}`, or `{0,2,5..9}` where numbers are missing: what `--select` takes.
 fn range(values: &BTreeSet<u64>) -> String {
     let mut runs: Vec<(u64, u64)> = Vec::new();
     for &value in values {
@@ -96,14 +99,13 @@ fn range(values: &BTreeSet<u64>) -> String {
     {
         return first.to_string();
     }
+    if runs.len() > MOST_RUNS {
+        return "*".to_owned();
+    }
     let mut text = String::from("{");
     for (index, (first, last)) in runs.iter().enumerate() {
         if index > 0 {
             text.push(',');
-        }
-        if index == 4 {
-            text.push_str("..");
-            break;
         }
         // Writing to a `String` cannot fail.
         let _ = match first == last {
@@ -146,8 +148,10 @@ mod tests {
 
     #[test]
     fn many_gaps_are_cut_short() {
-        let list = ["0", "2", "4", "6", "8", "10"];
-        assert_eq!(names(&list), [("{0,2,4,6,..}".into(), 6)]);
+        let list: Vec<String> = (0..9).map(|n| format!("h.{}.w", 2 * n)).collect();
+        let list: Vec<&str> = list.iter().map(String::as_str).collect();
+        assert_eq!(names(&list[..8]), [("h.{0,2,4,6,8,10,12,14}.w".into(), 8)]);
+        assert_eq!(names(&list), [("h.*.w".into(), 9)]);
     }
 
     #[test]

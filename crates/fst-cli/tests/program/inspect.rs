@@ -81,3 +81,38 @@ fn metadata_is_shown() {
     assert_eq!(json["metadata"]["made by"], "a test");
     assert_eq!(json["metadata"]["long"], "x".repeat(500));
 }
+
+#[test]
+fn select_takes_the_patterns_that_the_summary_shows() {
+    let folder = Folder::new();
+    let path = folder.synth("c", &["--model", "llama-2-7b", "--layers", "12", "--shrink", "64"]);
+    let path = path.to_str().unwrap();
+    let summary = run(["inspect", path]).stdout;
+    let shown = summary.split("Tensors by name").nth(1).unwrap();
+    let rows = shown.lines().skip(1).map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let mut patterns = 0;
+    for row in rows.filter(|row| row.len() > 2 && row[2] == "x") {
+        let json = run(["inspect", path, "--json", "--select", row[0]]).json();
+        let count: u64 = row[1].replace(',', "").parse().unwrap();
+        assert_eq!(json["total"]["tensors"], count, "{row:?}");
+        assert_eq!(json["tensors"].as_array().unwrap().len() as u64, count);
+        patterns += u64::from(row[0].contains("{0..11}"));
+    }
+    assert!(patterns >= 9, "{summary}");
+}
+
+#[test]
+fn what_is_selected_is_what_a_load_would_take() {
+    let folder = Folder::new();
+    let path = folder.synth("c", &["--model", "llama-2-7b", "--layers", "3", "--shrink", "64"]);
+    let path = path.to_str().unwrap();
+    let select = ["--select", "*.{1..2}.*", "--select", "*norm*"];
+    let of = |command: &str| run([&[command, path, "--json"], &select[..]].concat()).json();
+    let (inspect, load) = (of("inspect"), of("load"));
+    assert_eq!(inspect["total"]["tensors"], load["tensors"]);
+    assert_eq!(inspect["total"]["bytes"], load["bytes"]);
+    let plan = run([&["plan", path, "--world", "2", "--json"], &select[..]].concat()).json();
+    assert_eq!((&plan["tensors"], &plan["bytes"]), (&load["tensors"], &load["bytes"]));
+    let none = run(["inspect", path, "--select", "nothing*"]);
+    assert!(none.error().contains("no tensor matches \"nothing*\""), "{}", none.stderr);
+}

@@ -47,9 +47,28 @@ fn select_loads_what_matches_and_no_more() {
     let all = run(["load", path, "--json"]).json();
     assert!(json["bytes_read"].as_u64() < all["bytes_read"].as_u64());
 
+    let layers = run(["load", path, "--json", "--select", "model.layers.{0..1}.*norm*"]).json();
+    assert_eq!(layers["tensors"], 4);
+
     let none = run(["load", path, "--select", "nothing*"]);
     assert!(none.error().starts_with(&format!("{path}: ")), "{}", none.stderr);
     assert!(none.error().contains("nothing*"));
+}
+
+#[test]
+fn slices_load_no_more_than_they_name() {
+    let folder = Folder::new();
+    let path = folder.synth("c", &["--model", "gpt2", "--layers", "1", "--shrink", "16"]);
+    let path = path.to_str().unwrap();
+    let name = "wte.weight";
+    let whole = run(["load", path, "--select", name, "--json"]).json();
+    let shape = run(["inspect", path, "--select", name, "--json"]).json();
+    let columns = shape["tensors"][0]["shape"][1].as_u64().unwrap();
+    let half = format!("{name}:1:0..{}", columns / 2);
+    let part = run(["load", path, "--select", name, "--slice", &half, "--json"]).json();
+    assert_eq!(part["bytes"].as_u64().unwrap() * 2, whole["bytes"].as_u64().unwrap());
+    let wrong = run(["load", path, "--slice", "wte.weight:7:0..1"]);
+    assert!(wrong.error().contains("wte.weight"), "{}", wrong.stderr);
 }
 
 #[test]
@@ -78,7 +97,14 @@ fn map_brings_everything_in_without_reading() {
     assert_eq!(json["bytes_read"], json["stages"]["read"]["bytes"]);
     assert!(json["bytes_read"].as_u64() > Some(0));
     let text = run(["load", path, "--map"]);
-    assert!(text.stdout.contains("populate"), "{}", text.stdout);
+    for part in ["populate", " mapped in ", "all in memory after", "in the page cache before"] {
+        assert!(text.stdout.contains(part), "no {part} in {}", text.stdout);
+    }
+    // No byte was moved, and no rate is that of storage.
+    assert!(!text.stdout.contains("GB/s"), "{}", text.stdout);
+    // What is read has a rate.
+    let text = run(["load", path, "--map", "--dtype", "F64"]);
+    assert!(text.stdout.contains("GB/s"), "{}", text.stdout);
 }
 
 #[test]
@@ -183,6 +209,13 @@ fn a_file_cut_short_is_an_error_that_names_it() {
     std::fs::File::options().write(true).open(&file).unwrap().set_len(len - 1).unwrap();
     let run = run(["load", path.to_str().unwrap()]);
     assert!(run.error().starts_with(file.to_str().unwrap()), "{}", run.stderr);
+    let told = " is 1 byte shorter than its header says, as after an interrupted download";
+    assert!(run.error().contains(told), "{}", run.stderr);
+    // Nor is a checkpoint given twice two checkpoints.
+    let path = folder.synth("d", &["--model", "gpt2", "--layers", "0", "--shrink", "16"]);
+    let path = path.to_str().unwrap();
+    let twice = crate::fixture::run(["load", path, path]);
+    assert!(twice.error().ends_with("model.safetensors: given twice"), "{}", twice.stderr);
 }
 
 #[test]
@@ -217,6 +250,21 @@ fn ctrl_c_ends_the_demonstration_and_cleans_up() {
     rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(130));
-    assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), "cancelled\n");
     assert!(names_in(&temporary).is_empty(), "{:?}", names_in(&temporary));
+}
+
+#[test]
+fn options_about_a_checkpoint_are_refused_before_a_demonstration_is_made() {
+    let folder = Folder::new();
+    for option in [["--select", "*norm*"], ["--slice", "lm_head.weight:0:0..1"]] {
+        // Anything made would be made there.
+        let output = fst([&["load"], &option[..]].concat())
+            .env("TMPDIR", folder.join("nowhere"))
+            .output()
+            .unwrap();
+        let told = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{told}");
+        assert!(told.contains("PATH"), "{told}");
+    }
 }

@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
 
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::fixture::{Folder, names_in, run};
+use crate::fixture::{Folder, fst, names_in, run};
 
 const ENGINES: [&str; 4] = ["auto", "uring", "pread", "mmap"];
 
@@ -69,6 +71,54 @@ fn mixtures_of_experts_with_all_their_small_tensors() {
             assert!(ours == official, "{model} through {engine}");
         }
     }
+}
+
+#[test]
+fn converted_tensors_are_summed_as_converted() {
+    let folder = Folder::new();
+    let args = ["--model", "falcon-40b", "--layers", "1", "--shrink", "64", "--dtype", "BF16"];
+    let path = folder.synth("c", &args);
+    let mut wide = BTreeMap::new();
+    for name in names_in(&path).iter().filter(|name| name.ends_with(".safetensors")) {
+        let bytes = std::fs::read(path.join(name)).unwrap();
+        for (name, view) in SafeTensors::deserialize(&bytes).unwrap().tensors() {
+            // A BF16 is the upper half of an F32.
+            let wider = |half: &[u8]| [0, 0, half[0], half[1]];
+            let bytes: Vec<u8> = view.data().chunks_exact(2).flat_map(wider).collect();
+            let sum = json!({
+                "name": name, "dtype": "F32", "shape": view.shape(), "sha256": sha256(&bytes),
+            });
+            wide.insert(name, sum);
+        }
+    }
+    assert!(ours(&[path.to_str().unwrap(), "--dtype", "f32"]) == wide);
+}
+
+/// Ctrl-C in the midst of a long sum.
+#[test]
+fn ctrl_c_ends_a_sum() {
+    let folder = Folder::new();
+    let path = folder.synth("c", &["--model", "llama-2-7b", "--layers", "1", "--shrink", "2"]);
+    let child = fst(["sum", path.to_str().unwrap()])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let pid = rustix::process::Pid::from_child(&child);
+    let status = format!("/proc/{}/status", child.id());
+    let deadline = Instant::now() + Duration::from_secs(20);
+    // Tensors have come.
+    while std::fs::read_to_string(&status).unwrap().lines().all(|line| {
+        let own = line.strip_prefix("RssAnon:").and_then(|text| text.trim().strip_suffix(" kB"));
+        own.is_none_or(|kb| kb.parse::<u64>().unwrap() < 10_000)
+    }) {
+        assert!(Instant::now() < deadline, "nothing was read");
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{output:?}");
+    assert_eq!((output.stdout, output.stderr), (Vec::new(), b"cancelled\n".to_vec()));
 }
 
 #[test]

@@ -143,11 +143,8 @@ fn a_limit_on_file_size_ends_it_cleanly() {
 fn ctrl_c_leaves_nothing_behind() {
     let folder = Folder::new();
     let path = folder.join("c");
-    let mut child = fst(["synth", path.to_str().unwrap(), "--model", "llama-2-70b"])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let args = ["synth", path.to_str().unwrap(), "--model", "llama-2-7b", "--layers", "4"];
+    let mut child = fst(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let deadline = Instant::now() + Duration::from_secs(20);
     while !path.exists() || names_in(&path).is_empty() {
         assert!(Instant::now() < deadline, "nothing was written");
@@ -158,4 +155,30 @@ fn ctrl_c_leaves_nothing_behind() {
     let status = child.wait().unwrap();
     assert_eq!(status.code(), Some(130));
     assert!(!path.exists(), "{:?}", names_in(&path));
+}
+
+#[test]
+fn what_does_not_fit_is_refused_before_anything_is_written() {
+    let folder = Folder::new();
+    let path = folder.join("c");
+    // 5.4 TB.
+    let args = ["--model", "deepseek-v3", "--dtype", "F64", "--json"];
+    let space = rustix::fs::statvfs(folder.join("")).unwrap();
+    let free = space.f_bavail * space.f_frsize;
+    assert!(free < 5 << 40, "SKIPPED: this machine has room for anything");
+    let run = run([&["synth", path.to_str().unwrap()], &args[..]].concat());
+    let error = run.error();
+    assert!(error.starts_with(&format!("{}: no room for ", path.display())), "{error}");
+    assert!(error.contains("bytes are free"), "{error}");
+    assert!(!path.exists());
+}
+
+/// It once took a minute to cut these into files.
+#[test]
+fn ninety_thousand_tensors_take_seconds() {
+    let start = Instant::now();
+    let model = fst_cli::models::Model::find("deepseek-v3").unwrap();
+    let plan = fst_cli::synth::Recipe::new(model).shrink(512).plan().unwrap();
+    assert_eq!(plan.iter().map(|shard| shard.tensors.len()).sum::<usize>(), 91_991);
+    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
 }

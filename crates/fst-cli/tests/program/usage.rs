@@ -26,6 +26,8 @@ fn wrong_usage_is_status_2() {
         &["load", "x", "--dtype", "bf17"],
         &["load", "x", "--device", "cuda:many"],
         &["sum", "x", "--slice", "name:0"],
+        &["load", "x", "--map", "--engine", "pread"],
+        &["load", "x", "--slice", "name:0:0..1", "--world", "2"],
         &["synth", "x", "--model", "gpt-5"],
         &["synth", "x", "--model", "gpt2", "--shards", "0"],
         &["synth", "x", "--model", "gpt2", "--dtype", "I8"],
@@ -35,6 +37,21 @@ fn wrong_usage_is_status_2() {
         let run = run(args);
         assert_eq!((run.status, run.stdout.as_str()), (2, ""), "{args:?}");
         assert!(run.stderr.contains("rror: ") || run.stderr.contains("Usage"), "{}", run.stderr);
+    }
+}
+
+#[test]
+fn a_malformed_pattern_is_told_with_its_place() {
+    for command in [&["load"][..], &["sum"], &["inspect"], &["plan", "--world", "2"]] {
+        for (pattern, told) in [
+            ("layers.{0..11.*", "the { at byte 7 is never closed"),
+            ("layers.[0-9", "the [ at byte 7 is never closed"),
+            ("layers.{11..0}.*", "\"11..0\" at byte 8 is no range"),
+        ] {
+            let run = run([command, &["x", "--select", pattern]].concat());
+            assert_eq!((run.status, run.stdout.as_str()), (2, ""));
+            assert!(run.stderr.contains(pattern) && run.stderr.contains(told), "{}", run.stderr);
+        }
     }
 }
 
