@@ -1,6 +1,7 @@
 //! `fst sum` against SHA-256 of what the official reader gives.
 
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -92,6 +93,45 @@ fn converted_tensors_are_summed_as_converted() {
         }
     }
     assert!(ours(&[path.to_str().unwrap(), "--dtype", "f32"]) == wide);
+}
+
+/// What the program writes to standard error when that is a terminal.
+fn on_a_terminal(args: &[&str]) -> String {
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&terminal).unwrap();
+    unlockpt(&terminal).unwrap();
+    let name = ptsname(&terminal, Vec::new()).unwrap().into_string().unwrap();
+    let end = std::fs::File::options().read(true).write(true).open(name).unwrap();
+    let size = rustix::termios::Winsize { ws_row: 24, ws_col: 120, ws_xpixel: 0, ws_ypixel: 0 };
+    rustix::termios::tcsetwinsize(&end, size).unwrap();
+    let mut child =
+        fst(args).stdout(Stdio::null()).stderr(end).env("TERM", "xterm").spawn().unwrap();
+    let reader = std::thread::spawn(move || {
+        let mut shown = Vec::new();
+        // Ends with an error once nobody has the other end open.
+        let _ = std::fs::File::from(terminal).read_to_end(&mut shown);
+        String::from_utf8_lossy(&shown).into_owned()
+    });
+    assert!(child.wait().unwrap().success());
+    reader.join().unwrap()
+}
+
+#[test]
+fn the_bar_of_a_selection_knows_its_end() {
+    let folder = Folder::new();
+    let path = folder.synth("c", &["--model", "gpt2", "--layers", "1", "--shrink", "2"]);
+    let path = path.to_str().unwrap();
+    let bytes = run(["inspect", path, "--select", "wte.*", "--json"]).json()["total"]["bytes"]
+        .as_f64()
+        .unwrap();
+    let total = format!("/{:.2} MB", bytes / 1e6);
+    let shown = on_a_terminal(&["sum", path, "--select", "wte.*"]);
+    assert!(shown.contains("summing") && shown.contains(&total), "{total} in {shown:?}");
+    assert!(!shown.contains("/0 B"), "{shown:?}");
+    // What is converted counts as it is then.
+    let shown = on_a_terminal(&["sum", path, "--select", "wte.*", "--dtype", "F64"]);
+    assert!(shown.contains("summing") && !shown.contains(&total), "{shown:?}");
 }
 
 /// Ctrl-C in the midst of a long sum.
