@@ -179,7 +179,7 @@ pub const CONTENDERS: &[Contender] = &[
     },
     Contender {
         name: "raw-ceiling",
-        what: "io_uring, O_DIRECT, 4 MiB x 16 in flight, into pre-faulted huge pages, nothing else",
+        what: "io_uring, O_DIRECT, 512 KiB x 32 in flight, into pre-faulted huge pages, nothing else",
         kind: Kind::Rust,
         gives: Gives::Bound,
         ops: WHOLE,

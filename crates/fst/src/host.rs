@@ -19,7 +19,10 @@ use crate::transform::{HOST_ALIGN, Transform, TransformPlan};
 
 /// Bytes of scratch memory, in slots of [`SCRATCH_BLOCK`].
 pub(crate) const SCRATCH: u64 = 32 << 20;
-pub(crate) const SCRATCH_BLOCK: u64 = 2 << 20;
+/// Short, so that few of the slots are in use at once: these stay in the processor's cache, where
+/// neither the device's writes nor the copies out of them wait for memory. Half of each row of a
+/// checkpoint on a virtual disk came at 1.7 GB/s through slots of 2 MiB.
+pub(crate) const SCRATCH_BLOCK: u64 = 512 << 10;
 
 /// A load that is planned and whose files are open.
 #[derive(Debug)]
@@ -167,7 +170,13 @@ impl HostLoad {
             let sink = Scratch::new(plan, slots, &admit, &take).map_err(located)?;
             let control = watch.next(budget);
             let stats = fst_io::read(&self.files, plan, &sink, options, &control);
-            reads.push(stats.map_err(located)?);
+            let mut stats = stats.map_err(located)?;
+            // Done inside of `reserve`, and a stage of its own.
+            let (touch, touch_bytes) = transform.touched();
+            stats.reserve = stats.reserve.saturating_sub(touch);
+            stats.touch += touch;
+            stats.touch_bytes += touch_bytes;
+            reads.push(stats);
         }
         Ok(reads)
     }

@@ -13,6 +13,10 @@ pub(crate) trait Memory: Send + Sync {
     /// Whether an arena can be written to; with `wait`, `false` means never.
     fn ready(&self, arena: usize, wait: bool) -> Result<bool, SinkError>;
 
+    /// Backs bytes `range` of an arena with memory, ahead of the writes to them. Best effort: what
+    /// is not backed costs the writer its faults.
+    fn populate(&self, arena: usize, range: Range<usize>) -> Result<(), SinkError>;
+
     /// Lets `fill` write bytes `range` of an arena, all of them; `false` if there are none such.
     ///
     /// # Safety
@@ -50,6 +54,13 @@ pub(crate) trait Memory: Send + Sync {
 impl Memory for Arenas<'_> {
     fn ready(&self, arena: usize, wait: bool) -> Result<bool, SinkError> {
         Ok(self.get(arena, wait)?.is_some())
+    }
+
+    fn populate(&self, arena: usize, range: Range<usize>) -> Result<(), SinkError> {
+        if let Some(buffer) = self.get(arena, false)? {
+            buffer.populate(range.start, range.len());
+        }
+        Ok(())
     }
 
     unsafe fn write(
@@ -97,6 +108,11 @@ impl<'d> Borrowed<'d> {
 impl Memory for Borrowed<'_> {
     fn ready(&self, _arena: usize, _wait: bool) -> Result<bool, SinkError> {
         Ok(true)
+    }
+
+    /// The caller's memory is as fresh as the caller left it.
+    fn populate(&self, _arena: usize, _range: Range<usize>) -> Result<(), SinkError> {
+        Ok(())
     }
 
     unsafe fn write(

@@ -5,6 +5,8 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
 
 use fst_format::Runs;
 use fst_gpu::cast::{self, CastType};
@@ -83,6 +85,19 @@ pub(crate) struct Cut {
 }
 
 impl Work {
+    /// The part of the arena that bytes `at..at + available` of the tensor become.
+    fn image(&self, at: u64, available: u64) -> Option<Range<u64>> {
+        let mut cuts = self.cuts(at, available);
+        let first = cuts.next()?;
+        let last = cuts.last().unwrap_or(first);
+        let (start, end) = (first.position, last.position + last.rows * last.len);
+        let becomes = |position: u64| match self.cast {
+            Some((from, to)) => position / from.size() as u64 * to.size() as u64,
+            None => position,
+        };
+        Some(self.dest.offset + becomes(start)..self.dest.offset + becomes(end))
+    }
+
     /// What is wanted of bytes `at..at + available` of the tensor: the rest of a run that began
     /// earlier, whole runs, and the beginning of one that goes on.
     pub(crate) fn cuts(&self, at: u64, available: u64) -> impl Iterator<Item = Cut> + use<> {
@@ -202,6 +217,14 @@ impl TransformPlan {
         })
     }
 
+    /// The bytes of arenas that a block's bytes become, tensor by tensor.
+    fn images_of(&self, block: &Block) -> impl Iterator<Item = (usize, Range<u64>)> + use<'_> {
+        self.parts_of(block).filter_map(|(_, work, part)| {
+            let image = work.image(part.start - work.start, part.end - part.start)?;
+            Some((work.dest.arena, image))
+        })
+    }
+
     /// The arenas that a block leads to, each once.
     pub(crate) fn arenas_of(&self, block: &Block) -> impl Iterator<Item = usize> + use<'_> {
         let mut last = None;
@@ -299,11 +322,54 @@ pub(crate) struct Transform<'a, M> {
     plan: &'a TransformPlan,
     memory: M,
     torn: TornElements,
+    /// Up to where each arena is backed with memory.
+    backed: Vec<AtomicU64>,
+    touch: AtomicU64,
+    touch_bytes: AtomicU64,
 }
+
+/// What one page fault brings where huge pages are to be had, in bytes.
+const FAULT: u64 = 2 << 20;
 
 impl<'a, M: Memory> Transform<'a, M> {
     pub(crate) fn new(plan: &'a TransformPlan, memory: M) -> Self {
-        Self { plan, memory, torn: TornElements::default() }
+        Self {
+            plan,
+            memory,
+            torn: TornElements::default(),
+            backed: plan.arenas.iter().map(|_| AtomicU64::new(0)).collect(),
+            touch: AtomicU64::new(0),
+            touch_bytes: AtomicU64::new(0),
+        }
+    }
+
+    /// Time spent on backing arenas with memory, over all threads, and how many bytes.
+    pub(crate) fn touched(&self) -> (Duration, u64) {
+        (Duration::from_nanos(self.touch.load(Relaxed)), self.touch_bytes.load(Relaxed))
+    }
+
+    /// Backs with memory what a block leads to. Done while its read waits for its turn, this costs
+    /// nothing; page faults in [`take`](Self::take) would keep the reader from its device.
+    ///
+    /// Arenas are filled from front to back, near enough: what lies before the furthest byte is
+    /// taken for done.
+    fn back(&self, block: &Block) -> Result<(), SinkError> {
+        for (arena, image) in self.plan.images_of(block) {
+            let (Some(backed), Some((len, _))) =
+                (self.backed.get(arena), self.plan.arenas.get(arena))
+            else {
+                continue;
+            };
+            let end = image.end.next_multiple_of(FAULT).min(*len);
+            let start = backed.fetch_max(end, Relaxed);
+            if start < end {
+                let began = Instant::now();
+                self.memory.populate(arena, start as usize..end as usize)?;
+                self.touch.fetch_add(began.elapsed().as_nanos() as u64, Relaxed);
+                self.touch_bytes.fetch_add(end - start, Relaxed);
+            }
+        }
+        Ok(())
     }
 
     /// Whether all arenas that a block leads to have memory.
@@ -313,6 +379,7 @@ impl<'a, M: Memory> Transform<'a, M> {
                 return Ok(false);
             }
         }
+        self.back(block)?;
         Ok(true)
     }
 
@@ -456,6 +523,9 @@ mod tests {
             });
             let window = at..at + available;
             let expected: Vec<_> = wanted.filter(|(source, _)| window.contains(source)).collect();
+            let image = work.image(at, available);
+            let ends = expected.first().zip(expected.last());
+            prop_assert_eq!(image, ends.map(|(first, last)| first.1..last.1 + 1));
             prop_assert_eq!(got, expected);
         }
     }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
 /// In flight at first, over all workers: enough for most devices.
-const START: usize = 16;
+const START: usize = 32;
 /// Requests in flight at least, and at most.
 const RANGE: (usize, usize) = (4, 128);
 /// Bytes in flight at most: all of them are pinned, and make others of the device wait.
@@ -275,15 +275,15 @@ mod tests {
     fn windows_are_closed_by_bytes_and_time() {
         let block = 4 << 20;
         let depth = Depth::new(None, 2, block);
-        assert_eq!((depth.total(), depth.share(), depth.max_share()), (16, 8, 32));
-        let fly = 16 * block;
+        assert_eq!((depth.total(), depth.share(), depth.max_share()), (32, 16, 32));
+        let fly = 32 * block;
         depth.arrived(fly - 1, Duration::from_millis(500));
         depth.arrived(1, Duration::from_millis(600));
         // Too short a time for a rate.
         depth.arrived(fly, Duration::from_millis(601));
-        assert_eq!(depth.total(), 16);
+        assert_eq!(depth.total(), 32);
         depth.arrived(fly, Duration::from_millis(700));
-        assert_eq!(depth.total(), 24, "the first trial");
+        assert_eq!(depth.total(), 48, "the first trial");
         assert_eq!(Depth::new(None, 64, 64 << 20).share(), 1, "at least one each");
     }
 }

@@ -4,7 +4,7 @@
 use std::os::fd::RawFd;
 use std::time::Instant;
 
-use super::job::{Job, Route};
+use super::job::{Job, REQUEST, Route};
 use crate::error::Error;
 use crate::plan::Block;
 use crate::sink::Target;
@@ -51,7 +51,7 @@ pub(super) fn work(job: &Job<'_>, worker: usize) -> WorkerStats {
     stats
 }
 
-/// One direct read, and buffered ones for whatever it leaves.
+/// Direct reads, and buffered ones for whatever it leaves.
 ///
 /// # Safety
 ///
@@ -64,7 +64,7 @@ unsafe fn read_direct(
 ) -> Result<(), Error> {
     let (mut done, mut retries) = (0, 0);
     while done < block.need && done % job.file(block).align() == 0 {
-        let len = (block.len - done) as usize;
+        let len = (block.len - done).min(REQUEST) as usize;
         // SAFETY: the sink lends at least `block.len` bytes from `ptr`, to this worker alone.
         let read = unsafe {
             sys::pread(fd, target.ptr().as_ptr().add(done as usize), len, block.offset + done)

@@ -27,10 +27,9 @@ pub struct Limits {
 impl Limits {
     /// The smallest alignment used: a page, which all direct I/O accepts that reports nothing.
     pub const MIN_ALIGN: u64 = 4096;
-    /// Block length used unless something better is known. Direct reads of a 3.8 GB checkpoint
-    /// were equally fast, within noise, with blocks of 1, 2, 4 and 16 MiB and 64 MiB in flight, on
-    /// a virtual disk that takes 4 MiB at once; longer ones need more pinned memory for as many in
-    /// flight, and shorter ones more calls.
+    /// Block length used unless something better is known: whole huge pages, and few enough of
+    /// them to plan and deliver. The engines read a block by shorter requests, which are what a
+    /// device sees, so that its rate hardly depends on this.
     pub const DEFAULT_BLOCK: u64 = 4 << 20;
     /// Largest gap read over: where one request costs as much as the bytes.
     pub const DEFAULT_GAP: u64 = 64 << 10;
