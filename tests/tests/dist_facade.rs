@@ -6,31 +6,14 @@ mod dist_support;
 
 use std::collections::BTreeMap;
 
-use dist_support::{ByName, LONG, Values, expected, load, official, pick, synth, values};
+use dist_support::{
+    ByName, FAMILIES, LONG, Values, assert_same, expected, load, official, pick, synth, values,
+};
 use fst::{
     Checkpoint, DistError, Dtype, Engine, Error, Loader, LocalGroup, Preset, Shard, Split, Topology,
 };
 
 const WORLDS: [u32; 5] = [1, 2, 3, 4, 8];
-
-/// Models, the preset for each, and by how much they are made smaller.
-const FAMILIES: [(&str, &str, usize, usize); 6] = [
-    ("llama-2-7b", "llama", 2, 37),
-    ("gpt2", "gpt2", 2, 12),
-    ("falcon-40b", "falcon", 1, 40),
-    ("bloom-176b", "bloom", 1, 61),
-    ("qwen3-30b-a3b", "moe", 1, 32),
-    ("deepseek-v3", "moe", 4, 64),
-];
-
-#[track_caller]
-fn assert_same(found: &ByName, expected: &ByName, what: &str) {
-    let names = |all: &ByName| all.keys().cloned().collect::<Vec<_>>();
-    assert_eq!(names(found), names(expected), "{what}");
-    for (name, expected) in expected {
-        assert!(found[name] == *expected, "{what}: {name}: {:?} for {expected:?}", found[name]);
-    }
-}
 
 #[test]
 fn presets_keep_what_slices_of_the_official_reader_hold() {

@@ -81,7 +81,8 @@ pub(crate) struct Rule {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Several ranks")]
 pub(crate) struct Ranks {
-    /// Load by N ranks of this process, each keeping its shards
+    /// Load by N ranks of this process, each keeping its shards; with `--device cuda` on all GPUs in
+    /// turn
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub(crate) world: Option<u32>,
     /// Load as one rank of a group of processes: `mpi`, started by mpirun

@@ -31,6 +31,18 @@ impl DeviceArg {
     pub(crate) fn open(&self) -> Result<Device, Failure> {
         self.0.parse().map_err(|error: fst::Error| Failure::Failed(format!("{}: {error}", self.0)))
     }
+
+    /// The devices of `world` ranks: the one named, or by `cuda` all GPUs in turn.
+    pub(crate) fn of_ranks(&self, world: u32) -> Result<Vec<Device>, Failure> {
+        let mut devices: Vec<Device> = match self.0.as_str() {
+            "cuda" => Device::available().into_iter().filter(|device| !device.is_host()).collect(),
+            _ => Vec::new(),
+        };
+        if devices.is_empty() {
+            devices.push(self.open()?);
+        }
+        Ok(devices.iter().cycle().take(world as usize).cloned().collect())
+    }
 }
 
 #[cfg(test)]

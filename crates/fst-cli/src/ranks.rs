@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use fst::{Checkpoint, DistError, Error, Group, Loader, LocalGroup, Preset, Tensors};
+use fst::dist::local_groups;
+use fst::{Checkpoint, Device, DistError, Error, Group, Loader, LocalGroup, Preset, Tensors};
 use serde::{Deserialize, Serialize};
 
 use crate::args::{LoadArgs, Rule};
@@ -76,25 +77,28 @@ pub(crate) fn preset(
     Ok(if rule.fused { preset.fused() } else { preset })
 }
 
-/// Loads as `world` ranks, one thread each, and does `each` on the thread of the rank that kept the
-/// tensors. Of several errors it returns the cause of the others.
+/// Loads by ranks, one thread each, of which rank `r` keeps its shards on `devices[r]`, and does `each`
+/// on the thread of the rank that kept the tensors. Of several errors it returns the cause of the others.
 pub(crate) fn run<T: Send>(
-    world: u32,
+    devices: &[Device],
     loader: &Loader,
     checkpoint: &Checkpoint,
     each: impl Fn(u32, Tensors) -> Result<T, Error> + Sync,
 ) -> Result<Vec<T>, Error> {
-    let rank = |group: LocalGroup| -> Result<T, Error> {
+    let rank = |group: LocalGroup, device: &Device| -> Result<T, Error> {
         let group: Arc<dyn Group> = Arc::new(group);
         let rank = group.rank();
-        each(rank, loader.clone().group(group).load(checkpoint)?)
+        let loader = loader.clone().device(device.clone()).group(group);
+        each(rank, loader.load(checkpoint)?)
     };
+    let groups = local_groups(devices)?;
     let results: Vec<Result<T, Error>> = std::thread::scope(|scope| {
-        let threads: Vec<_> = LocalGroup::host(world)
+        let threads: Vec<_> = groups
             .into_iter()
-            .map(|group| {
+            .zip(devices)
+            .map(|(group, device)| {
                 let rank = &rank;
-                scope.spawn(move || rank(group))
+                scope.spawn(move || rank(group, device))
             })
             .collect();
         let join = |thread: std::thread::ScopedJoinHandle<'_, _>| {
@@ -214,7 +218,8 @@ pub(crate) fn load_here(
 ) -> Result<(), Failure> {
     let preset = preset(checkpoint, &args.ranks.rule, paths)?;
     let loader = loader.clone().preset(preset.clone());
-    let ranks = run(world, &loader, checkpoint, |_, tensors| Ok(Rank::of(&tensors)))
+    let devices = args.reading.device.of_ranks(world)?;
+    let ranks = run(&devices, &loader, checkpoint, |_, tensors| Ok(Rank::of(&tensors)))
         .map_err(|error| reading::failure(paths, checkpoint, &error))?;
     print(args, paths, checkpoint, &preset, &ranks)
 }
@@ -273,13 +278,20 @@ fn print(
         (stage.name.clone(), figures)
     });
     let bytes = sum(|rank| rank.bytes);
+    let mut devices: Vec<&str> = Vec::new();
+    for rank in ranks {
+        if !devices.contains(&rank.device.as_str()) {
+            devices.push(&rank.device);
+        }
+    }
+    let devices = devices.join(",");
     let report = Report {
         tensors: ranks.iter().map(|rank| rank.tensors).sum(),
         bytes,
         seconds: slowest.seconds,
         gb_per_s: bytes as f64 / slowest.seconds / 1e9,
         engine: &slowest.engine,
-        device: &slowest.device,
+        device: &devices,
         stages: stages.collect(),
         engine_asked: &slowest.engine_asked,
         engine_reason: &slowest.engine_reason,
@@ -306,10 +318,11 @@ fn render(report: &Report<'_>, paths: &[PathBuf]) -> String {
         paths.iter().map(|path| visible(&path.display().to_string())).collect();
     let mut out = format!("{}\n", styled(HEADING, paths.join(" ")));
     out += &format!(
-        "  {} by {} (preset {}) in {}: {}\n\n",
+        "  {} by {} (preset {}) to {} in {}: {}\n\n",
         text::bytes(report.checkpoint_bytes),
         counted(report.world as u64, "rank"),
         report.preset,
+        report.device,
         text::seconds(report.seconds),
         styled(RESULT, text::rate(report.checkpoint_bytes as f64 / report.seconds / 1e9))
     );

@@ -144,9 +144,8 @@ fn run(
         }
     }
     let buffers = view.plan().buffers();
-    let read_bytes = buffers.block * u64::from(buffers.read_blocks);
-    let exchanges = view.rounds().next().is_some();
-    let bytes = if exchanges { buffers.total() } else { read_bytes };
+    let read_bytes = buffers.read_bytes();
+    let bytes = view.staging_bytes();
     let staging =
         backend.stage(bytes).map_err(|source| ExchangeError::Memory { rank, bytes, source })?;
     let (free, frees) = mpsc::channel();

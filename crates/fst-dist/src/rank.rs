@@ -82,6 +82,14 @@ impl<'a> RankPlan<'a> {
         view
     }
 
+    /// Bytes of staging memory that the exchange asks its backend for.
+    #[must_use]
+    pub fn staging_bytes(&self) -> u64 {
+        let buffers = self.plan.buffers();
+        let exchanges = self.rounds().next().is_some();
+        if exchanges { buffers.total() } else { buffers.read_bytes() }
+    }
+
     fn add_output(&mut self, name: &'a str, members: &[u32]) {
         let (plan, rank) = (self.plan, self.rank);
         let present = |&&tensor: &&u32| plan.class(tensor).resolved.is_present(rank);

@@ -200,6 +200,11 @@ impl Buffers {
         Ok(Self { block, read_blocks, pack: block * copies, receive_blocks })
     }
 
+    /// Bytes of the blocks that units are read into.
+    pub(crate) fn read_bytes(&self) -> u64 {
+        self.block * u64::from(self.read_blocks)
+    }
+
     /// Bytes in all.
     #[must_use]
     pub fn total(&self) -> u64 {

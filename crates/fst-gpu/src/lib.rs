@@ -39,6 +39,7 @@ mod pipeline;
 mod sink;
 mod stream;
 mod sys;
+mod transfer;
 mod view;
 
 pub use buffer::device::{DEVICE_ALIGN, DeviceArena};
@@ -50,4 +51,5 @@ pub use pipeline::{CopyOp, Done, Pipeline, PipelineOptions, PipelineStats};
 pub use sink::{Admit, Landing, PipelineSink, Route};
 pub use stream::{Event, Stream};
 pub use sys::{DRIVER_LIBRARIES, LEAST_CUDA};
+pub use transfer::{Transfer, Transfers};
 pub use view::ArenaView;

@@ -37,6 +37,8 @@ const NEEDED: &[&str] = &[
     "cuCtxPushCurrent_v2",
     "cuCtxPopCurrent_v2",
     "cuCtxSynchronize",
+    "cuCtxEnablePeerAccess",
+    "cuDeviceCanAccessPeer",
     "cuMemGetInfo_v2",
     "cuMemAlloc_v2",
     "cuMemFree_v2",

@@ -31,6 +31,13 @@ pub(crate) struct CudaMemory {
     _lease: Option<Lease>,
 }
 
+impl CudaMemory {
+    /// Memory that no budget counts.
+    pub(crate) fn new(arena: DeviceArena) -> Arc<Self> {
+        Arc::new(Self { arena, _lease: None })
+    }
+}
+
 impl ArenaMemory for CudaMemory {
     type Full = Arc<Self>;
 

@@ -36,8 +36,13 @@
 //! load on all of them, within the group's deadline at the latest, with an error that names the
 //! rank and the cause. The group is of no use after that.
 
+mod cuda;
+mod cuda_outputs;
 mod error;
 mod fingerprint;
+mod groups;
+mod layout;
+mod memory;
 mod outputs;
 mod reader;
 
@@ -51,6 +56,7 @@ use fst_io::{Engine, ReadOptions, ResolvedEngine, SourceFile};
 
 pub use error::DistError;
 pub use fst_dist::*;
+pub use groups::{NcclStream, local_groups, local_groups_with, nccl_group};
 
 use crate::error::{Error, Result};
 use crate::host::{Watch, locate, open_files};
@@ -59,8 +65,8 @@ use crate::options::Item;
 use crate::progress::Progress;
 use crate::report::{LoadReport, RankReport};
 use crate::tensor::Tensors;
-use outputs::HostOutputs;
-use reader::{FileReader, HostRank};
+use cuda::Sources;
+use memory::{Outputs, RankMemory};
 
 /// How soon a rank that waits for others notices that its load was cancelled.
 const CANCEL_INTERVAL: Duration = Duration::from_millis(50);
@@ -169,8 +175,11 @@ impl Loader {
     /// bytes of the files. [Slices](Self::slice) are refused: say it with
     /// [`Shard::ranges`].
     ///
-    /// The exchange needs [staging](Self::staging) memory beside the shards, and the conversion one
-    /// arena (1 GiB, or the largest shard if that is larger).
+    /// The shards go to the loader's [device](Self::device), which the group must reach:
+    /// [`LocalGroup::host`] host memory, [`local_groups`] and [`nccl_group`] the devices that they are
+    /// made for. The exchange needs [staging](Self::staging) memory there beside the shards, and the
+    /// conversion one arena (1 GiB, or the largest shard if that is larger). A device that has no room
+    /// for them is told of before anything is read.
     #[must_use]
     pub fn group(mut self, group: Arc<dyn Group>) -> Self {
         self.ranks.group = Some(group);
@@ -251,8 +260,9 @@ impl Loader {
 
     fn load_rank_unguarded(&self, checkpoint: &Checkpoint, group: &dyn Group) -> Result<Tensors> {
         let device = self.target().clone();
-        if !device.is_host() {
-            return Err(DistError::Device { device }.into());
+        if self.read.engine == Engine::Gds && !device.is_host() {
+            let reason = "ranks read through pinned host memory".to_owned();
+            return Err(Error::Engine { engine: Engine::Gds, device, reason });
         }
         let engine = ResolvedEngine::resolve(self.read.engine).map_err(|e| locate(e, &[]))?;
         let began = Instant::now();
@@ -267,7 +277,7 @@ impl Loader {
         let fingerprint = fingerprint::of(&items, &files)?;
         let plan = self.ranks.plan(&items, fingerprint)?;
         let view = plan.rank(group.rank());
-        let outputs = HostOutputs::new(&view, &items)?;
+        let outputs = Outputs::new(self.target(), &view, &items)?;
         report.push("plan", began.elapsed(), 0);
 
         let began = Instant::now();
@@ -279,20 +289,21 @@ impl Loader {
             tensors_total: view.outputs().len(),
             elapsed: began.elapsed(),
         };
-        let options = self.rank_reads(&report.engine, plan.topology(), group.rank());
+        let neighbours = neighbours(plan.topology(), group.rank());
+        let options = self.rank_reads(&report.engine, neighbours);
         let gap = plan.coalesce_gap();
-        let backend = HostRank::new(FileReader::new(&files, &number, options, gap, &watch)?);
+        let sources = Sources { files: &files, number: &number, options, gap, watch: &watch };
+        let memory = RankMemory::new(self.target(), &view, sources, neighbours)?;
         let exchanged = self.watched(&watch, &progress, || {
             self.cancelling(group, || {
                 // SAFETY: the regions are the outputs' own, apart from each other, and nothing
                 // else reaches them before `finish`.
-                unsafe { fst_dist::load(&view, group, &backend, outputs.regions()) }
+                unsafe { fst_dist::load(&view, group, memory.backend(), outputs.regions()) }
                     .map_err(|error| DistError::from(error).into())
             })
         })?;
         verify(&files, &items)?;
-        group.barrier().map_err(DistError::Group)?;
-        let reads = backend.into_stats();
+        let reads = memory.into_stats();
         report.push("read", began.elapsed(), reads.iter().map(|read| read.bytes_read).sum());
         report.add_reads(&reads);
         report.add_exchange(&exchanged);
@@ -304,6 +315,8 @@ impl Loader {
         if converted > 0 {
             report.push("convert", began.elapsed(), converted);
         }
+        // Done is when all are: a file that has changed, or a conversion that fails, ends all loads.
+        group.barrier().map_err(DistError::Group)?;
         report.tensors = tensors.len();
         report.bytes = tensors.iter().map(|tensor| tensor.byte_len() as u64).sum();
         report.rank = Some(RankReport {
@@ -317,14 +330,11 @@ impl Loader {
     }
 
     /// How this rank reads: ranks of one node share its cores.
-    fn rank_reads(&self, engine: &ResolvedEngine, topology: &Topology, rank: u32) -> ReadOptions {
+    fn rank_reads(&self, engine: &ResolvedEngine, neighbours: u64) -> ReadOptions {
         let mut options = self.read.clone();
         if options.workers.is_none() && engine.used == Engine::Uring {
-            let node = |rank: u32| topology.places().get(rank as usize).map(|place| place.node);
-            let neighbours =
-                (0..topology.world()).filter(|&other| node(other) == node(rank)).count();
             let cores = std::thread::available_parallelism().map_or(1, usize::from);
-            options.workers = Some((cores / neighbours.max(1)).clamp(1, 16));
+            options.workers = Some((cores / neighbours as usize).clamp(1, 16));
         }
         options
     }
@@ -347,6 +357,13 @@ impl Loader {
             load()
         })
     }
+}
+
+/// Ranks on the node of `rank`, that rank included.
+fn neighbours(topology: &Topology, rank: u32) -> u64 {
+    let node = |rank: u32| topology.places().get(rank as usize).map(|place| place.node);
+    let neighbours = (0..topology.world()).filter(|&other| node(other) == node(rank)).count();
+    neighbours.max(1) as u64
 }
 
 /// Ends the watcher when dropped, also by a panic: the scope waits for it.

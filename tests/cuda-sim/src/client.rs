@@ -1,6 +1,6 @@
 //! The test's side: finds and opens the shared library, steers it, checks what is left.
 
-use std::ffi::{CString, c_char};
+use std::ffi::{CString, c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -44,6 +44,7 @@ pub struct Sim {
     calls: unsafe extern "C" fn(*const c_char) -> u64,
     set: unsafe extern "C" fn(*const c_char, i64) -> bool,
     add_kernels: unsafe extern "C" fn(*const c_char) -> bool,
+    stream_hook: extern "C" fn(extern "C" fn(*mut c_void) -> i32),
     report: unsafe extern "C" fn(*mut u8, usize) -> usize,
 }
 
@@ -161,6 +162,7 @@ impl Sim {
                 calls: *library.get(b"fst_sim_calls\0").map_err(cause)?,
                 set: *library.get(b"fst_sim_set\0").map_err(cause)?,
                 add_kernels: *library.get(b"fst_sim_add_kernels\0").map_err(cause)?,
+                stream_hook: *library.get(b"fst_sim_stream_hook\0").map_err(cause)?,
                 report: *library.get(b"fst_sim_report\0").map_err(cause)?,
             })
         }
@@ -187,7 +189,7 @@ impl Sim {
     }
 
     /// Makes the `nth` use from now on of `call` return `code` (see `run:copy` and `run:launch`
-    /// for failures of work already accepted).
+    /// for failures of work already accepted). `NAME@DEVICE` counts uses on one device only.
     pub fn fail(&self, call: &str, nth: u64, code: i32) {
         // SAFETY: a NUL-terminated string.
         unsafe { (self.fail)(c_text(call).as_ptr(), nth, code) }
@@ -212,6 +214,12 @@ impl Sim {
     pub fn add_kernels(&self, path: &Path) -> bool {
         // SAFETY: a NUL-terminated string.
         unsafe { (self.add_kernels)(c_text(&path.to_string_lossy()).as_ptr()) }
+    }
+
+    /// Has `hook` asked, once a stream's own work is done, whether another simulated library's work
+    /// on it is done too (0 if not).
+    pub fn stream_hook(&self, hook: extern "C" fn(*mut c_void) -> i32) {
+        (self.stream_hook)(hook);
     }
 
     /// What is alive now.

@@ -15,17 +15,19 @@ unsafe fn text(p: *const c_char) -> String {
 /// A fresh machine with this many devices of this many bytes.
 #[unsafe(no_mangle)]
 pub extern "C" fn fst_sim_reset(devices: u64, memory: u64) {
+    crate::exports::set_stream_hook(None);
     with(|w| w.reset(devices, memory));
 }
 
 /// Makes the `nth` use from now on of `call` return `code`. Besides exported names, `run:copy` and
-/// `run:launch` fail when the work runs, and stick to the context as the driver's errors do.
+/// `run:launch` fail when the work runs, and stick to the context as the driver's errors do. With
+/// `@DEVICE` behind the name only uses on that device count.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn fst_sim_fail(call: *const c_char, nth: u64, code: i32) {
     // SAFETY: the caller's contract.
     let call = unsafe { text(call) };
     with(|w| {
-        let used = w.calls.iter().find(|(name, _)| **name == call).map_or(0, |(_, n)| *n);
+        let used = w.used(&call);
         w.faults.push(Fault { call, nth: used + nth, code });
     });
 }
@@ -35,7 +37,15 @@ pub unsafe extern "C" fn fst_sim_fail(call: *const c_char, nth: u64, code: i32) 
 pub unsafe extern "C" fn fst_sim_calls(call: *const c_char) -> u64 {
     // SAFETY: the caller's contract.
     let call = unsafe { text(call) };
-    with(|w| w.calls.iter().find(|(name, _)| **name == call).map_or(0, |(_, n)| *n))
+    with(|w| w.used(&call))
+}
+
+/// Has `hook` asked, once the driver's own work on a stream is done, whether that of another library on
+/// the stream is done too (0 if not): a library that is simulated as well, and gives its work to
+/// streams of this one. No hook after a reset.
+#[unsafe(no_mangle)]
+pub extern "C" fn fst_sim_stream_hook(hook: crate::exports::StreamHook) {
+    crate::exports::set_stream_hook(Some(hook));
 }
 
 /// Changes a setting; false if there is none of that name.

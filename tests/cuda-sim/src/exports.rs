@@ -16,6 +16,8 @@ mod memory;
 mod module;
 mod stream;
 
+pub(crate) use stream::{StreamHook, set_stream_hook};
+
 /// Defines exported driver functions: the body runs on the world, under its lock, after the call
 /// was counted and not chosen to fail.
 macro_rules! api {

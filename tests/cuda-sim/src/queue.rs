@@ -236,7 +236,7 @@ impl World {
     fn run(&mut self, device: usize, work: Work) -> Outcome {
         match work {
             Work::Copy { dst, src, shape } => {
-                if let Some(code) = self.injected("run:copy") {
+                if let Some(code) = self.injected("run:copy", Some(device)) {
                     return Err(code);
                 }
                 self.check_reachable("destination", dst, shape.dst_span())?;
@@ -266,7 +266,7 @@ impl World {
                 unsafe { (dst as *mut u8).write_bytes(value, len) };
             }
             Work::Launch { kernel, grid, block, mut params } => {
-                if let Some(code) = self.injected("run:launch") {
+                if let Some(code) = self.injected("run:launch", Some(device)) {
                     return Err(code);
                 }
                 let mut pointers: Vec<*mut c_void> =

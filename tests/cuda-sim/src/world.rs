@@ -75,6 +75,8 @@ pub(crate) struct World {
     pub(crate) kernel_libraries: Vec<libloading::Library>,
     pub(crate) faults: Vec<Fault>,
     pub(crate) calls: HashMap<&'static str, u64>,
+    /// The same by device: that of the current context, or that which runs the work.
+    pub(crate) device_calls: HashMap<(&'static str, usize), u64>,
     pub(crate) violations: Vec<String>,
     pub(crate) copied_bytes: u64,
     next_id: u64,
@@ -108,7 +110,9 @@ pub(crate) fn with<T>(f: impl FnOnce(&mut World) -> T) -> T {
 /// One driver call: counts it, injects a failure where asked, runs it.
 pub(crate) fn enter(call: &'static str, f: impl FnOnce(&mut World) -> Outcome) -> i32 {
     with(|world| {
-        if let Some(code) = world.injected(call) {
+        let context = world.current();
+        let device = world.devices.iter().position(|d| Some(d.context) == context);
+        if let Some(code) = world.injected(call, device) {
             return code;
         }
         match f(world) {
@@ -162,12 +166,30 @@ impl World {
         }
     }
 
-    /// Counts a use of `call`; the code to fail with if this use is to fail.
-    pub(crate) fn injected(&mut self, call: &'static str) -> Option<i32> {
+    /// Counts a use of `call`, on a device where one is concerned; the code to fail with if this use
+    /// is to fail.
+    pub(crate) fn injected(&mut self, call: &'static str, device: Option<usize>) -> Option<i32> {
         let count = self.calls.entry(call).or_default();
         *count += 1;
         let count = *count;
-        self.faults.iter().find(|f| f.call == call && f.nth == count).map(|f| f.code)
+        let mut hits = self.faults.iter().filter(|f| f.call == call && f.nth == count);
+        let hit = hits.next().map(|f| f.code);
+        let Some(device) = device else { return hit };
+        let here = self.device_calls.entry((call, device)).or_default();
+        *here += 1;
+        let (name, here) = (format!("{call}@{device}"), *here);
+        let mut hits = self.faults.iter().filter(|f| f.call == name && f.nth == here);
+        hit.or(hits.next().map(|f| f.code))
+    }
+
+    /// Uses so far of a call, or of one on a device (`NAME@DEVICE`).
+    pub(crate) fn used(&self, call: &str) -> u64 {
+        if let Some((call, device)) = call.split_once('@') {
+            let device: Option<usize> = device.parse().ok();
+            let hit = self.device_calls.iter().find(|((c, d), _)| *c == call && Some(*d) == device);
+            return hit.map_or(0, |(_, n)| *n);
+        }
+        self.calls.iter().find(|(name, _)| **name == call).map_or(0, |(_, n)| *n)
     }
 
     pub(crate) fn violation(&mut self, text: String) {

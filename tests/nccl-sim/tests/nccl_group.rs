@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+use std::any::Any;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::PathBuf;
@@ -85,8 +86,8 @@ unsafe impl DeviceStream for Stream {
         self.rank
     }
 
-    fn make_current(&self) -> Result<(), Cause> {
-        Ok(())
+    fn make_current(&self) -> Result<Box<dyn Any>, Cause> {
+        Ok(Box::new(()))
     }
 
     fn is_done(&self) -> Result<bool, Cause> {

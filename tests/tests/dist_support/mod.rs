@@ -3,6 +3,8 @@
 
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub(crate) mod nccl;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -31,6 +33,16 @@ impl std::fmt::Debug for Values {
 }
 
 pub(crate) type ByName = BTreeMap<String, Values>;
+
+/// Models, the preset for each, and by how much they are made smaller.
+pub(crate) const FAMILIES: [(&str, &str, usize, usize); 6] = [
+    ("llama-2-7b", "llama", 2, 37),
+    ("gpt2", "gpt2", 2, 12),
+    ("falcon-40b", "falcon", 1, 40),
+    ("bloom-176b", "bloom", 1, 61),
+    ("qwen3-30b-a3b", "moe", 1, 32),
+    ("deepseek-v3", "moe", 4, 64),
+];
 
 /// Makes a checkpoint.
 pub(crate) fn synth(folder: &Path, model: &str, recipe: impl Fn(Recipe) -> Recipe) {
@@ -61,13 +73,22 @@ pub(crate) fn values(tensors: &Tensors) -> ByName {
         .iter()
         .map(|tensor| {
             let (dtype, shape) = (tensor.dtype().to_string(), tensor.shape().to_vec());
-            let bytes = tensor.bytes().unwrap().to_vec();
+            let bytes = tensor.to_host().unwrap().bytes().unwrap().to_vec();
             assert_eq!(tensors.get(tensor.name()).unwrap().name(), tensor.name());
             (tensor.name().to_owned(), Values { dtype, shape, bytes })
         })
         .collect();
     assert_eq!(values.len(), tensors.len(), "names are unique");
     values
+}
+
+/// How a rank gets its handle of the group, on its own thread.
+pub(crate) type Join<'j> = Box<dyn FnOnce() -> Arc<dyn Group> + Send + 'j>;
+
+/// The handles of a group in this process.
+pub(crate) fn local(groups: Vec<LocalGroup>) -> Vec<Join<'static>> {
+    let join = |group| Box::new(move || Arc::new(group) as Arc<dyn Group>) as Join<'static>;
+    groups.into_iter().map(join).collect()
 }
 
 /// Every rank loads on a thread of its own.
@@ -77,20 +98,36 @@ pub(crate) fn load(
     loader: impl Fn(u32) -> Loader + Sync,
     checkpoint: impl Fn(u32) -> Checkpoint + Sync,
 ) -> Vec<Result<Tensors, Error>> {
+    load_in(local(LocalGroup::with(world, HostCopier, deadline)), loader, checkpoint)
+}
+
+/// The same in a given group.
+pub(crate) fn load_in(
+    ranks: Vec<Join<'_>>,
+    loader: impl Fn(u32) -> Loader + Sync,
+    checkpoint: impl Fn(u32) -> Checkpoint + Sync,
+) -> Vec<Result<Tensors, Error>> {
     std::thread::scope(|scope| {
-        let threads: Vec<_> = LocalGroup::with(world, HostCopier, deadline)
+        let threads: Vec<_> = ranks
             .into_iter()
             .zip(0..)
-            .map(|(group, rank)| {
+            .map(|(join, rank)| {
                 let (loader, checkpoint) = (&loader, &checkpoint);
-                scope.spawn(move || {
-                    let group: Arc<dyn Group> = Arc::new(group);
-                    loader(rank).group(group).load(&checkpoint(rank))
-                })
+                scope.spawn(move || loader(rank).group(join()).load(&checkpoint(rank)))
             })
             .collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     })
+}
+
+/// Each of the tensors is the expected one, and there are no others.
+#[track_caller]
+pub(crate) fn assert_same(found: &ByName, expected: &ByName, what: &str) {
+    let names = |all: &ByName| all.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names(found), names(expected), "{what}");
+    for (name, expected) in expected {
+        assert!(found[name] == *expected, "{what}: {name}: {:?} for {expected:?}", found[name]);
+    }
 }
 
 /// The tensor with only the given indices of a dimension, in that order, each `None` being zeros.

@@ -79,7 +79,8 @@ fn shards(
 ) -> Result<(), Failure> {
     let preset = ranks::preset(checkpoint, &args.rule, &args.paths)?;
     let loader = loader.clone().preset(preset);
-    let sums = ranks::run(world, &loader, checkpoint, |rank, tensors| sums_of(rank, &tensors));
+    let devices = args.reading.device.of_ranks(world)?;
+    let sums = ranks::run(&devices, &loader, checkpoint, |rank, tensors| sums_of(rank, &tensors));
     let sums = sums.map_err(|error| reading::failure(&args.paths, checkpoint, &error))?;
     print_shards(args, sums)
 }

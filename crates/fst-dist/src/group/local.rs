@@ -22,6 +22,16 @@ pub trait Copier: Send + Sync {
     /// # Errors
     /// The copy failed, or this copier does not reach one of the two.
     fn copy(&self, src: Src<'_>, dst: Dst<'_>) -> Result<(), CopyError>;
+
+    /// Makes several copies and returns when all are done; also after an error none is under way any
+    /// more. Copiers that can wait for many at once do.
+    ///
+    /// # Errors
+    /// The position of one that failed, and why.
+    fn copy_all(&self, copies: Vec<(Src<'_>, Dst<'_>)>) -> Result<(), (usize, CopyError)> {
+        let copy = |(at, (src, dst))| self.copy(src, dst).map_err(|error| (at, error));
+        copies.into_iter().enumerate().try_for_each(copy)
+    }
 }
 
 /// Copies between host memory only.
@@ -164,18 +174,23 @@ impl LocalGroup {
         Ok(state)
     }
 
-    fn receive(&self, from: u32, dst: Dst<'_>, post: &Post) -> Result<(), GroupError> {
-        if post.len != dst.len() {
-            let (sent, expected) = (post.len, dst.len());
-            return Err(GroupError::Size { from, to: self.rank, sent, expected });
+    /// Copies what has arrived: from whom, where to, and where it lies.
+    fn receive(&self, ready: Vec<(u32, Dst<'_>, Post)>) -> Result<(), GroupError> {
+        let mut copies = Vec::with_capacity(ready.len());
+        let mut sources = Vec::with_capacity(ready.len());
+        for (from, dst, post) in ready {
+            if post.len != dst.len() {
+                let (sent, expected) = (post.len, dst.len());
+                return Err(GroupError::Size { from, to: self.rank, sent, expected });
+            }
+            // SAFETY: the sender waits for `release` before its bytes may change or go.
+            let src = unsafe { Src::from_addr(post.addr, post.len, post.space) };
+            sources.push((from, post.len));
+            copies.push((src, dst));
         }
-        // SAFETY: the sender waits for `release` before its bytes may change or go.
-        let src = unsafe { Src::from_addr(post.addr, post.len, post.space) };
-        self.shared.copier.copy(src, dst).map_err(|error| GroupError::Copy {
-            from,
-            to: self.rank,
-            bytes: post.len,
-            source: error.into(),
+        self.shared.copier.copy_all(copies).map_err(|(at, error)| {
+            let (from, bytes) = sources.get(at).copied().unwrap_or((self.rank, 0));
+            GroupError::Copy { from, to: self.rank, bytes, source: error.into() }
         })
     }
 
@@ -214,31 +229,30 @@ impl LocalGroup {
             }
             // Whatever has arrived, in the order of each sender.
             let mut blocked: Vec<u32> = Vec::new();
-            let ready = receives.iter_mut().find_map(|(from, into)| {
-                if into.is_none() || blocked.contains(from) {
-                    return None;
+            let mut ready = Vec::new();
+            for (from, into) in receives.iter_mut().filter(|(_, into)| into.is_some()) {
+                if blocked.contains(from) {
+                    continue;
                 }
                 let posts = state.posts.get_mut(&(*from, self.rank));
                 match posts.and_then(VecDeque::pop_front) {
-                    Some(post) => into.take().map(|into| (*from, into, post)),
-                    None => {
-                        blocked.push(*from);
-                        None
-                    }
+                    Some(post) => ready.extend(into.take().map(|into| (*from, into, post))),
+                    None => blocked.push(*from),
                 }
-            });
-            if let Some((from, into, post)) = ready {
+            }
+            if !ready.is_empty() {
                 drop(state);
-                let guard = Release { group: self, from, id: post.id };
-                // A failure is told before the sender is released, so that it sees it too.
-                let copied = self.receive(from, into, &post).map_err(|error| {
+                left -= ready.len();
+                let posts = ready.iter().map(|(from, _, post)| (*from, post.id)).collect();
+                let guard = Release { group: self, posts };
+                // A failure is told before the senders are released, so that they see it too.
+                let copied = self.receive(ready).map_err(|error| {
                     let mut state = self.shared.lock();
                     self.shared.fail(&mut state, error)
                 });
                 drop(guard);
                 copied?;
                 state = self.shared.lock();
-                left -= 1;
                 continue;
             }
             if left == 0 && state.open[self.rank as usize].is_empty() {
@@ -254,17 +268,19 @@ impl LocalGroup {
     }
 }
 
-/// Releases a sender also when the copier panics.
+/// Releases senders also when the copier panics.
 struct Release<'a> {
     group: &'a LocalGroup,
-    from: u32,
-    id: u64,
+    /// Sender and post.
+    posts: Vec<(u32, u64)>,
 }
 
 impl Drop for Release<'_> {
     fn drop(&mut self) {
         let mut state = self.group.shared.lock();
-        self.group.release(&mut state, self.from, self.id);
+        for &(from, id) in &self.posts {
+            self.group.release(&mut state, from, id);
+        }
     }
 }
 

@@ -8,6 +8,7 @@
 //!
 //! Small messages and aborts go another way ([`Control`]): NCCL has neither.
 
+use std::any::Any;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::fmt;
 use std::mem::ManuallyDrop;
@@ -229,11 +230,11 @@ pub unsafe trait DeviceStream: Send + Sync + fmt::Debug {
     /// The device's ordinal.
     fn ordinal(&self) -> u32;
 
-    /// Makes the device's context current on the calling thread.
+    /// Makes the device's context current on the calling thread, until what it returns is dropped there.
     ///
     /// # Errors
     /// The driver refuses.
-    fn make_current(&self) -> Result<(), Cause>;
+    fn make_current(&self) -> Result<Box<dyn Any>, Cause>;
 
     /// Whether all work on the stream is complete (`cuStreamQuery`).
     ///
@@ -325,7 +326,7 @@ impl NcclGroup {
         let group = Self { nccl, control, stream, comm: Mutex::new(None) };
         let (world, rank) = (group.world_size() as c_int, group.rank() as c_int);
         let mut comm: Comm = std::ptr::null_mut();
-        let made = group.current().and_then(|()| {
+        let made = group.current().and_then(|_current| {
             let config = Config {
                 size: size_of::<Config>(),
                 magic: 0xcafe_beef,
@@ -392,7 +393,7 @@ impl NcclGroup {
         self.comm.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn current(&self) -> Result<(), GroupError> {
+    fn current(&self) -> Result<Box<dyn Any>, GroupError> {
         let wrap = |source: Cause| GroupError::Stream { source: source.into() };
         self.stream.make_current().map_err(wrap)
     }
@@ -556,7 +557,7 @@ impl Group for NcclGroup {
             return Err(GroupError::Aborted { rank: self.rank(), cause });
         };
         self.current()
-            .and_then(|()| self.enqueue(comm, &batch))
+            .and_then(|_current| self.enqueue(comm, &batch))
             .and_then(|()| self.poll("exchange", comm, || self.stream_done()))
             .map_err(|error| self.fail(error))
     }

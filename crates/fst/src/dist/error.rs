@@ -53,10 +53,10 @@ pub enum DistError {
         /// Its type.
         found: Dtype,
     },
-    /// Ranks do not load into this device's memory.
-    #[error("a group of ranks cannot load to {device}")]
-    Device {
-        /// The device asked for.
+    /// NCCL moves bytes between CUDA devices.
+    #[error("a group over NCCL needs a CUDA device, not {device}")]
+    NotCuda {
+        /// The device given.
         device: Device,
     },
 }

@@ -3,7 +3,9 @@
 use super::{api, put};
 use crate::codes::*;
 use crate::queue::{Stream, Work};
-use crate::world::{Event, Outcome, World};
+use crate::world::{Event, Outcome, World, enter};
+use std::ffi::c_void;
+use std::sync::{Mutex, PoisonError};
 
 fn create(w: &mut World, out: *mut u64, flags: u32) -> Outcome {
     let here = w.here()?;
@@ -38,24 +40,6 @@ api! {
             }
         }
         Ok(())
-    }
-    fn cuStreamSynchronize(stream: u64) |w| {
-        let id = w.stream(stream)?;
-        let upto = w.streams.get(&id).map_or(0, |s| s.queued);
-        w.drain(id, upto)
-    }
-    fn cuStreamQuery(stream: u64) |w| {
-        let id = w.stream(stream)?;
-        let patience = w.patience;
-        let Some(s) = w.streams.get_mut(&id) else { return Ok(()) };
-        let upto = s.queued;
-        if s.done < upto {
-            s.queries += 1;
-            if s.queries <= patience {
-                return Err(ERROR_NOT_READY);
-            }
-        }
-        w.drain(id, upto)
     }
     fn cuStreamWaitEvent(stream: u64, handle: u64, _flags: u32) |w| {
         let id = w.stream(stream)?;
@@ -113,6 +97,54 @@ api! {
         event(w, end)?;
         put(milliseconds, 1.0)
     }
+}
+
+/// Whether another library's work on a stream is done; see [`crate::control::fst_sim_stream_hook`].
+pub(crate) type StreamHook = extern "C" fn(*mut c_void) -> i32;
+
+static HOOK: Mutex<Option<StreamHook>> = Mutex::new(None);
+
+pub(crate) fn set_stream_hook(hook: Option<StreamHook>) {
+    *HOOK.lock().unwrap_or_else(PoisonError::into_inner) = hook;
+}
+
+/// Asked outside of the world's lock.
+fn others_done(stream: u64) -> bool {
+    let hook = *HOOK.lock().unwrap_or_else(PoisonError::into_inner);
+    hook.is_none_or(|hook| hook(stream as *mut c_void) != 0)
+}
+
+/// Waits for the stream, and for what other libraries have on it.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamSynchronize(stream: u64) -> i32 {
+    let code = enter("cuStreamSynchronize", |w| {
+        let id = w.stream(stream)?;
+        let upto = w.streams.get(&id).map_or(0, |s| s.queued);
+        w.drain(id, upto)
+    });
+    while code == SUCCESS && !others_done(stream) {
+        std::thread::yield_now();
+    }
+    code
+}
+
+/// Whether the stream is done, and what other libraries have on it.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamQuery(stream: u64) -> i32 {
+    let code = enter("cuStreamQuery", |w| {
+        let id = w.stream(stream)?;
+        let patience = w.patience;
+        let Some(s) = w.streams.get_mut(&id) else { return Ok(()) };
+        let upto = s.queued;
+        if s.done < upto {
+            s.queries += 1;
+            if s.queries <= patience {
+                return Err(ERROR_NOT_READY);
+            }
+        }
+        w.drain(id, upto)
+    });
+    if code == SUCCESS && !others_done(stream) { ERROR_NOT_READY } else { code }
 }
 
 /// The newer name of the same.

@@ -1,0 +1,102 @@
+//! A rank's memory, wherever it is: on the host or on a CUDA device.
+
+use fst_dist::{Backend, RankPlan, Region};
+use fst_io::ReadStats;
+
+use super::cuda::{CudaRank, Sizes, Sources};
+use super::cuda_outputs::CudaOutputs;
+use super::outputs::HostOutputs;
+use super::reader::{FileReader, HostRank};
+use crate::device::Device;
+use crate::error::Result;
+use crate::options::Item;
+use crate::tensor::Tensor;
+
+/// A rank's shards, to be filled by the exchange.
+#[derive(Debug)]
+pub(super) enum Outputs {
+    Host(HostOutputs),
+    Cuda(CudaOutputs),
+}
+
+impl Outputs {
+    /// Reserves the memory for what the rank keeps of `items`.
+    pub(super) fn new(device: &Device, view: &RankPlan<'_>, items: &[Item]) -> Result<Self> {
+        Ok(match device.as_cuda() {
+            None => Self::Host(HostOutputs::new(view, items)?),
+            Some(device) => {
+                Self::Cuda(CudaOutputs::new(view, items, device, view.staging_bytes())?)
+            }
+        })
+    }
+
+    /// The memory of each output, apart from each other.
+    pub(super) fn regions(&self) -> &[Region] {
+        match self {
+            Self::Host(outputs) => outputs.regions(),
+            Self::Cuda(outputs) => outputs.regions(),
+        }
+    }
+
+    /// The tensors, converted where that is asked for, and the bytes that conversions made.
+    ///
+    /// # Safety
+    ///
+    /// The regions are written, and nobody uses them any more.
+    pub(super) unsafe fn finish(
+        self,
+        view: &RankPlan<'_>,
+        items: &[Item],
+    ) -> Result<(Vec<Tensor>, u64)> {
+        // SAFETY: passed on from the caller.
+        unsafe {
+            match self {
+                Self::Host(outputs) => outputs.finish(view, items),
+                Self::Cuda(outputs) => outputs.finish(view, items),
+            }
+        }
+    }
+}
+
+/// What the exchange moves bytes with.
+#[expect(clippy::large_enum_variant, reason = "one value lives for a load")]
+pub(super) enum RankMemory<'a> {
+    Host(HostRank<'a>),
+    Cuda(CudaRank<'a>),
+}
+
+impl<'a> RankMemory<'a> {
+    /// The memory of the rank of `view`, one of `neighbours` on its machine.
+    pub(super) fn new(
+        device: &Device,
+        view: &RankPlan<'_>,
+        sources: Sources<'a>,
+        neighbours: u64,
+    ) -> Result<Self> {
+        let Some(device) = device.as_cuda() else {
+            let Sources { files, number, options, gap, watch } = sources;
+            let reader = FileReader::new(files, number, options, gap, watch)?;
+            return Ok(Self::Host(HostRank::new(reader)));
+        };
+        let load = view.plan().loads().get(view.rank() as usize).copied().unwrap_or_default();
+        // The exchange reads a block at a time, or a few for the rank itself.
+        let read = load.read().min(view.plan().buffers().block * 4);
+        let sizes = Sizes { staging: view.staging_bytes(), read, neighbours };
+        Ok(Self::Cuda(CudaRank::new(device, sources, sizes)?))
+    }
+
+    pub(super) fn backend(&self) -> &dyn Backend {
+        match self {
+            Self::Host(rank) => rank,
+            Self::Cuda(rank) => rank,
+        }
+    }
+
+    /// What the reads did.
+    pub(super) fn into_stats(self) -> Vec<ReadStats> {
+        match self {
+            Self::Host(rank) => rank.into_stats(),
+            Self::Cuda(rank) => rank.into_stats(),
+        }
+    }
+}

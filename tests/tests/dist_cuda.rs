@@ -1,0 +1,211 @@
+//! Loads by several ranks onto simulated CUDA devices, in one process and over a simulated NCCL,
+//! against slices of what the official reader gives. Copies run at the latest moment that the driver's
+//! contract allows, memory is poisoned, and whatever is left over fails the test.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod dist_support;
+
+use cuda_sim::{Guard, Sim};
+use dist_support::nccl::Nccl;
+use dist_support::{
+    ByName, FAMILIES, Join, LONG, Values, assert_same, expected, load_in, local, official, synth,
+    values,
+};
+use fst::dist::{local_groups, local_groups_with};
+use fst::{Checkpoint, Device, Dtype, Engine, Error, Loader, Preset, Tensors};
+
+const MEMORY: u64 = 512 << 20;
+/// Staging memory of a rank: small, so that eight fit.
+const STAGING: u64 = 16 << 20;
+
+fn simulated(devices: u64) -> Guard {
+    let sim = Sim::load().expect("the simulator").exclusive(devices, MEMORY);
+    assert!(sim.add_kernels(fst_cuda_sim_kernels::LIBRARY.as_ref()));
+    sim
+}
+
+/// The devices of `world` ranks, in turn.
+fn devices(world: u32, count: u32) -> Vec<Device> {
+    (0..world).map(|rank| Device::cuda((rank % count) as usize).unwrap()).collect()
+}
+
+fn in_process(devices: &[Device]) -> Vec<Join<'static>> {
+    local(local_groups_with(devices, LONG).unwrap())
+}
+
+/// Loads on `devices` by a loader.
+fn load(
+    ranks: Vec<Join<'_>>,
+    devices: &[Device],
+    loader: &Loader,
+    path: &std::path::Path,
+) -> Vec<Result<Tensors, Error>> {
+    let loader = |rank: u32| loader.clone().device(devices[rank as usize].clone());
+    load_in(ranks, loader, |_| Checkpoint::open(path).unwrap())
+}
+
+#[track_caller]
+fn assert_shards(
+    results: Vec<Result<Tensors, Error>>,
+    devices: &[Device],
+    expected: impl Fn(usize) -> ByName,
+    what: &str,
+) {
+    for (rank, result) in results.into_iter().enumerate() {
+        let tensors = result.unwrap_or_else(|error| panic!("{what}, rank {rank}: {error}"));
+        for tensor in &tensors {
+            assert_eq!(tensor.device(), devices[rank]);
+            assert_eq!(tensor.device_ptr().unwrap() % 256, 0, "{}", tensor.name());
+        }
+        assert_same(&values(&tensors), &expected(rank), &format!("{what}, rank {rank}"));
+    }
+}
+
+#[test]
+fn presets_on_devices_keep_what_slices_of_the_official_reader_hold() {
+    for (model, family, layers, shrink) in FAMILIES {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model");
+        synth(&path, model, |recipe| recipe.layers(layers).shrink(shrink).shards(2));
+        let all = official(&path);
+        let loader = Loader::new().preset(Preset::named(family).unwrap()).staging(STAGING);
+        for (world, count) in [(1, 1), (2, 2), (3, 3), (4, 4), (8, 8), (4, 1), (5, 2)] {
+            let expected = |rank| expected(family, &all, rank, world as usize);
+            let _sim = simulated(count.into());
+            let devices = devices(world, count);
+            let what = format!("{model} on {count} devices");
+            let results = load(in_process(&devices), &devices, &loader, &path);
+            assert_shards(results, &devices, expected, &what);
+        }
+    }
+}
+
+#[test]
+fn ranks_over_nccl_keep_the_same() {
+    for (model, family, layers, shrink) in FAMILIES {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model");
+        synth(&path, model, |recipe| recipe.layers(layers).shrink(shrink).shards(2));
+        let all = official(&path);
+        let loader = Loader::new().preset(Preset::named(family).unwrap()).staging(STAGING);
+        for world in [1, 2, 3, 4, 8] {
+            let expected = |rank| expected(family, &all, rank, world as usize);
+            let sim = simulated(world.into());
+            let nccl = Nccl::load(&sim);
+            let devices = devices(world, world);
+            let results = load(nccl.join(&devices, LONG), &devices, &loader, &path);
+            assert_shards(results, &devices, expected, &format!("{model} over NCCL"));
+            assert_eq!(nccl.violations(), 0);
+        }
+    }
+}
+
+/// Enough bytes for several units of exchange, blocks that hold many tensors, and ragged edges.
+#[test]
+fn each_engine_and_staging_gives_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model");
+    synth(&path, "llama-2-7b", |recipe| recipe.layers(1).shrink(4).shards(3));
+    let all = official(&path);
+    for (world, count) in [(3, 3), (4, 1)] {
+        for engine in [Engine::Auto, Engine::Pread, Engine::Mmap] {
+            for staging in [8 << 20, 64 << 20] {
+                let loader = Loader::new().engine(engine).preset(Preset::llama()).staging(staging);
+                let _sim = simulated(count.into());
+                let devices = devices(world, count);
+                let results = load(in_process(&devices), &devices, &loader, &path);
+                let expected = |rank| expected("llama", &all, rank, world as usize);
+                let what = format!("{engine}, {staging} bytes of staging, {count} devices");
+                assert_shards(results, &devices, expected, &what);
+            }
+        }
+    }
+}
+
+#[test]
+fn nothing_is_read_twice_and_nobody_receives_what_it_drops() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model");
+    synth(&path, "llama-2-7b", |recipe| recipe.layers(1).shrink(4).shards(3));
+    let all = official(&path);
+    let bytes: usize = all.values().map(|tensor| tensor.bytes.len()).sum();
+    let _sim = simulated(4);
+    let devices = devices(4, 4);
+    let loader = Loader::new().preset(Preset::llama()).staging(STAGING);
+    let results = load(in_process(&devices), &devices, &loader, &path);
+    let mut read = 0;
+    for (rank, result) in results.into_iter().enumerate() {
+        let tensors = result.unwrap();
+        let report = tensors.report();
+        let kept: usize = expected("llama", &all, rank, 4).values().map(|t| t.bytes.len()).sum();
+        let received = report.rank.unwrap().received_bytes;
+        assert!(received <= kept as u64 * 101 / 100, "rank {rank}: {received} of {kept} bytes");
+        assert_eq!(report.device, devices[rank]);
+        read += report.bytes_read;
+    }
+    assert!(read <= bytes as u64 * 101 / 100, "{read} bytes read of {bytes}");
+}
+
+#[test]
+fn shards_are_converted_on_their_device() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model");
+    synth(&path, "llama-2-7b", |recipe| recipe.layers(1).shrink(37).shards(2).dtype(Dtype::BF16));
+    // Every bfloat16 is the upper half of a float.
+    let widen = |tensor: Values| {
+        let widened = tensor.bytes.chunks_exact(2).flat_map(|b| [0, 0, b[0], b[1]]).collect();
+        Values { dtype: "F32".to_owned(), shape: tensor.shape, bytes: widened }
+    };
+    let all = official(&path);
+    assert!(all.values().all(|tensor| tensor.dtype == "BF16"));
+    let loader = Loader::new().preset(Preset::llama()).dtype(Dtype::F32).staging(STAGING);
+    for (world, count) in [(1, 1), (3, 3), (4, 1)] {
+        let sim = simulated(count.into());
+        let devices = devices(world, count);
+        let results = load(in_process(&devices), &devices, &loader, &path);
+        // What was converted is gone.
+        let loaded: u64 = results.iter().map(|r| r.as_ref().unwrap().report().bytes).sum();
+        let left = sim.report().device_bytes;
+        assert!(left < loaded + loaded / 10, "{left} bytes for {loaded}");
+        let expected = |rank| {
+            let expected = expected("llama", &all, rank, world as usize);
+            expected.into_iter().map(|(name, tensor)| (name, widen(tensor))).collect()
+        };
+        assert_shards(results, &devices, expected, &format!("F32 on {count} devices"));
+    }
+}
+
+#[test]
+fn the_host_may_be_among_the_devices() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model");
+    synth(&path, "gpt2", |recipe| recipe.layers(2).shrink(12).shards(2));
+    let all = official(&path);
+    let _sim = simulated(2);
+    let mut devices = devices(2, 2);
+    devices.insert(1, Device::host());
+    let loader = Loader::new().preset(Preset::gpt2()).staging(STAGING);
+    let results = load(in_process(&devices), &devices, &loader, &path);
+    for (rank, result) in results.into_iter().enumerate() {
+        let expected = expected("gpt2", &all, rank, 3);
+        let tensors = result.unwrap();
+        assert!(tensors.iter().all(|tensor| tensor.device() == devices[rank]));
+        assert_same(&values(&tensors), &expected, &format!("rank {rank}"));
+    }
+}
+
+#[test]
+fn tensors_outlive_ranks_and_groups() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model");
+    synth(&path, "gpt2", |recipe| recipe.layers(1).shrink(12));
+    let all = official(&path);
+    let sim = simulated(2);
+    let devices = devices(2, 2);
+    let results = load(local(local_groups(&devices).unwrap()), &devices, &Loader::new(), &path);
+    let report = sim.report();
+    // Shards, and nothing else, are left on the devices.
+    assert_eq!((report.pinned_ranges, report.streams, report.events), (0, 0, 0));
+    assert_shards(results, &devices, |_| all.clone(), "replicated");
+}
