@@ -14,7 +14,7 @@ fn fst(args: &[&str], folder: &Path) -> (Output, Report) {
         .args(args)
         .envs(sim.environment(&report))
         .env("FST_SIM_DEVICES", "2")
-        .env("FST_SIM_MEMORY", (256 << 20).to_string())
+        .env("FST_SIM_MEMORY", (1u64 << 30).to_string())
         .env("FST_SIM_KERNELS", fst_cuda_sim_kernels::LIBRARY)
         .output()
         .unwrap();
@@ -82,4 +82,28 @@ fn the_doctor_sees_devices() {
     let report = json(&output);
     assert_eq!(report["cuda"]["devices"].as_array().unwrap().len(), 2);
     assert_eq!(report["cuda"]["devices"][1]["device"], "cuda:1");
+}
+
+#[test]
+fn ranks_keep_their_shards_on_devices() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = synth(dir.path());
+    let on = |command: &str, device: &str| {
+        let mut args = vec![command, &model, "--json", "--device", device];
+        args.extend(["--world", "3", "--preset", "llama"]);
+        let (output, left) = fst(&args, dir.path());
+        assert_eq!(left.faults(), [""; 0]);
+        json(&output)
+    };
+    let host = on("sum", "host");
+    assert!(host["tensors"].as_array().unwrap().len() > 30);
+    // All on one, and in turn on the two that there are.
+    for (device, devices) in [("cuda:1", ["cuda:1"; 3]), ("cuda", ["cuda:0", "cuda:1", "cuda:0"])] {
+        assert_eq!(on("sum", device), host);
+        let report = on("load", device);
+        let ranks = report["ranks"].as_array().unwrap();
+        let found: Vec<&str> = ranks.iter().map(|rank| rank["device"].as_str().unwrap()).collect();
+        assert_eq!(found, devices);
+        assert_eq!(report["device"], if device == "cuda" { "cuda:0,cuda:1" } else { device });
+    }
 }

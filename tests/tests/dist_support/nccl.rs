@@ -9,7 +9,7 @@ use std::time::Duration;
 use cuda_sim::Sim;
 use fst::Device;
 use fst::dist::NcclStream;
-use fst::dist::group::{HostCopier, LocalGroup, NcclGroup};
+use fst::dist::group::{Control, HostCopier, LocalGroup, NcclGroup};
 use libloading::Library;
 
 use super::Join;
@@ -47,6 +47,8 @@ impl Nccl {
                 let nccl = fst::dist::group::Nccl::open_at(&path).unwrap();
                 let stream = Box::new(NcclStream::new(&device).unwrap());
                 let group = NcclGroup::init_with(nccl, Box::new(control), stream).unwrap();
+                // A rank that fails before others have joined would fail their joining.
+                group.barrier().unwrap();
                 Arc::new(group) as Arc<dyn fst::Group>
             };
             Box::new(join) as Join<'static>
