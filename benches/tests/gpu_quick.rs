@@ -13,6 +13,11 @@ use fst_cli::models::Model;
 use fst_cli::synth::{Recipe, Watch};
 
 fn check(folder: &Path, args: &[&str]) {
+    output(folder, args, &[]);
+}
+
+/// What the program prints, with more in its environment.
+fn output(folder: &Path, args: &[&str], environment: &[(&str, &str)]) -> String {
     let sim = Sim::load().expect("the simulator");
     let report = folder.join("report");
     let output = Command::new(env!("CARGO_BIN_EXE_fst-gpu-check"))
@@ -20,11 +25,13 @@ fn check(folder: &Path, args: &[&str]) {
         .envs(sim.environment(&report))
         .env("FST_SIM_MEMORY", (256 << 20).to_string())
         .env("FST_SIM_KERNELS", fst_cuda_sim_kernels::LIBRARY)
+        .envs(environment.iter().copied())
         .output()
         .unwrap();
     assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
     let left = Report::parse(&std::fs::read_to_string(&report).unwrap());
     assert_eq!(left.faults(), [""; 0], "{args:?}");
+    String::from_utf8(output.stdout).unwrap()
 }
 
 fn synth(folder: &Path, model: &str, dtype: fst::Dtype) -> (PathBuf, String) {
@@ -88,4 +95,27 @@ fn every_part_runs_under_the_simulated_driver() {
     let table = fst_benches::gpu::table::summarise(dir.path()).unwrap();
     assert!(!table.contains("SUMS DIFFER"), "{table}");
     assert!(table.contains("warm, rate against the best peer"), "{table}");
+}
+
+#[test]
+fn ranks_on_one_device_keep_what_ranks_in_host_memory_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, _) = synth(&dir.path().join("model"), "llama-2-7b", fst::Dtype::BF16);
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let sim = Sim::load().expect("the simulator");
+    let nccl = sim.path().with_file_name("libnccl_sim.so");
+    let preload = format!("{}:{}", sim.path().display(), nccl.display());
+    let environment = [
+        ("LD_PRELOAD", preload.as_str()),
+        ("FST_SIM_MEMORY", "2147483648"),
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", &port.to_string()),
+    ];
+    let told = output(dir.path(), &["ranks", model.to_str().unwrap()], &environment);
+    let lines: Vec<&str> = told.lines().collect();
+    assert_eq!(lines.len(), 2, "{told}");
+    assert_eq!(lines[0], "4 ranks on cuda:0: the sums agree");
+    assert!(lines[1].starts_with("a rank over NCCL 22304 on cuda:0: "), "{told}");
 }

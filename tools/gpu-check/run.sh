@@ -128,6 +128,10 @@ shrink=2; [ -n "$quick" ] && shrink=16
 synth 20 "$data/sums" --model llama-2-7b --layers 2 --shrink $shrink --shards 2
 export -f sums; export here out
 part test-sums 30 bash -c 'sums "$1"' sums "$data/sums"
+# NCCL is opened by its name; the one that torch brought will do.
+nccl=$("$python" -c 'import nvidia.nccl as n; print(list(n.__path__)[0] + "/lib")' 2>/dev/null)
+part test-ranks 40 LD_LIBRARY_PATH="${nccl:+$nccl${LD_LIBRARY_PATH:+:}}${LD_LIBRARY_PATH:-}" RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 \
+    FST_MASTER_PORT=29517 "$here/fst-gpu-check" ranks "$data/sums"
 rm -rf "$data/sums"
 FST_KERNEL_BENCH_MIB=${FST_KERNEL_BENCH_MIB:-${quick:+2}}
 [ -n "$FST_KERNEL_BENCH_MIB" ] && export FST_KERNEL_BENCH_MIB || unset FST_KERNEL_BENCH_MIB

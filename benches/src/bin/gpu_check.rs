@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 use fst_benches::gpu::peers::Environment;
 use fst_benches::gpu::record::Log;
-use fst_benches::gpu::{Part, parts, table};
+use fst_benches::gpu::{Part, parts, ranks, table};
 
 /// Measures loads to CUDA device 0.
 #[derive(Debug, Parser)]
@@ -50,6 +50,12 @@ enum Command {
         /// Folder of the checkpoint
         path: PathBuf,
     },
+    /// Load one checkpoint by ranks on one device and hold their shards to those in host memory; NCCL's
+    /// rank is the one that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say
+    Ranks {
+        /// Folder of the checkpoint
+        path: PathBuf,
+    },
     /// Print the summary of a folder of results
     Table {
         /// The folder
@@ -60,6 +66,7 @@ enum Command {
 fn main() -> anyhow::Result<()> {
     match Args::parse().command {
         Command::Once { path } => parts::once(&path),
+        Command::Ranks { path } => ranks::check(&path),
         Command::Table { folder } => {
             println!("{}", table::summarise(&folder)?);
             Ok(())

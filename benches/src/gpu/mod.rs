@@ -12,6 +12,7 @@
 pub mod ours;
 pub mod parts;
 pub mod peers;
+pub mod ranks;
 pub mod raw;
 pub mod record;
 pub mod sum;

@@ -103,11 +103,26 @@ pub unsafe extern "C" fn ncclCommInitRankConfig(
     if size < 24 || words[0] != 0xcafe_beef || words[1] < 21_400 || words[2] != 0 {
         return INVALID_ARGUMENT;
     }
+    meet_driver();
     let number = id.0.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
     let made = with_world(|world| world.join(number, rank as u32, ranks as u32));
     // SAFETY: by contract.
     unsafe { *comm = made as *mut c_void };
     IN_PROGRESS
+}
+
+/// Has the simulated driver ask for work on its streams, where both are preloaded into a program. (In a
+/// test they are opened privately, and the test brings them together.)
+fn meet_driver() {
+    static MET: std::sync::Once = std::sync::Once::new();
+    type Hook = extern "C" fn(*mut c_void) -> c_int;
+    MET.call_once(|| {
+        let program = libloading::os::unix::Library::this();
+        // SAFETY: the driver's function has this signature.
+        if let Ok(hook) = unsafe { program.get::<extern "C" fn(Hook)>(b"fst_sim_stream_hook\0") } {
+            hook(fst_sim_nccl_stream_done);
+        }
+    });
 }
 
 /// `ncclCommInitRank`: this simulator has non-blocking communicators only.
