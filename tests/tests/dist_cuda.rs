@@ -6,13 +6,17 @@
 
 mod dist_support;
 
+use std::collections::HashMap;
+use std::sync::Mutex;
+
 use cuda_sim::{Guard, Sim};
 use dist_support::nccl::Nccl;
 use dist_support::{
     ByName, FAMILIES, Join, LONG, Values, assert_same, expected, load_in, local, official, synth,
     values,
 };
-use fst::dist::{local_groups, local_groups_with};
+use fst::dist::group::conformance;
+use fst::dist::{Cause, Space, local_groups, local_groups_with};
 use fst::{Checkpoint, Device, Dtype, Engine, Error, Loader, Preset, Tensors};
 
 const MEMORY: u64 = 512 << 20;
@@ -208,4 +212,57 @@ fn tensors_outlive_ranks_and_groups() {
     // Shards, and nothing else, are left on the devices.
     assert_eq!((report.pinned_ranges, report.streams, report.events), (0, 0, 0));
     assert_shards(results, &devices, |_| all.clone(), "replicated");
+}
+
+/// Memory of a device for the battery.
+struct Scratch {
+    device: fst_gpu::CudaDevice,
+    arenas: Mutex<HashMap<u64, fst_gpu::DeviceArena>>,
+}
+
+impl conformance::Scratch for Scratch {
+    fn space(&self) -> Space {
+        Space::Device(self.device.ordinal() as u32)
+    }
+
+    fn put(&self, bytes: &[u8]) -> Result<u64, Cause> {
+        // One byte more: empty messages have addresses of their own too.
+        let arena = fst_gpu::DeviceArena::new(&self.device, bytes.len() as u64 + 1)?;
+        arena.copy_from_host(0, bytes)?;
+        let addr = arena.address();
+        self.arenas.lock().unwrap().insert(addr, arena);
+        Ok(addr)
+    }
+
+    fn take(&self, addr: u64) -> Result<Vec<u8>, Cause> {
+        let arena = self.arenas.lock().unwrap().remove(&addr).unwrap();
+        let mut bytes = vec![0; arena.len() as usize - 1];
+        arena.copy_to_host(0, &mut bytes)?;
+        Ok(bytes)
+    }
+}
+
+#[test]
+fn groups_on_devices_pass_the_battery() {
+    for (world, count) in [(1, 1), (2, 2), (3, 1), (4, 4), (8, 3)] {
+        for over_nccl in [false, true] {
+            if over_nccl && world != count {
+                continue;
+            }
+            let sim = simulated(count.into());
+            let nccl = Nccl::load(&sim);
+            let devices = devices(world, count);
+            let ranks = if over_nccl { nccl.join(&devices, LONG) } else { in_process(&devices) };
+            std::thread::scope(|scope| {
+                for (join, device) in ranks.into_iter().zip(&devices) {
+                    let device = device.as_cuda().unwrap().clone();
+                    scope.spawn(move || {
+                        let scratch = Scratch { device, arenas: Mutex::default() };
+                        conformance::run_in(&*join(), &scratch).unwrap();
+                    });
+                }
+            });
+            assert_eq!(nccl.violations(), 0);
+        }
+    }
 }
