@@ -85,7 +85,8 @@ pub(crate) struct Ranks {
     /// turn
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub(crate) world: Option<u32>,
-    /// Load as one rank of a group of processes: `mpi`, started by mpirun
+    /// Load as one rank of a group of processes: `mpi`, started by mpirun, or `nccl`, started by
+    /// torchrun, each on the GPU of its local rank
     #[arg(long, value_name = "GROUP", conflicts_with = "world")]
     pub(crate) dist: Option<GroupArg>,
     #[command(flatten)]
@@ -173,7 +174,8 @@ pub(crate) struct SumArgs {
         help_heading = "Several ranks"
     )]
     pub(crate) world: Option<u32>,
-    /// Sum the shards of a group of processes, of which this is one: `mpi`, started by mpirun
+    /// Sum the shards of a group of processes, of which this is one: `mpi`, started by mpirun, or
+    /// `nccl`, started by torchrun
     #[arg(
         long,
         value_name = "GROUP",

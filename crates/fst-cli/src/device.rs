@@ -32,6 +32,14 @@ impl DeviceArg {
         self.0.parse().map_err(|error: fst::Error| Failure::Failed(format!("{}: {error}", self.0)))
     }
 
+    /// The GPU of a process that has one for itself: the one named, or that of its rank on this machine.
+    pub(crate) fn of_process(&self, local_rank: u32) -> Result<Device, Failure> {
+        match self.0.as_str() {
+            "host" | "cuda" => Self(format!("cuda:{local_rank}")).open(),
+            _ => self.open(),
+        }
+    }
+
     /// The devices of `world` ranks: the one named, or by `cuda` all GPUs in turn.
     pub(crate) fn of_ranks(&self, world: u32) -> Result<Vec<Device>, Failure> {
         let mut devices: Vec<Device> = match self.0.as_str() {

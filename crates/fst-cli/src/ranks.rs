@@ -4,11 +4,14 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use fst::dist::local_groups;
-use fst::{Checkpoint, Device, DistError, Error, Group, Loader, LocalGroup, Preset, Tensors};
+use fst::dist::{local_groups, nccl_group};
+use fst::{
+    Checkpoint, Device, DistError, Error, Group, LaunchEnv, Loader, LocalGroup, Preset, Tensors,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::args::{LoadArgs, Rule};
+use crate::device::DeviceArg;
 use crate::failure::Failure;
 use crate::reading;
 use crate::text::{self, Align, HEADING, RESULT, Table, counted, styled, visible};
@@ -36,6 +39,7 @@ impl FromStr for PresetArg {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum GroupArg {
     Mpi,
+    Nccl,
 }
 
 impl FromStr for GroupArg {
@@ -45,7 +49,8 @@ impl FromStr for GroupArg {
         match name {
             "mpi" if cfg!(feature = "mpi") => Ok(Self::Mpi),
             "mpi" => Err("this program was built without MPI: build it with --features mpi"),
-            _ => Err("expected mpi"),
+            "nccl" => Ok(Self::Nccl),
+            _ => Err("expected mpi or nccl"),
         }
     }
 }
@@ -232,8 +237,7 @@ pub(crate) fn load_as_one(
     loader: Loader,
     group: GroupArg,
 ) -> Result<(), Failure> {
-    let GroupArg::Mpi = group;
-    let group = join_mpi()?;
+    let (group, loader) = join(group, &args.reading.device, loader)?;
     let preset = preset(checkpoint, &args.ranks.rule, paths).inspect_err(|_| {
         group.abort("no preset fits the names of the tensors");
     })?;
@@ -250,14 +254,32 @@ pub(crate) fn load_as_one(
     print(args, paths, checkpoint, &preset, &ranks.map_err(Failure::of)?)
 }
 
+/// Makes this process a rank of the group that the launcher started. Over NCCL its shards go to the GPU
+/// named, or to that of its rank on this machine.
+pub(crate) fn join(
+    group: GroupArg,
+    device: &DeviceArg,
+    loader: Loader,
+) -> Result<(Arc<dyn Group>, Loader), Failure> {
+    match group {
+        GroupArg::Mpi => Ok((join_mpi()?, loader)),
+        GroupArg::Nccl => {
+            let env = LaunchEnv::from_env().map_err(Failure::of)?;
+            let device = device.of_process(env.local_rank)?;
+            let group = Arc::new(nccl_group(&device).map_err(Failure::of)?);
+            Ok((group, loader.device(device)))
+        }
+    }
+}
+
 #[cfg(feature = "mpi")]
-pub(crate) fn join_mpi() -> Result<Arc<dyn Group>, Failure> {
+fn join_mpi() -> Result<Arc<dyn Group>, Failure> {
     let deadline = fst::dist::group::DEFAULT_DEADLINE;
     Ok(Arc::new(fst::MpiGroup::init(deadline).map_err(Failure::of)?))
 }
 
 #[cfg(not(feature = "mpi"))]
-pub(crate) fn join_mpi() -> Result<Arc<dyn Group>, Failure> {
+fn join_mpi() -> Result<Arc<dyn Group>, Failure> {
     // The command line is not accepted without the feature.
     Err(Failure::usage("--dist mpi: this program was built without MPI"))
 }

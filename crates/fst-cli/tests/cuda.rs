@@ -8,6 +8,11 @@ use std::process::{Command, Output};
 use cuda_sim::{Report, Sim};
 
 fn fst(args: &[&str], folder: &Path) -> (Output, Report) {
+    fst_in(args, folder, &[])
+}
+
+/// With more in its environment.
+fn fst_in(args: &[&str], folder: &Path, environment: &[(&str, &str)]) -> (Output, Report) {
     let report = folder.join("report");
     let sim = Sim::load().expect("the simulator");
     let output = Command::new(env!("CARGO_BIN_EXE_fst"))
@@ -16,6 +21,7 @@ fn fst(args: &[&str], folder: &Path) -> (Output, Report) {
         .env("FST_SIM_DEVICES", "2")
         .env("FST_SIM_MEMORY", (1u64 << 30).to_string())
         .env("FST_SIM_KERNELS", fst_cuda_sim_kernels::LIBRARY)
+        .envs(environment.iter().copied())
         .output()
         .unwrap();
     let left = Report::parse(&std::fs::read_to_string(&report).unwrap_or_default());
@@ -106,4 +112,40 @@ fn ranks_keep_their_shards_on_devices() {
         assert_eq!(found, devices);
         assert_eq!(report["device"], if device == "cuda" { "cuda:0,cuda:1" } else { device });
     }
+}
+
+#[test]
+fn a_rank_over_nccl_is_on_the_gpu_of_its_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = synth(dir.path());
+    let sim = Sim::load().expect("the simulator");
+    let nccl = sim.path().with_file_name("libnccl_sim.so");
+    let preload = format!("{}:{}", sim.path().display(), nccl.display());
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = port.to_string();
+    let launched = [
+        ("LD_PRELOAD", preload.as_str()),
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("LOCAL_RANK", "1"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", &port),
+    ];
+    for (device, used) in [("host", "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0")] {
+        let args = ["load", &model, "--json", "--dist", "nccl", "--device", device];
+        let (output, left) = fst_in(&args, dir.path(), &launched);
+        assert_eq!(json(&output)["device"], used);
+        assert_eq!(left.faults(), [""; 0]);
+    }
+    let args = ["sum", &model, "--json", "--dist", "nccl"];
+    let (over_nccl, left) = fst_in(&args, dir.path(), &launched);
+    assert_eq!(left.faults(), [""; 0]);
+    let (alone, _) = fst(&["sum", &model, "--json", "--world", "1"], dir.path());
+    assert_eq!(json(&over_nccl), json(&alone));
+
+    let (output, _) = fst(&["load", &model, "--dist", "nccl"], dir.path());
+    assert_eq!(output.status.code(), Some(1));
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    assert!(stderr.starts_with("error: ") && stderr.contains("RANK is not set"), "{stderr}");
 }

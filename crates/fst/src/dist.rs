@@ -20,6 +20,9 @@
 //! # Ok::<(), fst::Error>(())
 //! ```
 //!
+//! Shards can go to GPUs: [`local_groups`] makes the ranks of a process that keep theirs on devices, and
+//! [`nccl_group`] makes a process one rank of several, as torchrun starts them.
+//!
 //! All that the crate `fst-dist` has for pipelines of one's own is here too: groups, shard
 //! specifications, the planner and the exchange.
 //!

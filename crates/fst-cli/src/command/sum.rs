@@ -92,8 +92,7 @@ fn shards_as_one(
     checkpoint: &Checkpoint,
     group: GroupArg,
 ) -> Result<(), Failure> {
-    let GroupArg::Mpi = group;
-    let group = ranks::join_mpi()?;
+    let (group, loader) = ranks::join(group, &args.reading.device, loader)?;
     let preset = ranks::preset(checkpoint, &args.rule, &args.paths).inspect_err(|_| {
         group.abort("no preset fits the names of the tensors");
     })?;
