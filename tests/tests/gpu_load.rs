@@ -7,66 +7,11 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::path::PathBuf;
+mod gpu_support;
 
-use cuda_sim::{Guard, Sim};
-use fst::{Checkpoint, Device, DeviceError, Dtype, Engine, Error, Loader, Tensor, Tensors};
+use fst::{Device, DeviceError, Dtype, Engine, Error, Loader};
 use fst_tests::{crowded_checkpoint, misaligned_checkpoint};
-
-const MEMORY: u64 = 256 << 20;
-
-/// A simulated machine; `None` where the tests use the machine's own driver.
-fn simulated(devices: u64, memory: u64) -> Option<Guard> {
-    if std::env::var_os("FST_TEST_REAL_CUDA").is_some_and(|v| v == "1") {
-        return None;
-    }
-    let sim = Sim::load().expect("the simulator").exclusive(devices, memory);
-    assert!(sim.add_kernels(fst_cuda_sim_kernels::LIBRARY.as_ref()));
-    Some(sim)
-}
-
-/// A machine with one device, for tests that can run on real hardware as well.
-fn machine() -> Option<Guard> {
-    simulated(1, MEMORY)
-}
-
-/// For tests that need the simulator.
-macro_rules! simulated_or_skip {
-    ($devices:expr, $memory:expr) => {
-        match simulated($devices, $memory) {
-            Some(sim) => sim,
-            None => {
-                println!("SKIPPED: needs the simulated driver");
-                return;
-            }
-        }
-    };
-}
-
-fn open(paths: &[PathBuf]) -> Checkpoint {
-    Checkpoint::open_all(paths).unwrap()
-}
-
-/// Both sets hold the same tensors with the same bytes, wherever they are.
-fn assert_same<'a>(
-    device: impl IntoIterator<Item = &'a Tensor>,
-    host: &Tensors,
-    what: &dyn std::fmt::Debug,
-) {
-    let mut count = 0;
-    for tensor in device {
-        let expected = host.get(tensor.name()).unwrap();
-        assert_eq!(tensor.dtype(), expected.dtype());
-        assert_eq!(tensor.shape(), expected.shape());
-        assert_eq!(tensor.device().to_string(), "cuda:0");
-        assert_eq!(tensor.device_ptr().unwrap() % 256, 0, "{}", tensor.name());
-        assert!(matches!(tensor.bytes(), Err(Error::NotOnHost { .. })));
-        let copy = tensor.to_host().unwrap();
-        assert!(copy.bytes().unwrap() == expected.bytes().unwrap(), "{what:?}: {}", tensor.name());
-        count += 1;
-    }
-    assert_eq!(count, host.len());
-}
+use gpu_support::{MEMORY, assert_same, machine, open, simulated_or_skip};
 
 #[test]
 fn whole_checkpoints_arrive_through_every_engine() {
@@ -270,4 +215,47 @@ fn cufile_loads_what_the_pipeline_loads() {
     }
     let host = Loader::new().engine(Engine::Gds).load(&checkpoint);
     assert!(host.unwrap_err().to_string().contains("device memory only"));
+}
+
+#[test]
+fn a_crowd_of_tiny_tensors_costs_few_driver_calls() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("crowd.safetensors");
+    let count = 3000;
+    let names: Vec<&'static str> = (0..count).map(|i| &*format!("t{i}").leak()).collect();
+    let specs: Vec<fst_tests::Spec> = names
+        .iter()
+        .enumerate()
+        .map(|(i, name)| (*name, safetensors::Dtype::F16, vec![1 + i % 7, 2 + i % 41]))
+        .chain([("large", safetensors::Dtype::F16, vec![700, 300])])
+        .collect();
+    fst_tests::write(&path, &specs);
+    let checkpoint = open(&[path]);
+    let plain = Loader::new();
+    let sliced = (0..count).fold(Loader::new(), |l, i| l.slice(names[i], 1, 1..2 + i % 41));
+    for (loader, batch) in [
+        (plain.clone(), true),
+        (plain.clone(), false),
+        (plain.dtype(Dtype::F32), false),
+        (sliced.clone(), false),
+        (sliced.dtype(Dtype::BF16), true),
+    ] {
+        let host = loader.load(&checkpoint).unwrap();
+        let sim = simulated_or_skip!(1, MEMORY);
+        sim.set("batch_copies", batch.into());
+        let tensors = loader.device(Device::cuda(0).unwrap()).load(&checkpoint).unwrap();
+        let calls: u64 = [
+            "cuMemcpyHtoDAsync_v2",
+            "cuMemcpy2DAsync_v2",
+            "cuMemcpyBatchAsync",
+            "cuMemcpyBatchAsync_v2",
+            "cuLaunchKernel",
+            "cuEventRecord",
+        ]
+        .iter()
+        .map(|call| sim.calls(call))
+        .sum();
+        assert!(calls < 20, "{calls} driver calls for {count} tensors");
+        assert_same(&tensors, &host, &"crowd");
+    }
 }

@@ -9,9 +9,11 @@
 //! the memory is given up rather than reused.
 
 mod enqueue;
+mod jobs;
 
 pub use enqueue::CopyOp;
 pub(crate) use enqueue::enqueue_on_device;
+pub(crate) use jobs::TABLE_BYTES;
 
 use crate::buffer::device::DeviceArena;
 use crate::buffer::pinned::{PinnedBlock, PinnedRing, RingOptions, Shared};
@@ -50,6 +52,8 @@ pub struct PipelineStats {
     pub bytes: u64,
     /// Driver calls that queued copies.
     pub copy_calls: u64,
+    /// Kernels launched.
+    pub launches: u64,
     /// Copies asked for, before neighbours were joined.
     pub copies: u64,
     /// Blocks and mapped ranges submitted.
@@ -90,6 +94,7 @@ struct LaneState {
 struct Counters {
     bytes: AtomicU64,
     copy_calls: AtomicU64,
+    launches: AtomicU64,
     copies: AtomicU64,
     blocks: AtomicU64,
     ring_waits: AtomicU64,
@@ -109,6 +114,8 @@ pub struct Pipeline {
     failure: OnceLock<Error>,
     /// The driver has no call for many copies, or refused it.
     no_batch: AtomicBool,
+    /// The driver takes the kernel that deals out small copies; known once it was needed.
+    packs: OnceLock<bool>,
     counters: Counters,
     kept: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
     ring: PinnedRing,
@@ -138,6 +145,7 @@ impl Pipeline {
             in_flight: AtomicUsize::new(0),
             failure: OnceLock::new(),
             no_batch: AtomicBool::new(!crate::sys::has_batch()),
+            packs: OnceLock::new(),
             counters: Counters::default(),
             kept: Mutex::default(),
             ring,
@@ -171,6 +179,7 @@ impl Pipeline {
         PipelineStats {
             bytes: c.bytes.load(Ordering::Relaxed),
             copy_calls: c.copy_calls.load(Ordering::Relaxed),
+            launches: c.launches.load(Ordering::Relaxed),
             copies: c.copies.load(Ordering::Relaxed),
             blocks: c.blocks.load(Ordering::Relaxed),
             ring_waits: c.ring_waits.load(Ordering::Relaxed),
