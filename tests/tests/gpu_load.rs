@@ -259,3 +259,22 @@ fn a_crowd_of_tiny_tensors_costs_few_driver_calls() {
         assert_same(&tensors, &host, &"crowd");
     }
 }
+
+#[test]
+fn pinned_memory_is_kept_for_later_loads_when_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = open(&crowded_checkpoint(dir.path()));
+    let sim = simulated_or_skip!(1, MEMORY);
+    let pinned = || sim.calls("cuMemHostRegister_v2") + sim.calls("cuMemHostAlloc");
+    let loader = Loader::new().device(Device::cuda(0).unwrap()).select("t*");
+    loader.load(&checkpoint).unwrap();
+    assert_eq!((pinned(), sim.report().pinned_ranges), (1, 0), "given back by default");
+    let loader = loader.keep_pinned(true);
+    loader.load(&checkpoint).unwrap();
+    assert_eq!((pinned(), sim.report().pinned_ranges), (2, 1));
+    loader.load(&checkpoint).unwrap();
+    assert_eq!(loader.stream(&checkpoint).unwrap().filter_map(Result::ok).count(), 10);
+    assert_eq!((pinned(), sim.report().pinned_ranges), (2, 1), "used again");
+    assert_eq!(fst::gpu::release_kept() as u64, 16 << 20);
+    assert_eq!(sim.report().pinned_ranges, 0);
+}

@@ -1,21 +1,22 @@
 //! Loads into a CUDA device's memory: blocks are read into pinned memory and leave from there by
 //! asynchronous copies, cut and converted on the device on the way.
 
+mod reads;
+
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use fst_format::Checkpoint;
 use fst_gpu::cufile::{self, CuFile, GdsError, GdsOptions};
 use fst_gpu::kernel::{Kernel, StridedJob};
-use fst_gpu::{
-    CopyOp, CudaDevice, DEVICE_ALIGN, DeviceArena, Landing, Pipeline, PipelineOptions, PipelineSink,
-};
+use fst_gpu::{CopyOp, CudaDevice, DEVICE_ALIGN, DeviceArena, Landing, PipelineOptions};
 use fst_io::arenas::{ArenaMemory, Arenas};
 use fst_io::budget::Lease;
 use fst_io::plan::{Block, Limits};
 use fst_io::sink::SinkError;
 use fst_io::{Budget, Engine, ReadOptions, ReadStats, ResolvedEngine, SourceFile};
 
+use crate::cached::{DeviceCopy, DeviceOptions};
 use crate::error::{DeviceError, Error, Result};
 use crate::host::{Deliver, HostLoad, Watch, from_sink, locate, open_files};
 use crate::options::Item;
@@ -53,6 +54,9 @@ pub(crate) struct CudaLoad {
     /// Those to be converted whose file leaves them misaligned, so that elements lie across
     /// blocks: they are converted on the host. No writer of today makes such files.
     torn: Option<(HostLoad, Vec<usize>)>,
+    options: DeviceOptions,
+    /// How bytes travelled, once they did.
+    copy: Mutex<Option<DeviceCopy>>,
 }
 
 impl CudaLoad {
@@ -88,7 +92,19 @@ impl CudaLoad {
                 Some((HostLoad::new(checkpoint, items, arena, false)?, torn))
             }
         };
-        Ok(Self { device: device.clone(), items, files, empty, order, plan, torn })
+        let (options, copy) = (DeviceOptions::default(), Mutex::default());
+        let device = device.clone();
+        Ok(Self { device, items, files, empty, order, plan, torn, options, copy })
+    }
+
+    /// Says how host memory is used on the way.
+    pub(crate) fn with_options(self, options: DeviceOptions) -> Self {
+        Self { options, ..self }
+    }
+
+    /// How bytes got to the device, once the load is done.
+    pub(crate) fn copy(&self) -> Option<DeviceCopy> {
+        self.copy.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
     pub(crate) fn items(&self) -> &[Item] {
@@ -176,7 +192,7 @@ impl CudaLoad {
         let landing = LandingSite { load: self, arenas, arrived: Arc::default() };
         match options.engine {
             Engine::Gds => reads.push(landing.run_gds(watch)?),
-            _ => reads.push(landing.run_pipeline(options, budget, watch)?),
+            _ => reads.extend(reads::run(&landing, options, budget, watch)?),
         }
         Ok(reads)
     }
@@ -209,45 +225,6 @@ struct LandingSite<'a> {
 }
 
 impl LandingSite<'_> {
-    fn run_pipeline(
-        &self,
-        options: &ReadOptions,
-        budget: Option<&Budget>,
-        watch: &Watch,
-    ) -> Result<ReadStats> {
-        let load = self.load;
-        let pipeline = Pipeline::new(&load.device, PipelineOptions::default());
-        let pipeline = pipeline.map_err(DeviceError::Cuda)?;
-        let route = |block: &Block| self.route(block);
-        let admit = |block: &Block, wait: bool| loop {
-            let seen = budget.map(Budget::generation);
-            pipeline.poll()?;
-            self.take_arrivals()?;
-            if self.has_room(block)? {
-                return Ok(true);
-            }
-            // Waiting for the budget must not keep anybody from seeing copies end: it is these
-            // that complete the tensors whose memory will come back.
-            let again = match (budget, seen) {
-                (Some(budget), Some(seen)) if wait => budget.wait_past_for(seen, POLL),
-                _ => false,
-            };
-            if !again {
-                return Ok(false);
-            }
-        };
-        // SAFETY: every destination lies in an arena of the plan, at the place of one tensor;
-        // source bytes arrive once and have one place each. Whoever finishes a submission holds
-        // its arenas (see `route`), so that they live until the copies are done.
-        let sink = unsafe { PipelineSink::new(&pipeline, &route) }.with_admission(&admit);
-        let plan = &load.plan.plan;
-        let stats = fst_io::read(&load.files, plan, &sink, options, &watch.next(budget))
-            .map_err(|e| locate(e, &load.items))?;
-        pipeline.flush().map_err(DeviceError::Cuda)?;
-        self.take_arrivals().map_err(from_sink)?;
-        Ok(stats)
-    }
-
     fn run_gds(&self, watch: &Watch) -> Result<ReadStats> {
         let began = Instant::now();
         let load = self.load;

@@ -4,6 +4,7 @@ use fst_format::Checkpoint;
 use fst_gpu::cufile::{GdsMode, GdsStatus};
 use fst_io::{Budget, Engine, ReadOptions, ReadStats, ResolvedEngine, SourceFile};
 
+use crate::cached::{DeviceCopy, DeviceOptions};
 use crate::cuda::CudaLoad;
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -31,6 +32,22 @@ impl Load {
             None => Self::Host(Box::new(HostLoad::new(checkpoint, items, arena, in_order)?)),
             Some(device) => Self::Cuda(Box::new(CudaLoad::new(checkpoint, items, device, arena)?)),
         })
+    }
+
+    /// Says how host memory is used on the way to a device.
+    pub(crate) fn with_options(self, options: DeviceOptions) -> Self {
+        match self {
+            Self::Cuda(load) => Self::Cuda(Box::new(load.with_options(options))),
+            host => host,
+        }
+    }
+
+    /// How bytes got to a device, once the load is done.
+    pub(crate) fn device_copy(&self) -> Option<DeviceCopy> {
+        match self {
+            Self::Host(_) => None,
+            Self::Cuda(load) => load.copy(),
+        }
     }
 
     pub(crate) fn items(&self) -> &[Item] {

@@ -78,6 +78,7 @@ impl TensorStream {
         let limit = loader.budget.unwrap_or(DEFAULT_BUDGET);
         let plan = |arena| -> Result<(Load, u64)> {
             let load = Load::new(device, checkpoint, items.clone(), arena, loader.in_order)?;
+            let load = load.with_options(loader.device_options);
             let needed = load.least_memory() + load.scratch();
             Ok((load, needed))
         };
@@ -121,6 +122,7 @@ impl TensorStream {
                     Ok((reads, took)) => {
                         report.push("read", took, load.bytes_read());
                         report.add_reads(&reads);
+                        report.device_copy = load.device_copy();
                         if manifest.is_some() {
                             hashed.report(&mut report);
                         }
