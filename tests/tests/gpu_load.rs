@@ -11,7 +11,7 @@ mod gpu_support;
 
 use fst::{Device, DeviceError, Dtype, Engine, Error, Loader};
 use fst_tests::{crowded_checkpoint, misaligned_checkpoint};
-use gpu_support::{MEMORY, assert_same, machine, open, simulated_or_skip};
+use gpu_support::{MEMORY, assert_same, assert_same_bytes, machine, open, simulated_or_skip};
 
 #[test]
 fn whole_checkpoints_arrive_through_every_engine() {
@@ -277,4 +277,42 @@ fn pinned_memory_is_kept_for_later_loads_when_asked() {
     assert_eq!((pinned(), sim.report().pinned_ranges), (2, 1), "used again");
     assert_eq!(fst::gpu::release_kept() as u64, 16 << 20);
     assert_eq!(sim.report().pinned_ranges, 0);
+}
+
+#[test]
+fn torn_tensors_and_views_count_against_a_streams_budget() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("odd.safetensors");
+    misaligned_checkpoint(&path);
+    let checkpoint = open(&[path]);
+    let sizes = [600_001 * 8, 3001 * 8];
+    let budget = sizes[0] + 10;
+    let loader = Loader::new().dtype(Dtype::F64);
+    let host = loader.load(&checkpoint).unwrap();
+    let _sim = machine();
+    let loader = loader
+        .device(Device::cuda(0).unwrap())
+        .memory_budget(budget)
+        .stall_timeout(std::time::Duration::from_millis(100));
+    let mut stream = loader.stream(&checkpoint).unwrap();
+    let first = stream.next().unwrap().unwrap();
+    assert_eq!(first.name(), "a");
+    assert_same_bytes(&first, &host);
+    assert_eq!(stream.peak_bytes(), sizes[0]);
+    assert!(matches!(stream.next(), Some(Err(Error::Stalled { .. }))), "the tensor holds it up");
+    let context = cudarc::driver::CudaContext::new(0).unwrap();
+    let view = first.cuda_view::<f64>(&context.default_stream()).unwrap();
+    drop(first);
+    assert!(matches!(stream.next(), Some(Err(Error::Stalled { .. }))), "the view holds it up");
+    drop(view);
+    let second = stream.next().unwrap().unwrap();
+    assert_same_bytes(&second, &host);
+    assert!(stream.next().is_none());
+    // In order, what came early waits for its turn.
+    let needed = |loader: &Loader| match loader.stream(&checkpoint) {
+        Err(Error::Budget { needed, .. }) => needed,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(needed(&loader.clone().memory_budget(1 << 20)), sizes[0]);
+    assert_eq!(needed(&loader.in_order(true)), sizes[0] + sizes[1]);
 }

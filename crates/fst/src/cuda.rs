@@ -117,9 +117,14 @@ impl CudaLoad {
         self.plan.plan.bytes_read() + torn
     }
 
-    /// Bytes of arenas that must be in the device's memory at once.
-    pub(crate) fn least_memory(&self) -> u64 {
-        self.plan.least_memory()
+    /// Bytes of arenas that must be in the device's memory at once. Torn tensors come first; where
+    /// tensors are taken in the checkpoint's order, all of these may have to wait for their turn.
+    pub(crate) fn least_memory(&self, in_order: bool) -> u64 {
+        let torn = self.torn.iter().flat_map(|(load, _)| load.items()).map(Item::len);
+        match in_order {
+            true => self.plan.least_memory() + torn.sum::<u64>(),
+            false => self.plan.least_memory().max(torn.max().unwrap_or(0)),
+        }
     }
 
     /// The files that are read.
@@ -129,7 +134,8 @@ impl CudaLoad {
 
     /// Refuses a load that the device has no room for, before anything is read.
     pub(crate) fn check_memory(&self) -> Result<()> {
-        let needed = self.plan.arenas.iter().map(|(len, _)| *len).sum();
+        let torn = self.torn.iter().flat_map(|(load, _)| load.items()).map(Item::len);
+        let needed = self.plan.arenas.iter().map(|(len, _)| *len).chain(torn).sum();
         DeviceArena::check_fits(&self.device, needed).map_err(|source| {
             let largest = self.items.iter().max_by_key(|item| item.len());
             match largest {
@@ -159,17 +165,22 @@ impl CudaLoad {
         }
         let mut reads = Vec::new();
         if let Some((load, indices)) = &self.torn {
-            let upload = |index: usize, tensor: Tensor| -> Result<(), SinkError> {
-                let bytes = tensor.bytes()?;
-                let lease = None;
-                let arena = DeviceArena::new(&self.device, bytes.len() as u64)?;
-                arena.copy_from_host(0, bytes)?;
-                let index = indices[index];
-                deliver(index, self.tensor(index, Arc::new(CudaMemory { arena, _lease: lease }), 0))
+            let arrived = Mutex::new(Vec::new());
+            let keep = |index: usize, tensor: Tensor| {
+                arrived.lock().unwrap_or_else(|e| e.into_inner()).push((indices[index], tensor));
+                Ok(())
             };
             let mut options = options.clone();
             options.engine = host_engine(options.engine);
-            reads = load.run(&options, None, watch, &upload)?;
+            reads = load.run(&options, None, watch, &keep)?;
+            let mut arrived = arrived.into_inner().unwrap_or_else(|e| e.into_inner());
+            // In order, and with no reader held up by whoever holds the tensors in front.
+            arrived.sort_by_key(|(index, _)| *index);
+            for (index, tensor) in arrived {
+                let bytes = tensor.bytes()?;
+                let memory = self.upload(bytes, budget)?;
+                deliver(index, self.tensor(index, memory, 0)).map_err(from_sink)?;
+            }
         }
         if self.order.is_empty() {
             return Ok(reads);
@@ -195,6 +206,26 @@ impl CudaLoad {
             _ => reads.extend(reads::run(&landing, options, budget, watch)?),
         }
         Ok(reads)
+    }
+
+    /// Copies a tensor to device memory of its own, once the budget has room for it.
+    fn upload(&self, bytes: &[u8], budget: Option<&Budget>) -> Result<Arc<CudaMemory>> {
+        let len = bytes.len() as u64;
+        let lease = match budget {
+            None => None,
+            Some(budget) => loop {
+                let seen = budget.generation();
+                match budget.take(len) {
+                    None if budget.wait_past(seen) => {}
+                    // Closed: nobody listens any more.
+                    None => return Err(Error::Cancelled),
+                    lease => break lease,
+                }
+            },
+        };
+        let arena = DeviceArena::new(&self.device, len).map_err(DeviceError::Cuda)?;
+        arena.copy_from_host(0, bytes).map_err(DeviceError::Cuda)?;
+        Ok(Arc::new(CudaMemory { arena, _lease: lease }))
     }
 
     fn tensor(&self, index: usize, memory: Arc<CudaMemory>, offset: u64) -> Tensor {

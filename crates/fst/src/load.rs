@@ -66,10 +66,10 @@ impl Load {
     }
 
     /// Bytes of arenas that must be in memory at once.
-    pub(crate) fn least_memory(&self) -> u64 {
+    pub(crate) fn least_memory(&self, in_order: bool) -> u64 {
         match self {
             Self::Host(load) => load.least_memory(),
-            Self::Cuda(load) => load.least_memory(),
+            Self::Cuda(load) => load.least_memory(in_order),
         }
     }
 

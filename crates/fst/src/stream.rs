@@ -79,7 +79,7 @@ impl TensorStream {
         let plan = |arena| -> Result<(Load, u64)> {
             let load = Load::new(device, checkpoint, items.clone(), arena, loader.in_order)?;
             let load = load.with_options(loader.device_options);
-            let needed = load.least_memory() + load.scratch();
+            let needed = load.least_memory(loader.in_order) + load.scratch();
             Ok((load, needed))
         };
         let (mut load, mut needed) = plan((limit / 8).clamp(SHORT_ARENA, ARENA / 4))?;
