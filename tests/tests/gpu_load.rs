@@ -211,10 +211,64 @@ fn cufile_loads_what_the_pipeline_loads() {
         assert_same(&tensors, &host, &dtype);
         assert_eq!(tensors.report().engine.used, Engine::Gds);
         assert!(tensors.report().bytes_read >= tensors.report().bytes_asked);
-        assert!(matches!(loader.stream(&checkpoint), Err(Error::Engine { .. })));
+        let mut budget = 12 << 20;
+        if dtype.is_some() {
+            budget *= 2;
+        }
+        let mut stream = loader.memory_budget(budget).stream(&checkpoint).unwrap();
+        let mut count = 0;
+        for tensor in &mut stream {
+            assert_same_bytes(&tensor.unwrap(), &host);
+            count += 1;
+        }
+        assert_eq!(count, host.len());
+        assert!(stream.peak_bytes() <= budget);
     }
+    // Dropped midway, held up by what is held, and with a failing read.
+    let loader = Loader::new().device(Device::cuda(0).unwrap()).engine(Engine::Gds);
+    let loader = loader.memory_budget(9 << 20).stall_timeout(std::time::Duration::from_millis(50));
+    let mut stream = loader.stream(&checkpoint).unwrap();
+    let mut held = Vec::new();
+    let stalled = loop {
+        match stream.next() {
+            Some(Ok(tensor)) => held.push(tensor),
+            Some(Err(error)) => break error,
+            None => panic!("all fits"),
+        }
+    };
+    assert!(matches!(stalled, Error::Stalled { .. }), "{stalled}");
+    drop(stream);
+    drop(held);
+    sim.fail("cuFileRead", 2, 5010);
+    let mut stream = loader.stream(&checkpoint).unwrap();
+    let error = stream.find_map(Result::err).unwrap();
+    assert!(matches!(error, Error::Device(_)), "{error}");
+    drop(stream);
     let host = Loader::new().engine(Engine::Gds).load(&checkpoint);
     assert!(host.unwrap_err().to_string().contains("device memory only"));
+}
+
+#[test]
+fn cufile_streams_more_than_its_slots_hold() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("long.safetensors");
+    let names: Vec<&'static str> = (0..24).map(|i| &*format!("t{i}").leak()).collect();
+    let specs: Vec<fst_tests::Spec> =
+        names.iter().map(|name| (*name, safetensors::Dtype::U8, vec![4 << 20])).collect();
+    fst_tests::write(&path, &specs);
+    let checkpoint = open(&[path]);
+    let host = Loader::new().load(&checkpoint).unwrap();
+    let sim = simulated_or_skip!(1, MEMORY);
+    fst::gpu::cufile::CuFile::open_at(sim.path()).unwrap();
+    let loader = Loader::new().device(Device::cuda(0).unwrap()).engine(Engine::Gds);
+    let loader = loader.memory_budget(12 << 20).stall_timeout(std::time::Duration::from_secs(2));
+    let mut count = 0;
+    for tensor in loader.stream(&checkpoint).unwrap() {
+        // Memory comes back as soon as it is looked at: whoever waits, waits for reads alone.
+        assert_same_bytes(&tensor.unwrap(), &host);
+        count += 1;
+    }
+    assert_eq!(count, names.len());
 }
 
 #[test]

@@ -202,7 +202,7 @@ impl CudaLoad {
         let arenas = Arenas::with(self.plan.arenas.iter().copied(), budget, make, &on_arena);
         let landing = LandingSite { load: self, arenas, arrived: Arc::default() };
         match options.engine {
-            Engine::Gds => reads.push(landing.run_gds(watch)?),
+            Engine::Gds => reads.push(landing.run_gds(budget, watch)?),
             _ => reads.extend(reads::run(&landing, options, budget, watch)?),
         }
         Ok(reads)
@@ -256,7 +256,7 @@ struct LandingSite<'a> {
 }
 
 impl LandingSite<'_> {
-    fn run_gds(&self, watch: &Watch) -> Result<ReadStats> {
+    fn run_gds(&self, budget: Option<&Budget>, watch: &Watch) -> Result<ReadStats> {
         let began = Instant::now();
         let load = self.load;
         let gds = |e: GdsError| match e {
@@ -271,7 +271,21 @@ impl LandingSite<'_> {
             self.route(block)
         };
         // Without a budget there is room, or there is an error.
-        let admit = |block: &Block, _wait: bool| self.has_room(block);
+        let admit = |block: &Block, wait: bool| {
+            let seen = budget.map(Budget::generation);
+            self.take_arrivals()?;
+            let room = self.has_room(block)?;
+            match (budget, seen) {
+                (Some(budget), Some(seen)) if wait && !room => {
+                    match budget.wait_past_for(seen, POLL) {
+                        true => self.has_room(block),
+                        // Closed: nobody listens any more.
+                        false => Err(Error::Cancelled.into()),
+                    }
+                }
+                _ => Ok(room),
+            }
+        };
         let plan = &load.plan.plan;
         // SAFETY: as for the pipeline.
         let done = unsafe {
@@ -283,7 +297,7 @@ impl LandingSite<'_> {
                 &route,
                 Some(&admit),
                 GdsOptions::default(),
-                &watch.next(None),
+                &watch.next(budget),
             )
         }
         .map_err(gds)?;

@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use fst_format::Checkpoint;
-use fst_io::{Budget, Engine};
+use fst_io::Budget;
 
 use crate::error::{Error, Result};
 use crate::host::{Deliver, Watch, locate};
@@ -61,13 +61,6 @@ impl TensorStream {
         let began = Instant::now();
         let device = loader.target();
         let engine = resolve_engine(loader.read.engine, device)?;
-        if engine.used == Engine::Gds {
-            return Err(Error::Engine {
-                engine: engine.used,
-                device: device.clone(),
-                reason: "it loads whole selections; streams go through pinned memory".to_owned(),
-            });
-        }
         let mut report = LoadReport::new(engine, device.clone());
         report.push("open", checkpoint.open_time(), 0);
         let items = loader.selection.resolve(checkpoint)?;

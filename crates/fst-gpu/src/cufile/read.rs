@@ -100,6 +100,9 @@ struct Job<'a> {
 
 /// Reads every block of `plan` and does with it what `route` says; returns when all is done.
 ///
+/// `admit` is asked before a block is read. Told to wait, it returns after a short while: whether
+/// there is room by then.
+///
 /// # Errors
 ///
 /// The first that any worker met.
@@ -263,8 +266,8 @@ impl Job<'_> {
         }
     }
 
-    /// Asks for room; settles this worker's own slots before it waits, since what they hold may be
-    /// what is to make room.
+    /// Waits for room; `false` when the read ends for another reason. Settles this worker's own
+    /// slots before it waits, since what they hold may be what is to make room.
     fn admitted(
         &self,
         admit: Admit<'_>,
@@ -277,7 +280,15 @@ impl Job<'_> {
         for slot in slots {
             slot.settle()?;
         }
-        admit(block, true).map_err(GdsError::Consumer)
+        while !admit(block, true).map_err(GdsError::Consumer)? {
+            if self.failed() {
+                return Ok(false);
+            }
+            if self.control.is_cancelled() {
+                return Err(GdsError::Cancelled);
+            }
+        }
+        Ok(true)
     }
 
     fn read_block(
