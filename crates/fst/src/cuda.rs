@@ -55,6 +55,8 @@ pub(crate) struct CudaLoad {
     /// blocks: they are converted on the host. No writer of today makes such files.
     torn: Option<(HostLoad, Vec<usize>)>,
     options: DeviceOptions,
+    /// Memory of the caller's for each item; without, the load makes its own.
+    given: Option<Vec<Arc<CudaMemory>>>,
     /// How bytes travelled, once they did.
     copy: Mutex<Option<DeviceCopy>>,
 }
@@ -89,17 +91,28 @@ impl CudaLoad {
             true => None,
             false => {
                 let items = torn.iter().map(|index| items[*index].clone()).collect();
-                Some((HostLoad::new(checkpoint, items, arena, false)?, torn))
+                Some((HostLoad::new(checkpoint, items, arena.max(1), false)?, torn))
             }
         };
         let (options, copy) = (DeviceOptions::default(), Mutex::default());
         let device = device.clone();
-        Ok(Self { device, items, files, empty, order, plan, torn, options, copy })
+        Ok(Self { device, items, files, empty, order, plan, torn, options, given: None, copy })
     }
 
     /// Says how host memory is used on the way.
     pub(crate) fn with_options(self, options: DeviceOptions) -> Self {
         Self { options, ..self }
+    }
+
+    /// Loads into memory of the caller's, a piece for each item. The arenas that were planned have
+    /// one item each.
+    ///
+    /// # Safety
+    ///
+    /// Nobody else uses the memory until the load is over.
+    pub(crate) unsafe fn into_memory(self, given: Vec<DeviceArena>) -> Self {
+        let memory = |arena| Arc::new(CudaMemory { arena, _lease: None });
+        Self { given: Some(given.into_iter().map(memory).collect()), ..self }
     }
 
     /// How bytes got to the device, once the load is done.
@@ -158,7 +171,7 @@ impl CudaLoad {
         watch: &Watch,
         deliver: Deliver<'_>,
     ) -> Result<Vec<ReadStats>> {
-        for index in &self.empty {
+        for index in self.empty.iter().filter(|_| self.given.is_none()) {
             let arena = DeviceArena::new(&self.device, 0).map_err(DeviceError::Cuda)?;
             let memory = Arc::new(CudaMemory { arena, _lease: None });
             deliver(*index, self.tensor(*index, memory, 0)).map_err(from_sink)?;
@@ -178,6 +191,10 @@ impl CudaLoad {
             arrived.sort_by_key(|(index, _)| *index);
             for (index, tensor) in arrived {
                 let bytes = tensor.bytes()?;
+                if let Some(memory) = self.given.as_ref().and_then(|given| given.get(index)) {
+                    memory.arena.copy_from_host(0, bytes).map_err(DeviceError::Cuda)?;
+                    continue;
+                }
                 let memory = self.upload(bytes, budget)?;
                 deliver(index, self.tensor(index, memory, 0)).map_err(from_sink)?;
             }
@@ -199,7 +216,13 @@ impl CudaLoad {
                 .map_err(|e| Error::from(DeviceError::Cuda(e)))?;
             Ok(CudaMemory { arena, _lease: lease })
         };
-        let arenas = Arenas::with(self.plan.arenas.iter().copied(), budget, make, &on_arena);
+        let arenas = match &self.given {
+            Some(given) => Places::Given(self.order.iter().map(|i| given[*i].clone()).collect()),
+            None => {
+                let arenas = self.plan.arenas.iter().copied();
+                Places::Made(Arenas::with(arenas, budget, make, &on_arena))
+            }
+        };
         let landing = LandingSite { load: self, arenas, arrived: Arc::default() };
         match options.engine {
             Engine::Gds => reads.push(landing.run_gds(budget, watch)?),
@@ -247,10 +270,41 @@ const POLL: Duration = Duration::from_micros(500);
 /// Source bytes that have arrived in an arena.
 type Arrival = (usize, u64);
 
+/// The memory of a plan's arenas.
+enum Places<'a> {
+    /// The load's own; each is handed over when it is full.
+    Made(Arenas<'a, CudaMemory>),
+    /// The caller's.
+    Given(Vec<Arc<CudaMemory>>),
+}
+
+impl Places<'_> {
+    /// The memory of an arena, if it has some by now.
+    fn get(&self, index: usize) -> Result<Option<Arc<CudaMemory>>, SinkError> {
+        match self {
+            Self::Made(arenas) => arenas.get(index, false),
+            Self::Given(memory) => Ok(memory.get(index).cloned()),
+        }
+    }
+
+    /// Counts source bytes of an arena as arrived.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Arenas::fill`].
+    unsafe fn fill(&self, index: usize, bytes: u64) -> Result<(), SinkError> {
+        match self {
+            // SAFETY: passed on from the caller.
+            Self::Made(arenas) => unsafe { arenas.fill(index, bytes) },
+            Self::Given(_) => Ok(()),
+        }
+    }
+}
+
 /// Where blocks become tensors.
 struct LandingSite<'a> {
     load: &'a CudaLoad,
-    arenas: Arenas<'a, CudaMemory>,
+    arenas: Places<'a>,
     /// What copies have brought since somebody last looked.
     arrived: Arc<Mutex<Vec<Arrival>>>,
 }
@@ -314,7 +368,7 @@ impl LandingSite<'_> {
     /// Whether the arenas of a block have memory; gives it to them if there is some.
     fn has_room(&self, block: &Block) -> Result<bool, SinkError> {
         for arena in self.load.plan.arenas_of(block) {
-            if self.arenas.get(arena, false)?.is_none() {
+            if self.arenas.get(arena)?.is_none() {
                 return Ok(false);
             }
         }
@@ -340,7 +394,7 @@ impl LandingSite<'_> {
             let index = work.dest.arena;
             if arrivals.last().is_none_or(|(last, _)| *last != index) {
                 let missing = || format!("arena {index} is gone");
-                held.push(self.arenas.get(index, false)?.ok_or_else(missing)?);
+                held.push(self.arenas.get(index)?.ok_or_else(missing)?);
                 arrivals.push((index, 0));
             }
             let (Some(memory), Some((_, bytes))) = (held.last(), arrivals.last_mut()) else {
