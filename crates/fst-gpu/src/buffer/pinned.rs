@@ -256,7 +256,7 @@ pub(crate) struct Shared {
     /// The pinning thread has ended.
     finished: AtomicBool,
     cancelled: AtomicBool,
-    /// Memory may still be read by a copy engine: never free it, never keep it.
+    /// Memory may still be in use by a copy engine or the kernel: never free it, never keep it.
     stuck: AtomicBool,
     /// Why not even one segment could be pinned.
     failure: OnceLock<Error>,
@@ -429,7 +429,7 @@ impl Shared {
         !self.free.is_empty() || self.failure.get().is_some()
     }
 
-    /// Marks the memory as possibly in use by a copy engine for ever.
+    /// Marks the memory as possibly in use, by a copy engine or by the kernel, for ever.
     pub(crate) fn set_stuck(&self) {
         self.stuck.store(true, Ordering::Release);
     }
