@@ -7,66 +7,11 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::path::PathBuf;
+mod gpu_support;
 
-use cuda_sim::{Guard, Sim};
-use fst::{Checkpoint, Device, DeviceError, Dtype, Engine, Error, Loader, Tensor, Tensors};
+use fst::{Device, DeviceError, Dtype, Engine, Error, Loader};
 use fst_tests::{crowded_checkpoint, misaligned_checkpoint};
-
-const MEMORY: u64 = 256 << 20;
-
-/// A simulated machine; `None` where the tests use the machine's own driver.
-fn simulated(devices: u64, memory: u64) -> Option<Guard> {
-    if std::env::var_os("FST_TEST_REAL_CUDA").is_some_and(|v| v == "1") {
-        return None;
-    }
-    let sim = Sim::load().expect("the simulator").exclusive(devices, memory);
-    assert!(sim.add_kernels(fst_cuda_sim_kernels::LIBRARY.as_ref()));
-    Some(sim)
-}
-
-/// A machine with one device, for tests that can run on real hardware as well.
-fn machine() -> Option<Guard> {
-    simulated(1, MEMORY)
-}
-
-/// For tests that need the simulator.
-macro_rules! simulated_or_skip {
-    ($devices:expr, $memory:expr) => {
-        match simulated($devices, $memory) {
-            Some(sim) => sim,
-            None => {
-                println!("SKIPPED: needs the simulated driver");
-                return;
-            }
-        }
-    };
-}
-
-fn open(paths: &[PathBuf]) -> Checkpoint {
-    Checkpoint::open_all(paths).unwrap()
-}
-
-/// Both sets hold the same tensors with the same bytes, wherever they are.
-fn assert_same<'a>(
-    device: impl IntoIterator<Item = &'a Tensor>,
-    host: &Tensors,
-    what: &dyn std::fmt::Debug,
-) {
-    let mut count = 0;
-    for tensor in device {
-        let expected = host.get(tensor.name()).unwrap();
-        assert_eq!(tensor.dtype(), expected.dtype());
-        assert_eq!(tensor.shape(), expected.shape());
-        assert_eq!(tensor.device().to_string(), "cuda:0");
-        assert_eq!(tensor.device_ptr().unwrap() % 256, 0, "{}", tensor.name());
-        assert!(matches!(tensor.bytes(), Err(Error::NotOnHost { .. })));
-        let copy = tensor.to_host().unwrap();
-        assert!(copy.bytes().unwrap() == expected.bytes().unwrap(), "{what:?}: {}", tensor.name());
-        count += 1;
-    }
-    assert_eq!(count, host.len());
-}
+use gpu_support::{MEMORY, assert_same, assert_same_bytes, machine, open, simulated_or_skip};
 
 #[test]
 fn whole_checkpoints_arrive_through_every_engine() {
@@ -266,8 +211,162 @@ fn cufile_loads_what_the_pipeline_loads() {
         assert_same(&tensors, &host, &dtype);
         assert_eq!(tensors.report().engine.used, Engine::Gds);
         assert!(tensors.report().bytes_read >= tensors.report().bytes_asked);
-        assert!(matches!(loader.stream(&checkpoint), Err(Error::Engine { .. })));
+        let mut budget = 12 << 20;
+        if dtype.is_some() {
+            budget *= 2;
+        }
+        let mut stream = loader.memory_budget(budget).stream(&checkpoint).unwrap();
+        let mut count = 0;
+        for tensor in &mut stream {
+            assert_same_bytes(&tensor.unwrap(), &host);
+            count += 1;
+        }
+        assert_eq!(count, host.len());
+        assert!(stream.peak_bytes() <= budget);
     }
+    // Dropped midway, held up by what is held, and with a failing read.
+    let loader = Loader::new().device(Device::cuda(0).unwrap()).engine(Engine::Gds);
+    let loader = loader.memory_budget(9 << 20).stall_timeout(std::time::Duration::from_millis(50));
+    let mut stream = loader.stream(&checkpoint).unwrap();
+    let mut held = Vec::new();
+    let stalled = loop {
+        match stream.next() {
+            Some(Ok(tensor)) => held.push(tensor),
+            Some(Err(error)) => break error,
+            None => panic!("all fits"),
+        }
+    };
+    assert!(matches!(stalled, Error::Stalled { .. }), "{stalled}");
+    drop(stream);
+    drop(held);
+    sim.fail("cuFileRead", 2, 5010);
+    let mut stream = loader.stream(&checkpoint).unwrap();
+    let error = stream.find_map(Result::err).unwrap();
+    assert!(matches!(error, Error::Device(_)), "{error}");
+    drop(stream);
     let host = Loader::new().engine(Engine::Gds).load(&checkpoint);
     assert!(host.unwrap_err().to_string().contains("device memory only"));
+}
+
+#[test]
+fn cufile_streams_more_than_its_slots_hold() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("long.safetensors");
+    let names: Vec<&'static str> = (0..24).map(|i| &*format!("t{i}").leak()).collect();
+    let specs: Vec<fst_tests::Spec> =
+        names.iter().map(|name| (*name, safetensors::Dtype::U8, vec![4 << 20])).collect();
+    fst_tests::write(&path, &specs);
+    let checkpoint = open(&[path]);
+    let host = Loader::new().load(&checkpoint).unwrap();
+    let sim = simulated_or_skip!(1, MEMORY);
+    fst::gpu::cufile::CuFile::open_at(sim.path()).unwrap();
+    let loader = Loader::new().device(Device::cuda(0).unwrap()).engine(Engine::Gds);
+    let loader = loader.memory_budget(12 << 20).stall_timeout(std::time::Duration::from_secs(2));
+    let mut count = 0;
+    for tensor in loader.stream(&checkpoint).unwrap() {
+        // Memory comes back as soon as it is looked at: whoever waits, waits for reads alone.
+        assert_same_bytes(&tensor.unwrap(), &host);
+        count += 1;
+    }
+    assert_eq!(count, names.len());
+}
+
+#[test]
+fn a_crowd_of_tiny_tensors_costs_few_driver_calls() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("crowd.safetensors");
+    let count = 3000;
+    let names: Vec<&'static str> = (0..count).map(|i| &*format!("t{i}").leak()).collect();
+    let specs: Vec<fst_tests::Spec> = names
+        .iter()
+        .enumerate()
+        .map(|(i, name)| (*name, safetensors::Dtype::F16, vec![1 + i % 7, 2 + i % 41]))
+        .chain([("large", safetensors::Dtype::F16, vec![700, 300])])
+        .collect();
+    fst_tests::write(&path, &specs);
+    let checkpoint = open(&[path]);
+    let plain = Loader::new();
+    let sliced = (0..count).fold(Loader::new(), |l, i| l.slice(names[i], 1, 1..2 + i % 41));
+    for (loader, batch) in [
+        (plain.clone(), true),
+        (plain.clone(), false),
+        (plain.dtype(Dtype::F32), false),
+        (sliced.clone(), false),
+        (sliced.dtype(Dtype::BF16), true),
+    ] {
+        let host = loader.load(&checkpoint).unwrap();
+        let sim = simulated_or_skip!(1, MEMORY);
+        sim.set("batch_copies", batch.into());
+        let tensors = loader.device(Device::cuda(0).unwrap()).load(&checkpoint).unwrap();
+        let calls: u64 = [
+            "cuMemcpyHtoDAsync_v2",
+            "cuMemcpy2DAsync_v2",
+            "cuMemcpyBatchAsync",
+            "cuMemcpyBatchAsync_v2",
+            "cuLaunchKernel",
+            "cuEventRecord",
+        ]
+        .iter()
+        .map(|call| sim.calls(call))
+        .sum();
+        assert!(calls < 20, "{calls} driver calls for {count} tensors");
+        assert_same(&tensors, &host, &"crowd");
+    }
+}
+
+#[test]
+fn pinned_memory_is_kept_for_later_loads_when_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = open(&crowded_checkpoint(dir.path()));
+    let sim = simulated_or_skip!(1, MEMORY);
+    let pinned = || sim.calls("cuMemHostRegister_v2") + sim.calls("cuMemHostAlloc");
+    let loader = Loader::new().device(Device::cuda(0).unwrap()).select("t*");
+    loader.load(&checkpoint).unwrap();
+    assert_eq!((pinned(), sim.report().pinned_ranges), (1, 0), "given back by default");
+    let loader = loader.keep_pinned(true);
+    loader.load(&checkpoint).unwrap();
+    assert_eq!((pinned(), sim.report().pinned_ranges), (2, 1));
+    loader.load(&checkpoint).unwrap();
+    assert_eq!(loader.stream(&checkpoint).unwrap().filter_map(Result::ok).count(), 10);
+    assert_eq!((pinned(), sim.report().pinned_ranges), (2, 1), "used again");
+    assert_eq!(fst::gpu::release_kept() as u64, 16 << 20);
+    assert_eq!(sim.report().pinned_ranges, 0);
+}
+
+#[test]
+fn torn_tensors_and_views_count_against_a_streams_budget() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("odd.safetensors");
+    misaligned_checkpoint(&path);
+    let checkpoint = open(&[path]);
+    let sizes = [600_001 * 8, 3001 * 8];
+    let budget = sizes[0] + 10;
+    let loader = Loader::new().dtype(Dtype::F64);
+    let host = loader.load(&checkpoint).unwrap();
+    let _sim = machine();
+    let loader = loader
+        .device(Device::cuda(0).unwrap())
+        .memory_budget(budget)
+        .stall_timeout(std::time::Duration::from_millis(100));
+    let mut stream = loader.stream(&checkpoint).unwrap();
+    let first = stream.next().unwrap().unwrap();
+    assert_eq!(first.name(), "a");
+    assert_same_bytes(&first, &host);
+    assert_eq!(stream.peak_bytes(), sizes[0]);
+    assert!(matches!(stream.next(), Some(Err(Error::Stalled { .. }))), "the tensor holds it up");
+    let context = cudarc::driver::CudaContext::new(0).unwrap();
+    let view = first.cuda_view::<f64>(&context.default_stream()).unwrap();
+    drop(first);
+    assert!(matches!(stream.next(), Some(Err(Error::Stalled { .. }))), "the view holds it up");
+    drop(view);
+    let second = stream.next().unwrap().unwrap();
+    assert_same_bytes(&second, &host);
+    assert!(stream.next().is_none());
+    // In order, what came early waits for its turn.
+    let needed = |loader: &Loader| match loader.stream(&checkpoint) {
+        Err(Error::Budget { needed, .. }) => needed,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(needed(&loader.clone().memory_budget(1 << 20)), sizes[0]);
+    assert_eq!(needed(&loader.in_order(true)), sizes[0] + sizes[1]);
 }

@@ -123,6 +123,8 @@ fi
 export FST_TEST_REAL_CUDA=1
 part test-pipeline 60 "$here/tests/gpu_sim" --test-threads 1 --nocapture
 part test-loads 40 "$here/tests/gpu_load" --test-threads 1 --nocapture
+part test-cached 20 "$here/tests/gpu_cached" --test-threads 1 --nocapture
+part test-into 20 "$here/tests/gpu_into" --test-threads 1 --nocapture
 part test-kernels 60 "$here/tests/kernels_on_device" --ignored --test-threads 1 --nocapture --skip speed
 shrink=2; [ -n "$quick" ] && shrink=16
 synth 20 "$data/sums" --model llama-2-7b --layers 2 --shrink $shrink --shards 2

@@ -141,6 +141,13 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// What cudarc's own calls on a device answered.
+    pub fn of_cudarc(error: cudarc::driver::DriverError, device: usize) -> Self {
+        Self::Driver { call: "a call of cudarc's", device, code: crate::sys::code(error.0) }
+    }
+}
+
 /// The result of this crate's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 

@@ -27,6 +27,7 @@
 //! ```
 
 pub mod buffer;
+mod cached;
 pub mod cast;
 pub mod cufile;
 mod device;
@@ -45,6 +46,7 @@ mod view;
 pub use buffer::device::{DEVICE_ALIGN, DeviceArena};
 pub use buffer::pinned::{Afterwards, PinnedBlock, PinnedRing, RingOptions, release_kept};
 pub use buffer::registered::{HostAccess, RegisteredHost};
+pub use cached::{CachedOptions, CachedStats, copy_cached};
 pub use device::{CudaDevice, CurrentContext, DeviceMemory};
 pub use error::{Code, CudaVersion, Error, Result};
 pub use pipeline::{CopyOp, Done, Pipeline, PipelineOptions, PipelineStats};

@@ -9,9 +9,11 @@
 //! the memory is given up rather than reused.
 
 mod enqueue;
+mod jobs;
 
 pub use enqueue::CopyOp;
 pub(crate) use enqueue::enqueue_on_device;
+pub(crate) use jobs::TABLE_BYTES;
 
 use crate::buffer::device::DeviceArena;
 use crate::buffer::pinned::{PinnedBlock, PinnedRing, RingOptions, Shared};
@@ -50,6 +52,8 @@ pub struct PipelineStats {
     pub bytes: u64,
     /// Driver calls that queued copies.
     pub copy_calls: u64,
+    /// Kernels launched.
+    pub launches: u64,
     /// Copies asked for, before neighbours were joined.
     pub copies: u64,
     /// Blocks and mapped ranges submitted.
@@ -61,7 +65,7 @@ pub struct PipelineStats {
 /// What a copy in flight reads from, and the event behind it.
 enum Held {
     Block(PinnedBlock),
-    Mapping { event: Event, _mapping: Arc<RegisteredHost> },
+    Mapping { event: Arc<Event>, mapping: Arc<RegisteredHost> },
 }
 
 /// Called once when the copies and kernels of a submission are done; never if they fail. It runs on
@@ -90,6 +94,7 @@ struct LaneState {
 struct Counters {
     bytes: AtomicU64,
     copy_calls: AtomicU64,
+    launches: AtomicU64,
     copies: AtomicU64,
     blocks: AtomicU64,
     ring_waits: AtomicU64,
@@ -109,6 +114,8 @@ pub struct Pipeline {
     failure: OnceLock<Error>,
     /// The driver has no call for many copies, or refused it.
     no_batch: AtomicBool,
+    /// The driver takes the kernel that deals out small copies; known once it was needed.
+    packs: OnceLock<bool>,
     counters: Counters,
     kept: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
     ring: PinnedRing,
@@ -138,6 +145,7 @@ impl Pipeline {
             in_flight: AtomicUsize::new(0),
             failure: OnceLock::new(),
             no_batch: AtomicBool::new(!crate::sys::has_batch()),
+            packs: OnceLock::new(),
             counters: Counters::default(),
             kept: Mutex::default(),
             ring,
@@ -171,6 +179,7 @@ impl Pipeline {
         PipelineStats {
             bytes: c.bytes.load(Ordering::Relaxed),
             copy_calls: c.copy_calls.load(Ordering::Relaxed),
+            launches: c.launches.load(Ordering::Relaxed),
             copies: c.copies.load(Ordering::Relaxed),
             blocks: c.blocks.load(Ordering::Relaxed),
             ring_waits: c.ring_waits.load(Ordering::Relaxed),
@@ -296,11 +305,11 @@ impl Pipeline {
     ) -> Result<()> {
         self.check()?;
         enqueue::check_ranges(ops, mapping.len() as u64)?;
-        let event = Event::new(&self.device)?;
+        let event = Arc::new(Event::new(&self.device)?);
         let (lane, mut state) = self.lane();
         // SAFETY: as in `submit`; the mapping is held until its event.
         let queued = unsafe { self.queue(lane, &mut state, mapping.as_ptr(), ops, &event) };
-        let held = Held::Mapping { event, _mapping: Arc::clone(mapping) };
+        let held = Held::Mapping { event, mapping: Arc::clone(mapping) };
         self.hold(lane, &mut state, InFlight { held, done }, queued)
     }
 
@@ -313,6 +322,19 @@ impl Pipeline {
     pub fn poll(&self) -> Result<()> {
         self.check()?;
         self.reap()
+    }
+
+    /// Waits until one of the submissions in flight is done, and does what [`poll`](Self::poll)
+    /// does; `false` when nothing is in flight.
+    ///
+    /// # Errors
+    ///
+    /// The pipeline's first error.
+    pub fn wait(&self) -> Result<bool> {
+        self.check()?;
+        let any = self.wait_for_oldest()?;
+        self.reap()?;
+        Ok(any)
     }
 
     /// Waits until everything submitted before has arrived.
@@ -440,9 +462,9 @@ impl Pipeline {
                 Err(TryLockError::Poisoned(e)) => e.into_inner(),
                 Err(TryLockError::WouldBlock) => continue,
             };
-            let done = self.reap_lane(&mut state);
+            let ended = self.reap_lane(&mut state);
             drop(state);
-            call_all(done)?;
+            let_go(ended)?;
         }
         Ok(())
     }
@@ -450,31 +472,31 @@ impl Pipeline {
     fn reap_all(&self) -> Result<()> {
         for lane in &self.lanes {
             let mut state = lane.state.lock().unwrap_or_else(PoisonError::into_inner);
-            let done = self.reap_lane(&mut state);
+            let ended = self.reap_lane(&mut state);
             drop(state);
-            call_all(done)?;
+            let_go(ended)?;
         }
         Ok(())
     }
 
-    /// Lets go of what is complete; the calls to make, and the error that ended the look.
-    fn reap_lane(&self, state: &mut LaneState) -> (Vec<Done>, Result<()>) {
-        let mut calls = Vec::new();
+    /// Takes what is complete off the lane; and the error that ended the look.
+    fn reap_lane(&self, state: &mut LaneState) -> (Vec<InFlight>, Result<()>) {
+        let mut ended = Vec::new();
         while let Some(front) = state.in_flight.front() {
             let complete = self.event(&front.held).map_or(Ok(true), Event::is_complete);
             match complete {
                 Ok(false) => break,
                 Ok(true) => {
-                    calls.extend(state.in_flight.pop_front().and_then(|entry| entry.done));
+                    ended.extend(state.in_flight.pop_front());
                     self.in_flight.fetch_sub(1, Ordering::SeqCst);
                 }
                 Err(error) => {
                     self.fail(error.clone());
-                    return (calls, Err(error));
+                    return (ended, Err(error));
                 }
             }
         }
-        (calls, Ok(()))
+        (ended, Ok(()))
     }
 
     /// Waits for the front of some lane; `false` when nothing is in flight.
@@ -485,15 +507,15 @@ impl Pipeline {
         let first = self.next.load(Ordering::Relaxed);
         for i in 0..self.lanes.len() {
             let lane = &self.lanes[first.wrapping_add(i) % self.lanes.len()];
-            let front = {
+            let (of_block, of_mapping) = {
                 let state = lane.state.lock().unwrap_or_else(PoisonError::into_inner);
                 match state.in_flight.front().map(|entry| &entry.held) {
-                    Some(Held::Block(block)) => self.events.get(block.index() as usize),
-                    Some(Held::Mapping { .. }) => None,
+                    Some(Held::Block(block)) => (self.events.get(block.index() as usize), None),
+                    Some(Held::Mapping { event, .. }) => (None, Some(Arc::clone(event))),
                     None => continue,
                 }
             };
-            let waited = match front {
+            let waited = match of_block.or(of_mapping.as_deref()) {
                 Some(event) => event.synchronize(),
                 None => lane.stream.synchronize(),
             };
@@ -514,8 +536,15 @@ struct Queued {
     any: bool,
 }
 
-fn call_all((calls, result): (Vec<Done>, Result<()>)) -> Result<()> {
-    calls.into_iter().for_each(|done| done());
+/// Gives blocks and mappings back, then says so to whoever asked. No lock is held: to unregister
+/// a mapping takes the driver a while.
+fn let_go((ended, result): (Vec<InFlight>, Result<()>)) -> Result<()> {
+    for InFlight { held, done } in ended {
+        drop(held);
+        if let Some(done) = done {
+            done();
+        }
+    }
     result
 }
 
@@ -530,7 +559,7 @@ fn give_up(held: Held) {
         Held::Block(block) => {
             block.into_index();
         }
-        Held::Mapping { _mapping, .. } => std::mem::forget(_mapping),
+        Held::Mapping { mapping, .. } => mapping.set_stuck(),
     }
 }
 

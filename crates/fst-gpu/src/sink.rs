@@ -102,4 +102,10 @@ unsafe impl Sink for PipelineSink<'_> {
         // SAFETY: as in `landed`.
         drop(unsafe { self.pipeline.block(target.token() as u32) });
     }
+
+    fn lost(&self, _block: &Block, _target: Target) -> Option<Target> {
+        // The block never comes back to the ring, whose memory stays mapped and pinned.
+        self.pipeline.ring().shared().set_stuck();
+        None
+    }
 }

@@ -122,6 +122,19 @@ pub(crate) struct Driver {
     _library: ManuallyDrop<Library>,
 }
 
+impl Driver {
+    /// A code that came as an integer, with the driver's name for it.
+    fn code(&self, number: u32) -> Code {
+        // SAFETY: `cuGetErrorName` has this signature in every driver; it was there at the start.
+        unsafe {
+            match self._library.get(b"cuGetErrorName\0") {
+                Ok(name) => named(number, *name),
+                Err(_) => Code::new(number, String::new()),
+            }
+        }
+    }
+}
+
 static DRIVER: OnceLock<Driver> = OnceLock::new();
 
 /// The driver, or why there is none. Only success is remembered.
@@ -266,9 +279,8 @@ pub(crate) unsafe fn copy_batch(
     stream: sys::CUstream,
     device: usize,
 ) -> Result<bool> {
-    let Some(batch) = DRIVER.get().and_then(|d| d.batch) else {
-        return Ok(false);
-    };
+    let Some(driver) = DRIVER.get() else { return Ok(false) };
+    let Some(batch) = driver.batch else { return Ok(false) };
     let mut attributes = BatchAttributes {
         source_order: 1,
         source_hint: [0; 2],
@@ -292,11 +304,7 @@ pub(crate) unsafe fn copy_batch(
         0 => Ok(true),
         // CUDA_ERROR_NOT_SUPPORTED
         801 => Ok(false),
-        _ => Err(Error::Driver {
-            call: "cuMemcpyBatchAsync",
-            device,
-            code: Code::new(number, String::new()),
-        }),
+        _ => Err(Error::Driver { call: "cuMemcpyBatchAsync", device, code: driver.code(number) }),
     }
 }
 

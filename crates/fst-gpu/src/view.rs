@@ -3,6 +3,7 @@
 use crate::buffer::device::DeviceArena;
 use crate::error::{Error, Result};
 use cudarc::driver::{CudaSlice, CudaStream, CudaView};
+use std::any::Any;
 use std::fmt;
 use std::mem::ManuallyDrop;
 use std::sync::Arc;
@@ -16,6 +17,8 @@ pub struct ArenaView<T> {
     /// Its address lies in `_arena`: it must never free it.
     slice: ManuallyDrop<CudaSlice<T>>,
     _arena: DeviceArena,
+    /// What else is to live as long; declared behind the arena.
+    _owner: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 impl<T: bytemuck::AnyBitPattern> ArenaView<T> {
@@ -56,7 +59,14 @@ impl<T: bytemuck::AnyBitPattern> ArenaView<T> {
         }
         // SAFETY: the range lies in the arena, which is kept; any bytes are a `T`.
         let slice = unsafe { stream.upgrade_device_ptr::<T>(address, len) };
-        Ok(Self { slice: ManuallyDrop::new(slice), _arena: arena.clone() })
+        Ok(Self { slice: ManuallyDrop::new(slice), _arena: arena.clone(), _owner: None })
+    }
+
+    /// Keeps `owner` as long as the view: what accounts for the arena's memory, say.
+    #[must_use]
+    pub fn keeping(mut self, owner: Arc<dyn Any + Send + Sync>) -> Self {
+        self._owner = Some(owner);
+        self
     }
 
     /// The elements, as cudarc's functions take them.

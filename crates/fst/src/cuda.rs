@@ -1,21 +1,22 @@
 //! Loads into a CUDA device's memory: blocks are read into pinned memory and leave from there by
 //! asynchronous copies, cut and converted on the device on the way.
 
+mod reads;
+
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use fst_format::Checkpoint;
 use fst_gpu::cufile::{self, CuFile, GdsError, GdsOptions};
 use fst_gpu::kernel::{Kernel, StridedJob};
-use fst_gpu::{
-    CopyOp, CudaDevice, DEVICE_ALIGN, DeviceArena, Landing, Pipeline, PipelineOptions, PipelineSink,
-};
+use fst_gpu::{CopyOp, CudaDevice, DEVICE_ALIGN, DeviceArena, Landing, PipelineOptions};
 use fst_io::arenas::{ArenaMemory, Arenas};
 use fst_io::budget::Lease;
 use fst_io::plan::{Block, Limits};
 use fst_io::sink::SinkError;
 use fst_io::{Budget, Engine, ReadOptions, ReadStats, ResolvedEngine, SourceFile};
 
+use crate::cached::{DeviceCopy, DeviceOptions};
 use crate::error::{DeviceError, Error, Result};
 use crate::host::{Deliver, HostLoad, Watch, from_sink, locate, open_files};
 use crate::options::Item;
@@ -60,6 +61,11 @@ pub(crate) struct CudaLoad {
     /// Those to be converted whose file leaves them misaligned, so that elements lie across
     /// blocks: they are converted on the host. No writer of today makes such files.
     torn: Option<(HostLoad, Vec<usize>)>,
+    options: DeviceOptions,
+    /// Memory of the caller's for each item; without, the load makes its own.
+    given: Option<Vec<Arc<CudaMemory>>>,
+    /// How bytes travelled, once they did.
+    copy: Mutex<Option<DeviceCopy>>,
 }
 
 impl CudaLoad {
@@ -92,10 +98,33 @@ impl CudaLoad {
             true => None,
             false => {
                 let items = torn.iter().map(|index| items[*index].clone()).collect();
-                Some((HostLoad::new(checkpoint, items, arena, false)?, torn))
+                Some((HostLoad::new(checkpoint, items, arena.max(1), false)?, torn))
             }
         };
-        Ok(Self { device: device.clone(), items, files, empty, order, plan, torn })
+        let (options, copy) = (DeviceOptions::default(), Mutex::default());
+        let device = device.clone();
+        Ok(Self { device, items, files, empty, order, plan, torn, options, given: None, copy })
+    }
+
+    /// Says how host memory is used on the way.
+    pub(crate) fn with_options(self, options: DeviceOptions) -> Self {
+        Self { options, ..self }
+    }
+
+    /// Loads into memory of the caller's, a piece for each item. The arenas that were planned have
+    /// one item each.
+    ///
+    /// # Safety
+    ///
+    /// Nobody else uses the memory until the load is over.
+    pub(crate) unsafe fn into_memory(self, given: Vec<DeviceArena>) -> Self {
+        let memory = |arena| Arc::new(CudaMemory { arena, _lease: None });
+        Self { given: Some(given.into_iter().map(memory).collect()), ..self }
+    }
+
+    /// How bytes got to the device, once the load is done.
+    pub(crate) fn copy(&self) -> Option<DeviceCopy> {
+        self.copy.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
     pub(crate) fn items(&self) -> &[Item] {
@@ -108,9 +137,14 @@ impl CudaLoad {
         self.plan.plan.bytes_read() + torn
     }
 
-    /// Bytes of arenas that must be in the device's memory at once.
-    pub(crate) fn least_memory(&self) -> u64 {
-        self.plan.least_memory()
+    /// Bytes of arenas that must be in the device's memory at once. Torn tensors come first; where
+    /// tensors are taken in the checkpoint's order, all of these may have to wait for their turn.
+    pub(crate) fn least_memory(&self, in_order: bool) -> u64 {
+        let torn = self.torn.iter().flat_map(|(load, _)| load.items()).map(Item::len);
+        match in_order {
+            true => self.plan.least_memory() + torn.sum::<u64>(),
+            false => self.plan.least_memory().max(torn.max().unwrap_or(0)),
+        }
     }
 
     /// The files that are read.
@@ -120,7 +154,8 @@ impl CudaLoad {
 
     /// Refuses a load that the device has no room for, before anything is read.
     pub(crate) fn check_memory(&self) -> Result<()> {
-        let needed = self.plan.arenas.iter().map(|(len, _)| *len).sum();
+        let torn = self.torn.iter().flat_map(|(load, _)| load.items()).map(Item::len);
+        let needed = self.plan.arenas.iter().map(|(len, _)| *len).chain(torn).sum();
         DeviceArena::check_fits(&self.device, needed).map_err(|source| {
             let largest = self.items.iter().max_by_key(|item| item.len());
             match largest {
@@ -143,24 +178,33 @@ impl CudaLoad {
         watch: &Watch,
         deliver: Deliver<'_>,
     ) -> Result<Vec<ReadStats>> {
-        for index in &self.empty {
+        for index in self.empty.iter().filter(|_| self.given.is_none()) {
             let arena = DeviceArena::new(&self.device, 0).map_err(DeviceError::Cuda)?;
             let memory = Arc::new(CudaMemory { arena, _lease: None });
             deliver(*index, self.tensor(*index, memory, 0)).map_err(from_sink)?;
         }
         let mut reads = Vec::new();
         if let Some((load, indices)) = &self.torn {
-            let upload = |index: usize, tensor: Tensor| -> Result<(), SinkError> {
-                let bytes = tensor.bytes()?;
-                let lease = None;
-                let arena = DeviceArena::new(&self.device, bytes.len() as u64)?;
-                arena.copy_from_host(0, bytes)?;
-                let index = indices[index];
-                deliver(index, self.tensor(index, Arc::new(CudaMemory { arena, _lease: lease }), 0))
+            let arrived = Mutex::new(Vec::new());
+            let keep = |index: usize, tensor: Tensor| {
+                arrived.lock().unwrap_or_else(|e| e.into_inner()).push((indices[index], tensor));
+                Ok(())
             };
             let mut options = options.clone();
             options.engine = host_engine(options.engine);
-            reads = load.run(&options, None, watch, &upload)?;
+            reads = load.run(&options, None, watch, &keep)?;
+            let mut arrived = arrived.into_inner().unwrap_or_else(|e| e.into_inner());
+            // In order, and with no reader held up by whoever holds the tensors in front.
+            arrived.sort_by_key(|(index, _)| *index);
+            for (index, tensor) in arrived {
+                let bytes = tensor.bytes()?;
+                if let Some(memory) = self.given.as_ref().and_then(|given| given.get(index)) {
+                    memory.arena.copy_from_host(0, bytes).map_err(DeviceError::Cuda)?;
+                    continue;
+                }
+                let memory = self.upload(bytes, budget)?;
+                deliver(index, self.tensor(index, memory, 0)).map_err(from_sink)?;
+            }
         }
         if self.order.is_empty() {
             return Ok(reads);
@@ -179,13 +223,39 @@ impl CudaLoad {
                 .map_err(|e| Error::from(DeviceError::Cuda(e)))?;
             Ok(CudaMemory { arena, _lease: lease })
         };
-        let arenas = Arenas::with(self.plan.arenas.iter().copied(), budget, make, &on_arena);
+        let arenas = match &self.given {
+            Some(given) => Places::Given(self.order.iter().map(|i| given[*i].clone()).collect()),
+            None => {
+                let arenas = self.plan.arenas.iter().copied();
+                Places::Made(Arenas::with(arenas, budget, make, &on_arena))
+            }
+        };
         let landing = LandingSite { load: self, arenas, arrived: Arc::default() };
         match options.engine {
-            Engine::Gds => reads.push(landing.run_gds(watch)?),
-            _ => reads.push(landing.run_pipeline(options, budget, watch)?),
+            Engine::Gds => reads.push(landing.run_gds(budget, watch)?),
+            _ => reads.extend(reads::run(&landing, options, budget, watch)?),
         }
         Ok(reads)
+    }
+
+    /// Copies a tensor to device memory of its own, once the budget has room for it.
+    fn upload(&self, bytes: &[u8], budget: Option<&Budget>) -> Result<Arc<CudaMemory>> {
+        let len = bytes.len() as u64;
+        let lease = match budget {
+            None => None,
+            Some(budget) => loop {
+                let seen = budget.generation();
+                match budget.take(len) {
+                    None if budget.wait_past(seen) => {}
+                    // Closed: nobody listens any more.
+                    None => return Err(Error::Cancelled),
+                    lease => break lease,
+                }
+            },
+        };
+        let arena = DeviceArena::new(&self.device, len).map_err(DeviceError::Cuda)?;
+        arena.copy_from_host(0, bytes).map_err(DeviceError::Cuda)?;
+        Ok(Arc::new(CudaMemory { arena, _lease: lease }))
     }
 
     fn tensor(&self, index: usize, memory: Arc<CudaMemory>, offset: u64) -> Tensor {
@@ -207,55 +277,47 @@ const POLL: Duration = Duration::from_micros(500);
 /// Source bytes that have arrived in an arena.
 type Arrival = (usize, u64);
 
+/// The memory of a plan's arenas.
+enum Places<'a> {
+    /// The load's own; each is handed over when it is full.
+    Made(Arenas<'a, CudaMemory>),
+    /// The caller's.
+    Given(Vec<Arc<CudaMemory>>),
+}
+
+impl Places<'_> {
+    /// The memory of an arena, if it has some by now.
+    fn get(&self, index: usize) -> Result<Option<Arc<CudaMemory>>, SinkError> {
+        match self {
+            Self::Made(arenas) => arenas.get(index, false),
+            Self::Given(memory) => Ok(memory.get(index).cloned()),
+        }
+    }
+
+    /// Counts source bytes of an arena as arrived.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Arenas::fill`].
+    unsafe fn fill(&self, index: usize, bytes: u64) -> Result<(), SinkError> {
+        match self {
+            // SAFETY: passed on from the caller.
+            Self::Made(arenas) => unsafe { arenas.fill(index, bytes) },
+            Self::Given(_) => Ok(()),
+        }
+    }
+}
+
 /// Where blocks become tensors.
 struct LandingSite<'a> {
     load: &'a CudaLoad,
-    arenas: Arenas<'a, CudaMemory>,
+    arenas: Places<'a>,
     /// What copies have brought since somebody last looked.
     arrived: Arc<Mutex<Vec<Arrival>>>,
 }
 
 impl LandingSite<'_> {
-    fn run_pipeline(
-        &self,
-        options: &ReadOptions,
-        budget: Option<&Budget>,
-        watch: &Watch,
-    ) -> Result<ReadStats> {
-        let load = self.load;
-        let pipeline = Pipeline::new(&load.device, PipelineOptions::default());
-        let pipeline = pipeline.map_err(DeviceError::Cuda)?;
-        let route = |block: &Block| self.route(block);
-        let admit = |block: &Block, wait: bool| loop {
-            let seen = budget.map(Budget::generation);
-            pipeline.poll()?;
-            self.take_arrivals()?;
-            if self.has_room(block)? {
-                return Ok(true);
-            }
-            // Waiting for the budget must not keep anybody from seeing copies end: it is these
-            // that complete the tensors whose memory will come back.
-            let again = match (budget, seen) {
-                (Some(budget), Some(seen)) if wait => budget.wait_past_for(seen, POLL),
-                _ => false,
-            };
-            if !again {
-                return Ok(false);
-            }
-        };
-        // SAFETY: every destination lies in an arena of the plan, at the place of one tensor;
-        // source bytes arrive once and have one place each. Whoever finishes a submission holds
-        // its arenas (see `route`), so that they live until the copies are done.
-        let sink = unsafe { PipelineSink::new(&pipeline, &route) }.with_admission(&admit);
-        let plan = &load.plan.plan;
-        let stats = fst_io::read(&load.files, plan, &sink, options, &watch.next(budget))
-            .map_err(|e| locate(e, &load.items))?;
-        pipeline.flush().map_err(DeviceError::Cuda)?;
-        self.take_arrivals().map_err(from_sink)?;
-        Ok(stats)
-    }
-
-    fn run_gds(&self, watch: &Watch) -> Result<ReadStats> {
+    fn run_gds(&self, budget: Option<&Budget>, watch: &Watch) -> Result<ReadStats> {
         let began = Instant::now();
         let load = self.load;
         let gds = |e: GdsError| match e {
@@ -270,7 +332,21 @@ impl LandingSite<'_> {
             self.route(block)
         };
         // Without a budget there is room, or there is an error.
-        let admit = |block: &Block, _wait: bool| self.has_room(block);
+        let admit = |block: &Block, wait: bool| {
+            let seen = budget.map(Budget::generation);
+            self.take_arrivals()?;
+            let room = self.has_room(block)?;
+            match (budget, seen) {
+                (Some(budget), Some(seen)) if wait && !room => {
+                    match budget.wait_past_for(seen, POLL) {
+                        true => self.has_room(block),
+                        // Closed: nobody listens any more.
+                        false => Err(Error::Cancelled.into()),
+                    }
+                }
+                _ => Ok(room),
+            }
+        };
         let plan = &load.plan.plan;
         // SAFETY: as for the pipeline.
         let done = unsafe {
@@ -282,7 +358,7 @@ impl LandingSite<'_> {
                 &route,
                 Some(&admit),
                 GdsOptions::default(),
-                &watch.next(None),
+                &watch.next(budget),
             )
         }
         .map_err(gds)?;
@@ -299,7 +375,7 @@ impl LandingSite<'_> {
     /// Whether the arenas of a block have memory; gives it to them if there is some.
     fn has_room(&self, block: &Block) -> Result<bool, SinkError> {
         for arena in self.load.plan.arenas_of(block) {
-            if self.arenas.get(arena, false)?.is_none() {
+            if self.arenas.get(arena)?.is_none() {
                 return Ok(false);
             }
         }
@@ -325,7 +401,7 @@ impl LandingSite<'_> {
             let index = work.dest.arena;
             if arrivals.last().is_none_or(|(last, _)| *last != index) {
                 let missing = || format!("arena {index} is gone");
-                held.push(self.arenas.get(index, false)?.ok_or_else(missing)?);
+                held.push(self.arenas.get(index)?.ok_or_else(missing)?);
                 arrivals.push((index, 0));
             }
             let (Some(memory), Some((_, bytes))) = (held.last(), arrivals.last_mut()) else {

@@ -115,6 +115,14 @@ pub enum Error {
         /// Bytes given.
         found: u64,
     },
+    /// The memory given for a tensor is not where the loader loads to.
+    #[error("the memory given for tensor {tensor:?} is not that of {device}, which is loaded to")]
+    DestinationDevice {
+        /// The tensor.
+        tensor: String,
+        /// Where the loader loads to.
+        device: Device,
+    },
     /// Memory was given twice for one tensor.
     #[error("tensor {tensor:?} was given two pieces of memory")]
     DuplicateDestination {

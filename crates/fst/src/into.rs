@@ -2,37 +2,67 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::time::Instant;
 
+use cudarc::driver::{CudaSlice, CudaStream, CudaViewMut, DevicePtrMut, DeviceSlice, DriverError};
 use fst_format::{Checkpoint, Dtype, Element};
+use fst_gpu::{CudaDevice, DeviceArena};
 use fst_io::lent::Lent;
 use fst_io::plan::{Limits, ReadPlan};
 use fst_io::scratch::Scratch;
-use fst_io::{CachePolicy, Extent, ReadOptions, ReadStats, ResolvedEngine, SourceFile, residency};
+use fst_io::{CachePolicy, Extent, ReadOptions, ReadStats, SourceFile, residency};
 
-use crate::device::Device;
-use crate::error::{Error, Result};
+use crate::cuda::CudaLoad;
+use crate::error::{DeviceError, Error, Result};
 use crate::host::{SCRATCH, SCRATCH_BLOCK, Watch, locate, open_files};
+use crate::load::resolve_engine;
 use crate::loader::Loader;
 use crate::memory::Borrowed;
 use crate::options::Item;
 use crate::progress::Progress;
 use crate::report::LoadReport;
+use crate::tensor::Tensor;
 use crate::transform::{Piece, Transform, TransformPlan};
 use crate::verify::{Hashed, verify_all};
 
-/// Memory for one tensor: bytes, or elements of the type that is expected.
+/// Memory for one tensor, on the host or on a CUDA device: bytes, or elements of the type that is
+/// expected.
 pub struct Destination<'d> {
-    memory: &'d mut [MaybeUninit<u8>],
+    memory: Place<'d>,
     /// The type that the memory is of, if it is of any.
     dtype: Option<Dtype>,
+}
+
+enum Place<'d> {
+    Host(Memory<'d>),
+    Device(DevicePlace<'d>),
+}
+
+/// Device memory that nobody else uses for `'d`.
+struct DevicePlace<'d> {
+    address: u64,
+    len: u64,
+    /// Address of the context that it is of, where that is known.
+    context: Option<usize>,
+    memory: PhantomData<&'d mut [MaybeUninit<u8>]>,
+}
+
+impl Place<'_> {
+    fn len(&self) -> u64 {
+        match self {
+            Self::Host(memory) => memory.len() as u64,
+            Self::Device(place) => place.len,
+        }
+    }
 }
 
 impl fmt::Debug for Destination<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Destination")
             .field("bytes", &self.memory.len())
+            .field("on_device", &matches!(self.memory, Place::Device(_)))
             .field("dtype", &self.dtype)
             .finish()
     }
@@ -44,7 +74,7 @@ impl<'d> From<&'d mut [u8]> for Destination<'d> {
         // SAFETY: the same memory, borrowed as long. Only bytes that a file or a conversion gives
         // are ever written through it, so that the owner finds all of it initialised.
         let memory = unsafe { std::slice::from_raw_parts_mut(start, len) };
-        Self { memory, dtype: None }
+        Self { memory: Place::Host(memory), dtype: None }
     }
 }
 
@@ -58,7 +88,7 @@ impl<'d> From<&'d mut [MaybeUninit<u8>]> for Destination<'d> {
     /// Memory that need not be initialised, such as `Vec::spare_capacity_mut`. After a load that
     /// succeeded all of it is; after one that failed, count on nothing.
     fn from(memory: &'d mut [MaybeUninit<u8>]) -> Self {
-        Self { memory, dtype: None }
+        Self { memory: Place::Host(memory), dtype: None }
     }
 }
 
@@ -66,6 +96,51 @@ impl<'d> Destination<'d> {
     /// Elements of a type: the tensor must hold, or be [converted](Loader::dtype) to, the same.
     pub fn elements<T: Element>(elements: &'d mut [T]) -> Self {
         Self { dtype: Some(T::DTYPE), ..bytemuck::cast_slice_mut::<T, u8>(elements).into() }
+    }
+
+    /// Elements in device memory that cudarc owns. Work that is queued on them is waited for.
+    ///
+    /// # Errors
+    ///
+    /// The device's, should that work fail.
+    pub fn cuda<T: Element>(slice: &'d mut CudaSlice<T>) -> Result<Self> {
+        let stream = slice.stream().clone();
+        let len = slice.num_bytes() as u64;
+        let address = slice.device_ptr_mut(&stream).0;
+        Self::waited_for::<T>(&stream, address, len)
+    }
+
+    /// As [`cuda`](Self::cuda), of a part of such memory.
+    ///
+    /// # Errors
+    ///
+    /// As for [`cuda`](Self::cuda).
+    pub fn cuda_view<T: Element>(view: &'d mut CudaViewMut<'_, T>) -> Result<Self> {
+        let stream = view.stream().clone();
+        let len = view.num_bytes() as u64;
+        let address = view.device_ptr_mut(&stream).0;
+        Self::waited_for::<T>(&stream, address, len)
+    }
+
+    /// Elements that `stream` has been told to wait for.
+    fn waited_for<T: Element>(stream: &CudaStream, address: u64, len: u64) -> Result<Self> {
+        let ordinal = stream.context().ordinal();
+        let failed = |e: DriverError| DeviceError::Cuda(fst_gpu::Error::of_cudarc(e, ordinal));
+        stream.synchronize().map_err(failed)?;
+        let context = Some(stream.context().cu_ctx() as usize);
+        let place = DevicePlace { address, len, context, memory: PhantomData };
+        Ok(Self { memory: Place::Device(place), dtype: Some(T::DTYPE) })
+    }
+
+    /// `len` bytes of device memory at `address`.
+    ///
+    /// # Safety
+    ///
+    /// The bytes are allocated on the device that the loader loads to, in its primary context, and
+    /// for `'d` nobody else uses them, work that is queued on them included.
+    pub unsafe fn device_bytes(address: u64, len: u64) -> Self {
+        let place = DevicePlace { address, len, context: None, memory: PhantomData };
+        Self { memory: Place::Device(place), dtype: None }
     }
 }
 
@@ -139,7 +214,9 @@ impl<'d> Ways<'d> {
 
 impl Loader {
     /// Loads tensors into memory that the caller has: each destination is the name of a tensor and
-    /// the place for its bytes. No memory is allocated but for 32 MiB of scratch.
+    /// the place for its bytes, on the [device](Self::device) that the loader loads to. In host
+    /// memory, nothing is allocated but for 32 MiB of scratch; on a device, nothing but what
+    /// [conversions](Self::dtype) pass through.
     ///
     /// The destinations say what is loaded: a selected tensor without one is left out. A
     /// destination is exactly as long as its tensor is once [sliced](Self::slice) and
@@ -170,8 +247,8 @@ impl Loader {
     ///
     /// Before anything is read: [`Error::UnknownTensor`], [`Error::NotSelected`],
     /// [`Error::DuplicateDestination`], [`Error::DestinationLength`], [`Error::WrongDtype`] for
-    /// typed destinations, and [`Error::Engine`] for a device other than the host. Then what is
-    /// wrong with the files or the machine.
+    /// typed destinations, [`Error::DestinationDevice`], and [`Error::Misaligned`] for device memory
+    /// that a conversion cannot write to. Then what is wrong with the files or the machine.
     pub fn load_into<'d, N, D>(
         &self,
         checkpoint: &Checkpoint,
@@ -182,23 +259,27 @@ impl Loader {
         D: Into<Destination<'d>>,
     {
         self.ranks.refuse("memory of the caller's")?;
-        if !self.target().is_host() {
-            return Err(Error::Engine {
-                engine: self.read.engine,
-                device: self.target().clone(),
-                reason: "the destinations are host memory".to_owned(),
-            });
-        }
-        let engine = ResolvedEngine::resolve(self.read.engine).map_err(|e| locate(e, &[]))?;
-        let mut report = LoadReport::new(engine, Device::host());
+        let engine = resolve_engine(self.read.engine, self.target())?;
+        let mut report = LoadReport::new(engine, self.target().clone());
         report.push("open", checkpoint.open_time(), 0);
         let began = Instant::now();
         let wanted = self.pair(checkpoint, destinations)?;
         report.tensors = wanted.len();
         report.bytes = wanted.iter().map(|(item, _)| item.len()).sum();
-        let (items, mut memory): (Vec<Item>, Vec<Memory<'d>>) = wanted.into_iter().unzip();
+        let (items, places): (Vec<Item>, Vec<Place<'d>>) = wanted.into_iter().unzip();
         if let Some(manifest) = &self.manifest {
             manifest.check(checkpoint, &items)?;
+        }
+        if let Some(device) = self.target().as_cuda() {
+            self.load_into_device(checkpoint, items, places, device, began, &mut report)?;
+            return Ok(report);
+        }
+        let mut memory = Vec::with_capacity(places.len());
+        for (item, place) in items.iter().zip(places) {
+            match place {
+                Place::Host(bytes) => memory.push(bytes),
+                Place::Device(_) => return Err(self.elsewhere(item)),
+            }
         }
         let (files, number) = open_files(checkpoint, &items)?;
         report.add_files(&files);
@@ -239,12 +320,76 @@ impl Loader {
         Ok(report)
     }
 
+    /// The destination of `item` is not where this loader loads to.
+    fn elsewhere(&self, item: &Item) -> Error {
+        let tensor = item.info.name().to_owned();
+        Error::DestinationDevice { tensor, device: self.target().clone() }
+    }
+
+    /// Loads into device memory.
+    fn load_into_device(
+        &self,
+        checkpoint: &Checkpoint,
+        items: Vec<Item>,
+        places: Vec<Place<'_>>,
+        device: &CudaDevice,
+        began: Instant,
+        report: &mut LoadReport,
+    ) -> Result<()> {
+        let mut given = Vec::with_capacity(places.len());
+        for (item, place) in items.iter().zip(&places) {
+            let Place::Device(DevicePlace { address, len, context, .. }) = *place else {
+                return Err(self.elsewhere(item));
+            };
+            if context.is_some_and(|context| context != device.context() as usize) {
+                return Err(self.elsewhere(item));
+            }
+            if item.cast().is_some() && !address.is_multiple_of(item.align()) {
+                let tensor = item.info.name().to_owned();
+                return Err(Error::Misaligned { tensor, dtype: item.dtype });
+            }
+            // SAFETY: whoever made the destination vouches for its memory as long as `places` live.
+            given.push(unsafe { DeviceArena::lent(device, address, len) });
+        }
+        let load = CudaLoad::new(checkpoint, items, device, 0)?;
+        // SAFETY: as above.
+        let load = unsafe { load.with_options(self.device_options).into_memory(given.clone()) };
+        report.add_files(load.files());
+        report.push("plan", began.elapsed(), 0);
+
+        let began = Instant::now();
+        let bytes_total = load.bytes_read();
+        let watch = Watch::new(self.cancel.flag());
+        let progress = |bytes_done| Progress {
+            bytes_done,
+            bytes_total,
+            tensors_total: load.items().len(),
+            elapsed: began.elapsed(),
+        };
+        let nothing = |_: usize, _: Tensor| Ok(());
+        let reads =
+            self.watched(&watch, &progress, || load.run(&self.read, None, &watch, &nothing))?;
+        report.push("read", began.elapsed(), bytes_total);
+        report.add_reads(&reads);
+        report.device_copy = load.copy();
+        if let Some(manifest) = &self.manifest {
+            let hashed = Hashed::default();
+            for (item, arena) in load.items().iter().zip(&given) {
+                let mut bytes = vec![0; arena.len() as usize];
+                arena.copy_to_host(0, &mut bytes).map_err(DeviceError::Cuda)?;
+                verify_all(manifest, &hashed, &[(item.info.name(), &bytes)])?;
+            }
+            hashed.report(report);
+        }
+        Ok(())
+    }
+
     /// The items that have destinations, each with its memory, in the checkpoint's order.
     fn pair<'d, N: AsRef<str>, D: Into<Destination<'d>>>(
         &self,
         checkpoint: &Checkpoint,
         destinations: impl IntoIterator<Item = (N, D)>,
-    ) -> Result<Vec<(Item, Memory<'d>)>> {
+    ) -> Result<Vec<(Item, Place<'d>)>> {
         let mut by_name: HashMap<String, Destination<'d>> = HashMap::new();
         for (name, destination) in destinations {
             let tensor = name.as_ref();
@@ -264,7 +409,7 @@ impl Loader {
             if let Some(asked) = dtype.filter(|dtype| *dtype != item.dtype) {
                 return Err(Error::WrongDtype { tensor: tensor(), asked, found: item.dtype });
             }
-            let (expected, found) = (item.len(), memory.len() as u64);
+            let (expected, found) = (item.len(), memory.len());
             if expected != found {
                 return Err(Error::DestinationLength { tensor: tensor(), expected, found });
             }

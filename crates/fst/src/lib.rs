@@ -36,6 +36,7 @@
 //! It does not download checkpoints, does not read formats other than safetensors, and does not
 //! compute with tensors.
 
+mod cached;
 mod cuda;
 mod device;
 pub mod dist;
@@ -57,6 +58,7 @@ mod tensor;
 mod transform;
 mod verify;
 
+pub use cached::{CachedCopy, DeviceCopy};
 pub use device::Device;
 #[cfg(feature = "mpi")]
 pub use dist::group::MpiGroup;

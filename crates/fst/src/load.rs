@@ -4,6 +4,7 @@ use fst_format::Checkpoint;
 use fst_gpu::cufile::{GdsMode, GdsStatus};
 use fst_io::{Budget, Engine, ReadOptions, ReadStats, ResolvedEngine, SourceFile};
 
+use crate::cached::{DeviceCopy, DeviceOptions};
 use crate::cuda::CudaLoad;
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -33,6 +34,22 @@ impl Load {
         })
     }
 
+    /// Says how host memory is used on the way to a device.
+    pub(crate) fn with_options(self, options: DeviceOptions) -> Self {
+        match self {
+            Self::Cuda(load) => Self::Cuda(Box::new(load.with_options(options))),
+            host => host,
+        }
+    }
+
+    /// How bytes got to a device, once the load is done.
+    pub(crate) fn device_copy(&self) -> Option<DeviceCopy> {
+        match self {
+            Self::Host(_) => None,
+            Self::Cuda(load) => load.copy(),
+        }
+    }
+
     pub(crate) fn items(&self) -> &[Item] {
         match self {
             Self::Host(load) => load.items(),
@@ -49,10 +66,10 @@ impl Load {
     }
 
     /// Bytes of arenas that must be in memory at once.
-    pub(crate) fn least_memory(&self) -> u64 {
+    pub(crate) fn least_memory(&self, in_order: bool) -> u64 {
         match self {
             Self::Host(load) => load.least_memory(),
-            Self::Cuda(load) => load.least_memory(),
+            Self::Cuda(load) => load.least_memory(in_order),
         }
     }
 

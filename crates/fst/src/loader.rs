@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use fst_format::{Checkpoint, Dtype, TensorInfo};
 use fst_io::{Engine, ReadOptions};
 
+use crate::cached::{CachedCopy, DeviceOptions};
 use crate::device::Device;
 use crate::dist::RankOptions;
 use crate::error::{Error, Result};
@@ -60,6 +61,7 @@ pub struct Loader {
     on_progress: Option<OnProgress>,
     pub(crate) cancel: CancelToken,
     pub(crate) ranks: RankOptions,
+    pub(crate) device_options: DeviceOptions,
 }
 
 impl fmt::Debug for Loader {
@@ -125,6 +127,23 @@ impl Loader {
     #[must_use]
     pub fn dtype(mut self, dtype: Dtype) -> Self {
         self.selection.set_dtype(dtype);
+        self
+    }
+
+    /// How bytes that the page cache holds get to a device; the
+    /// [report](LoadReport::device_copy) says how they did. [Streams](Self::stream) stage them.
+    #[must_use]
+    pub fn cached_copy(mut self, way: CachedCopy) -> Self {
+        self.device_options.cached = way;
+        self
+    }
+
+    /// Whether the pinned memory of a load to a device stays pinned for later loads of the process,
+    /// which then start with it; by default it is given back. At most 256 MiB stay, until
+    /// [`fst::gpu::release_kept`](fst_gpu::release_kept).
+    #[must_use]
+    pub fn keep_pinned(mut self, keep: bool) -> Self {
+        self.device_options.keep_pinned = keep;
         self
     }
 
@@ -214,6 +233,7 @@ impl Loader {
         }
         let arena = if self.manifest.is_some() { VERIFY_ARENA } else { ARENA };
         let load = Load::new(&self.device, checkpoint, items, arena, false)?;
+        let load = load.with_options(self.device_options);
         load.check_memory()?;
         report.add_files(load.files());
         report.push("plan", began.elapsed(), 0);
@@ -249,6 +269,7 @@ impl Loader {
         let tensors: Option<Vec<Tensor>> = slots.into_iter().collect();
         report.push("read", took, load.bytes_read());
         report.add_reads(&reads);
+        report.device_copy = load.device_copy();
         if self.manifest.is_some() {
             hashed.report(report);
         }

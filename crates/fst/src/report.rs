@@ -7,6 +7,7 @@ use fst_dist::ExchangeReport;
 use fst_io::stats::{self, Event};
 use fst_io::{ReadStats, ResolvedEngine, SourceFile};
 
+use crate::cached::DeviceCopy;
 use crate::device::Device;
 
 /// A part of a load.
@@ -101,6 +102,8 @@ pub struct LoadReport {
     pub events: Vec<Event>,
     /// This rank's part, in a load by several.
     pub rank: Option<RankReport>,
+    /// How bytes got to a CUDA device, unless cuFile brought them.
+    pub device_copy: Option<DeviceCopy>,
     /// Where in `files` those of the next read begin.
     first_file: usize,
 }
@@ -151,6 +154,7 @@ impl LoadReport {
             events: Vec::new(),
             first_file: 0,
             rank: None,
+            device_copy: None,
         }
     }
 

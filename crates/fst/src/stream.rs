@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use fst_format::Checkpoint;
-use fst_io::{Budget, Engine};
+use fst_io::Budget;
 
 use crate::error::{Error, Result};
 use crate::host::{Deliver, Watch, locate};
@@ -61,13 +61,6 @@ impl TensorStream {
         let began = Instant::now();
         let device = loader.target();
         let engine = resolve_engine(loader.read.engine, device)?;
-        if engine.used == Engine::Gds {
-            return Err(Error::Engine {
-                engine: engine.used,
-                device: device.clone(),
-                reason: "it loads whole selections; streams go through pinned memory".to_owned(),
-            });
-        }
         let mut report = LoadReport::new(engine, device.clone());
         report.push("open", checkpoint.open_time(), 0);
         let items = loader.selection.resolve(checkpoint)?;
@@ -78,7 +71,8 @@ impl TensorStream {
         let limit = loader.budget.unwrap_or(DEFAULT_BUDGET);
         let plan = |arena| -> Result<(Load, u64)> {
             let load = Load::new(device, checkpoint, items.clone(), arena, loader.in_order)?;
-            let needed = load.least_memory() + load.scratch();
+            let load = load.with_options(loader.device_options);
+            let needed = load.least_memory(loader.in_order) + load.scratch();
             Ok((load, needed))
         };
         let (mut load, mut needed) = plan((limit / 8).clamp(SHORT_ARENA, ARENA / 4))?;
@@ -121,6 +115,7 @@ impl TensorStream {
                     Ok((reads, took)) => {
                         report.push("read", took, load.bytes_read());
                         report.add_reads(&reads);
+                        report.device_copy = load.device_copy();
                         if manifest.is_some() {
                             hashed.report(&mut report);
                         }

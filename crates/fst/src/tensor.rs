@@ -163,8 +163,10 @@ impl Tensor {
             return Err(DeviceError::NotOnDevice { tensor: self.name().to_owned() }.into());
         };
         self.check_dtype::<T>()?;
-        ArenaView::new(&memory.arena, stream, *offset, self.elements())
-            .map_err(|e| DeviceError::Cuda(e).into())
+        let view = ArenaView::new(&memory.arena, stream, *offset, self.elements())
+            .map_err(DeviceError::Cuda)?;
+        // The memory counts against a stream's budget as long as the view uses it.
+        Ok(view.keeping(memory.clone()))
     }
 
     /// The tensor for export through DLPack, without a copy; whoever takes it keeps the memory

@@ -7,6 +7,8 @@
 //!   query that answers "complete", makes it observable, and not earlier;
 //! * a copy from pageable memory takes a snapshot at the call, one from pinned memory reads its
 //!   source when it runs, so a staging block that is reused too early shows as wrong bytes;
+//! * registering memory pins its pages: those behind the end of a mapped file are refused, and a copy
+//!   from a mapping whose file shrank afterwards is no signal;
 //! * fresh device memory is filled with [`FRESH`], freed memory with [`POISON`] and kept aside;
 //! * freeing memory that queued work still refers to, double frees, foreign pointers, leaks and
 //!   work left pending are recorded as violations;

@@ -1,5 +1,6 @@
 //! Streams: queued work, and when it runs.
 
+use crate::POISON;
 use crate::codes::*;
 use crate::memory::HostKind;
 use crate::world::{Outcome, World};
@@ -109,6 +110,17 @@ impl Stream {
     pub(crate) fn work_pending(&self) -> usize {
         self.work.iter().filter(|w| !w.is_marker()).count()
     }
+}
+
+/// Reads pinned host memory as a device does, to which a mapping of a file that shrank is no signal:
+/// whatever cannot be read any more is poison. (A device finds the pages that were pinned.)
+fn read_pinned(address: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![POISON; len];
+    let local = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: len };
+    let remote = libc::iovec { iov_base: address as *mut c_void, iov_len: len };
+    // SAFETY: `bytes` holds `len` bytes; the other side is read by the kernel, which checks it.
+    unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) };
+    bytes
 }
 
 impl World {
@@ -247,6 +259,14 @@ impl World {
                     Source::Live(address) => *address as *const u8,
                     Source::Snapshot(bytes) => bytes.as_ptr(),
                 };
+                let mut pinned = Vec::new();
+                let from = match &src {
+                    Source::Live(address) if self.memory.owner(*address, 1).is_none() => {
+                        pinned = read_pinned(*address, shape.src_span());
+                        pinned.as_ptr()
+                    }
+                    _ => from,
+                };
                 for row in 0..shape.rows {
                     // SAFETY: both spans were checked to lie in live memory just above (a
                     // snapshot holds `src_span` bytes by construction), and rows stay in them.
@@ -258,6 +278,7 @@ impl World {
                         );
                     }
                 }
+                drop(pinned);
                 self.copied_bytes += (shape.rows * shape.width) as u64;
             }
             Work::Set { dst, value, len } => {

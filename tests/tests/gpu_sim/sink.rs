@@ -6,7 +6,7 @@ use fst_gpu::{
     RingOptions,
 };
 use fst_io::plan::{Block, Limits, ReadPlan};
-use fst_io::sink::SinkError;
+use fst_io::sink::{Sink, SinkError};
 use fst_io::{Control, Engine, Extent, ReadOptions, SourceFile};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -160,4 +160,28 @@ fn a_file_that_shrinks_ends_the_load_and_nothing_is_left() {
     file.set_len(300_000).unwrap();
     let error = case.load(&device, Engine::Auto).unwrap_err();
     assert!(error.contains("1.bin"), "{error}");
+}
+
+#[test]
+fn a_block_that_the_kernel_may_write_to_for_ever_is_leaked() {
+    let Some(mut sim) = simulated(1, 64 << 20) else { return };
+    let device = CudaDevice::open(0).unwrap();
+    let ring = RingOptions { block_bytes: BLOCK as usize, blocks: 2, afterwards: Afterwards::Keep };
+    let pipeline = Pipeline::new(&device, PipelineOptions { ring, streams: 1 }).unwrap();
+    let limits = Limits { block: BLOCK, ..Limits::default() };
+    let plan = ReadPlan::new(vec![Extent::new(0, 0..BLOCK)], limits).unwrap();
+    let block = &plan.blocks()[0];
+    let route = |_: &Block| Ok(Landing::default());
+    // SAFETY: nothing is copied.
+    let sink = unsafe { PipelineSink::new(&pipeline, &route) };
+    let target = sink.reserve(block, true).unwrap().unwrap();
+    assert!(sink.lost(block, target).is_none());
+    let other = sink.reserve(block, true).unwrap().unwrap();
+    assert!(sink.reserve(block, false).unwrap().is_none(), "lent again");
+    sink.abandoned(block, other);
+    pipeline.flush().unwrap();
+    drop(pipeline);
+    assert_eq!((sim.report().pinned_ranges, sim.calls("cuMemHostUnregister")), (1, 0));
+    assert_eq!(fst_gpu::release_kept(), 0, "nor kept");
+    sim.skip_check();
 }

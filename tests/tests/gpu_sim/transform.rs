@@ -113,7 +113,8 @@ fn columns_are_cut_and_cast_in_one_go_from_bounded_scratch() {
         assert!(bytes_of(&arena) == *expected, "{kernel:?}");
         if let Some(sim) = machine.sim() {
             let scratch = sim.report().device_bytes - arena.len();
-            assert!(scratch <= 2 * (BLOCK as u64 + 512), "{scratch}");
+            // A block, its margins and a table of jobs on each stream.
+            assert!(scratch <= 2 * (BLOCK as u64 + 512 + (64 << 10)), "{scratch}");
         }
     }
 }

@@ -21,9 +21,11 @@ pub struct DeviceArena {
 
 struct Inner {
     device: CudaDevice,
-    /// From `cuMemAlloc`, freed once on drop; 0 when `len` is 0.
+    /// From `cuMemAlloc`, freed once on drop unless `lent`; 0 when `len` is 0.
     address: sys::CUdeviceptr,
     len: u64,
+    /// Somebody else's.
+    lent: bool,
 }
 
 impl DeviceArena {
@@ -43,7 +45,18 @@ impl DeviceArena {
             }
             device.check(result, "cuMemAlloc")?;
         }
-        Ok(Self { inner: Arc::new(Inner { device: device.clone(), address, len }) })
+        Ok(Self { inner: Arc::new(Inner { device: device.clone(), address, len, lent: false }) })
+    }
+
+    /// Memory of somebody else's: it is not freed here.
+    ///
+    /// # Safety
+    ///
+    /// `len` bytes at `address` are allocated on the device, in its primary context, and stay so as
+    /// long as a clone of the arena lives.
+    pub unsafe fn lent(device: &CudaDevice, address: u64, len: u64) -> Self {
+        let inner = Inner { device: device.clone(), address, len, lent: true };
+        Self { inner: Arc::new(inner) }
     }
 
     /// Whether `needed` bytes are free now; the error that [`new`](Self::new) would give if not.
@@ -135,7 +148,7 @@ impl fmt::Debug for DeviceArena {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        if self.address == 0 {
+        if self.address == 0 || self.lent {
             return;
         }
         // Without a context the driver is shutting down and takes the memory with it.

@@ -52,8 +52,22 @@ impl Default for RingOptions {
     }
 }
 
+impl RingOptions {
+    /// No more blocks than a load of `blocks` blocks can use, rounded up to what is pinned at once,
+    /// so that rings of the same blocks can use each other's memory.
+    #[must_use]
+    pub fn for_blocks(self, blocks: usize) -> Self {
+        let at_once = (SEGMENT / self.block_bytes.max(1)).max(1);
+        Self { blocks: self.blocks.min(blocks.max(1).next_multiple_of(at_once)), ..self }
+    }
+}
+
 /// Segments kept for later rings.
 static KEPT: Mutex<Vec<PinnedMemory>> = Mutex::new(Vec::new());
+
+/// The most that is kept, in bytes: the largest ring by default. Loads that ran at once may have had
+/// more.
+const MOST_KEPT: usize = 256 << 20;
 
 /// Unpins and frees what finished rings kept ([`Afterwards::Keep`]). Returns the bytes freed.
 pub fn release_kept() -> usize {
@@ -242,7 +256,7 @@ pub(crate) struct Shared {
     /// The pinning thread has ended.
     finished: AtomicBool,
     cancelled: AtomicBool,
-    /// Memory may still be read by a copy engine: never free it, never keep it.
+    /// Memory may still be in use by a copy engine or the kernel: never free it, never keep it.
     stuck: AtomicBool,
     /// Why not even one segment could be pinned.
     failure: OnceLock<Error>,
@@ -415,7 +429,7 @@ impl Shared {
         !self.free.is_empty() || self.failure.get().is_some()
     }
 
-    /// Marks the memory as possibly in use by a copy engine for ever.
+    /// Marks the memory as possibly in use, by a copy engine or by the kernel, for ever.
     pub(crate) fn set_stuck(&self) {
         self.stuck.store(true, Ordering::Release);
     }
@@ -427,7 +441,21 @@ impl Drop for Shared {
         if self.stuck.load(Ordering::Acquire) {
             segments.for_each(PinnedMemory::leak);
         } else if self.options.afterwards == Afterwards::Keep {
-            KEPT.lock().unwrap_or_else(PoisonError::into_inner).extend(segments);
+            let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut room = MOST_KEPT.saturating_sub(kept.iter().map(|m| m.len).sum());
+            let mut surplus = Vec::new();
+            for memory in segments {
+                match room.checked_sub(memory.len) {
+                    Some(less) => {
+                        room = less;
+                        kept.push(memory);
+                    }
+                    None => surplus.push(memory),
+                }
+            }
+            // To unpin takes a while.
+            drop(kept);
+            drop(surplus);
         } else {
             segments.for_each(drop);
         }

@@ -3,18 +3,23 @@
 use crate::device::CudaDevice;
 use crate::error::Result;
 use cudarc::driver::sys;
+use std::any::Any;
 use std::fmt;
+use std::mem::ManuallyDrop;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Host memory of the caller's, registered so that copy engines read it directly: a mapping of
 /// cached pages goes to the device with no copy through staging.
 pub struct RegisteredHost {
     device: CudaDevice,
-    /// `len` readable bytes, kept by `_owner`, registered in `new`.
+    /// `len` readable bytes, kept by `owner`, registered in `new`.
     start: NonNull<u8>,
     len: usize,
-    _owner: Arc<dyn std::any::Any + Send + Sync>,
+    owner: ManuallyDrop<Arc<dyn Any + Send + Sync>>,
+    /// A copy engine may read the memory for ever: it stays registered, and its owner alive.
+    stuck: AtomicBool,
 }
 
 // SAFETY: the memory is only read, and owned by a `Send + Sync` owner.
@@ -37,14 +42,14 @@ impl RegisteredHost {
     ///
     /// # Safety
     ///
-    /// The bytes stay mapped, and, if they are a mapping of a file, the file keeps at least that
-    /// length, as long as `owner` lives.
+    /// The bytes stay mapped as long as `owner` lives. (Of a mapped file, registration pins the
+    /// pages or is refused; what becomes of the file then harms only who touches the mapping.)
     pub unsafe fn new(
         device: &CudaDevice,
         start: NonNull<u8>,
         len: usize,
         access: HostAccess,
-        owner: Arc<dyn std::any::Any + Send + Sync>,
+        owner: Arc<dyn Any + Send + Sync>,
     ) -> Result<Arc<Self>> {
         let flags = sys::CU_MEMHOSTREGISTER_PORTABLE
             | match access {
@@ -55,7 +60,13 @@ impl RegisteredHost {
         // SAFETY: the caller's contract.
         let result = unsafe { sys::cuMemHostRegister_v2(start.as_ptr().cast(), len, flags) };
         device.check(result, "cuMemHostRegister")?;
-        Ok(Arc::new(Self { device: device.clone(), start, len, _owner: owner }))
+        let (device, owner) = (device.clone(), ManuallyDrop::new(owner));
+        Ok(Arc::new(Self { device, start, len, owner, stuck: AtomicBool::new(false) }))
+    }
+
+    /// Marks the memory as possibly in use by a copy engine for ever.
+    pub(crate) fn set_stuck(&self) {
+        self.stuck.store(true, Ordering::Release);
     }
 
     /// Address of the first byte.
@@ -76,10 +87,15 @@ impl RegisteredHost {
 
 impl Drop for RegisteredHost {
     fn drop(&mut self) {
+        if self.stuck.load(Ordering::Acquire) {
+            return;
+        }
         if let Ok(_current) = self.device.make_current() {
             // SAFETY: registered in `new`. Pipelines hold a reference while copies run.
             let _ = unsafe { sys::cuMemHostUnregister(self.start.as_ptr().cast()) };
         }
+        // SAFETY: dropped once, here.
+        unsafe { ManuallyDrop::drop(&mut self.owner) };
     }
 }
 

@@ -8,7 +8,7 @@
 use super::{CuFile, CuFileError, GdsArena, GdsFile};
 use crate::buffer::device::DeviceArena;
 use crate::device::CudaDevice;
-use crate::pipeline::{Done, enqueue_on_device};
+use crate::pipeline::{Done, TABLE_BYTES, enqueue_on_device};
 use crate::sink::{Admit, Landing, Route};
 use crate::stream::{Event, Stream};
 use fst_io::plan::{Block, ReadPlan};
@@ -99,6 +99,9 @@ struct Job<'a> {
 }
 
 /// Reads every block of `plan` and does with it what `route` says; returns when all is done.
+///
+/// `admit` is asked before a block is read. Told to wait, it returns after a short while: whether
+/// there is room by then.
 ///
 /// # Errors
 ///
@@ -199,8 +202,10 @@ impl Job<'_> {
     fn work(&self) -> Result<(u64, u64), GdsError> {
         let stream = Stream::new(self.device)?;
         let pitch = self.plan.limits().block.next_multiple_of(SLOT_ALIGN) + SLOT_ALIGN;
-        // Kernels may read a few bytes around their source: a margin before and behind.
-        let arena = DeviceArena::new(self.device, SLOT_ALIGN + pitch * self.slots as u64)?;
+        // Kernels may read a few bytes around their source: a margin before and behind. The table of
+        // jobs lies behind the slots.
+        let slots_end = SLOT_ALIGN + pitch * self.slots as u64;
+        let arena = DeviceArena::new(self.device, slots_end + TABLE_BYTES)?;
         let registered = self.cufile.register_arena(&arena)?;
         let mut slots: Vec<Slot> = (0..self.slots as u64)
             .map(|i| {
@@ -250,18 +255,19 @@ impl Job<'_> {
             reads += 1;
             let Landing { ops, done } = (self.route)(block).map_err(GdsError::Consumer)?;
             let base = registered.arena().address() + slot.place;
+            let table = registered.arena().address() + registered.arena().len() - TABLE_BYTES;
             slot.busy = true;
             // SAFETY: the contract of `read`; the slot is settled before it is used again, and the
             // stream is waited for before the slots are freed.
-            unsafe { enqueue_on_device(stream, base, block.len, &ops) }
+            unsafe { enqueue_on_device(stream, (base, block.len), table, &ops) }
                 .and_then(|()| slot.event.record(stream))
                 .map_err(|e| self.located(block, e.into()))?;
             slot.done = done;
         }
     }
 
-    /// Asks for room; settles this worker's own slots before it waits, since what they hold may be
-    /// what is to make room.
+    /// Waits for room; `false` when the read ends for another reason. Settles this worker's own
+    /// slots before it waits, since what they hold may be what is to make room.
     fn admitted(
         &self,
         admit: Admit<'_>,
@@ -274,7 +280,15 @@ impl Job<'_> {
         for slot in slots {
             slot.settle()?;
         }
-        admit(block, true).map_err(GdsError::Consumer)
+        while !admit(block, true).map_err(GdsError::Consumer)? {
+            if self.failed() {
+                return Ok(false);
+            }
+            if self.control.is_cancelled() {
+                return Err(GdsError::Cancelled);
+            }
+        }
+        Ok(true)
     }
 
     fn read_block(

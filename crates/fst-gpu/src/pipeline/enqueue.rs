@@ -1,6 +1,12 @@
 //! From operations to driver calls: ranges are checked, neighbours joined, small copies sent many
 //! to a call, and bytes for kernels taken through scratch memory on the device.
+//!
+//! Where the driver has no call for many copies, a crowd of small ones goes as one copy to scratch
+//! memory and is dealt out by a kernel; slices and casts of small tensors share launches likewise.
 
+use super::jobs::{
+    Job, TABLE_BYTES, crowded, launch_jobs, many_slices, pack, small_slice, transforms,
+};
 use super::{Lane, LaneState, Pipeline};
 use crate::buffer::device::{DEVICE_ALIGN, DeviceArena};
 use crate::error::{Error, Result};
@@ -57,7 +63,7 @@ pub enum CopyOp {
 }
 
 /// The bytes of the source that an operation reads, or `None` where the sum overflows.
-fn source_range(op: &CopyOp) -> Option<(u64, u64)> {
+pub(super) fn source_range(op: &CopyOp) -> Option<(u64, u64)> {
     let (start, len) = match *op {
         CopyOp::Linear { source, len, .. } => (source, len),
         CopyOp::Transform { kernel, job } => {
@@ -101,7 +107,7 @@ pub(super) fn check_ranges(ops: &[CopyOp], len: u64) -> Result<()> {
 }
 
 /// A plain copy: offset in the source, device address, bytes.
-type Run = (u64, u64, u64);
+pub(super) type Run = (u64, u64, u64);
 
 /// Joins linear copies that continue each other on both sides.
 fn joined(ops: &[CopyOp]) -> Vec<Run> {
@@ -136,12 +142,28 @@ impl Pipeline {
         ops: &[CopyOp],
     ) -> Result<()> {
         let base = start.as_ptr() as u64;
-        let runs = joined(ops);
+        let mut runs = joined(ops);
         self.counters.copies.fetch_add(ops.len() as u64, Ordering::Relaxed);
+        let mut jobs = transforms(ops);
+        if self.no_batch.load(Ordering::Relaxed) && self.can_pack(crowded(&runs)) {
+            jobs.extend(pack(&mut runs));
+        }
+        let sliced = self.can_pack(many_slices(ops));
+        if sliced {
+            jobs.extend(ops.iter().filter_map(small_slice));
+        }
         // SAFETY: the caller's contract, passed on to each copy.
-        unsafe { self.enqueue_runs(lane, base, &runs)? };
+        let refused = unsafe { self.enqueue_runs(lane, base, &runs)? };
+        if refused {
+            // The driver has the call and does not do it: now it is known.
+            if self.can_pack(crowded(&runs)) {
+                jobs.extend(pack(&mut runs));
+            }
+            // SAFETY: as above; nothing of them was queued.
+            unsafe { self.enqueue_runs(lane, base, &runs)? };
+        }
         // SAFETY: as above.
-        unsafe { self.enqueue_transforms(lane, state, base, ops)? };
+        unsafe { self.enqueue_jobs(lane, state, base, jobs)? };
         for op in ops {
             if let CopyOp::Strided {
                 source,
@@ -152,6 +174,9 @@ impl Pipeline {
                 rows,
             } = *op
             {
+                if sliced && small_slice(op).is_some() {
+                    continue;
+                }
                 let (from, to) = ((base + source, source_pitch), (destination, destination_pitch));
                 self.counters.bytes.fetch_add(width * rows, Ordering::Relaxed);
                 self.counters.copy_calls.fetch_add(1, Ordering::Relaxed);
@@ -162,7 +187,12 @@ impl Pipeline {
         Ok(())
     }
 
-    /// Brings the bytes of all transforms to scratch memory and launches their kernels.
+    /// Whether kernels may deal out copies that are `many`: the driver must take the kernel.
+    fn can_pack(&self, many: bool) -> bool {
+        many && *self.packs.get_or_init(|| self.device.prepare(Kernel::GatherBatch).is_ok())
+    }
+
+    /// Brings the sources of all jobs to scratch memory and launches their kernels.
     ///
     /// Scratch memory is reused without waiting: what is there is read by work queued earlier on
     /// the same stream that will write it.
@@ -170,32 +200,22 @@ impl Pipeline {
     /// # Safety
     ///
     /// As for [`Pipeline::enqueue`].
-    unsafe fn enqueue_transforms(
+    unsafe fn enqueue_jobs(
         &self,
         lane: &Lane,
         state: &mut LaneState,
         base: u64,
-        ops: &[CopyOp],
+        mut jobs: Vec<Job>,
     ) -> Result<()> {
-        let mut transforms: Vec<(u64, u64, Kernel, StridedJob)> = ops
-            .iter()
-            .filter_map(|op| match *op {
-                CopyOp::Transform { kernel, job } => {
-                    let (start, end) = source_range(op)?;
-                    (end > start).then_some((start, end, kernel, job))
-                }
-                _ => None,
-            })
-            .collect();
-        transforms.sort_by_key(|t| t.0);
+        jobs.sort_by_key(|job| job.start);
         let room = self.block_bytes() as u64;
-        let mut rest = &transforms[..];
-        while let Some(&(first, mut end, ..)) = rest.first() {
+        let mut rest = &jobs[..];
+        while let Some(&Job { start: first, mut end, .. }) = rest.first() {
             // As many as lie within one copy, over small gaps.
             let mut count = 1;
-            for &(start, other, ..) in &rest[1..] {
-                let longer = end.max(other);
-                if start > end + TRANSFORM_GAP || longer - first > room {
+            for job in &rest[1..] {
+                let longer = end.max(job.end);
+                if job.start > end + TRANSFORM_GAP || longer - first > room {
                     break;
                 }
                 end = longer;
@@ -210,30 +230,36 @@ impl Pipeline {
                 });
             }
             if state.scratch.is_none() {
-                // Kernels may read a few bytes around their source.
-                state.scratch = Some(DeviceArena::new(&self.device, room + 2 * DEVICE_ALIGN)?);
+                // Kernels may read a few bytes around their source; the table of jobs lies behind.
+                let len = room + 2 * DEVICE_ALIGN + TABLE_BYTES;
+                state.scratch = Some(DeviceArena::new(&self.device, len)?);
             }
             let Some(scratch) = &state.scratch else { break };
             // The source's alignment is kept: kernels are fastest on aligned elements.
             let to = scratch.address() + DEVICE_ALIGN / 2 + first % (DEVICE_ALIGN / 2);
+            let table = scratch.address() + (room + DEVICE_ALIGN).next_multiple_of(DEVICE_ALIGN);
             // SAFETY: the caller's contract; the scratch memory has room for a block.
             unsafe { self.enqueue_runs(lane, base, &[(first, to, end - first)])? };
-            for &(start, _, kernel, job) in &rest[..count] {
-                let job = StridedJob { src: to + (start - first), ..job };
-                // SAFETY: the source is in scratch memory, the destination the caller's.
-                unsafe { lane.stream.run(kernel, job)? };
-            }
+            let placed = rest[..count]
+                .iter()
+                .map(|job| (job.kernel, StridedJob { src: to + (job.start - first), ..job.job }));
+            // SAFETY: the sources are in scratch memory, the destinations the caller's.
+            let launches = unsafe { launch_jobs(&lane.stream, table, placed)? };
+            self.counters.copy_calls.fetch_add(launches.tables, Ordering::Relaxed);
+            self.counters.launches.fetch_add(launches.launches, Ordering::Relaxed);
             rest = &rest[count..];
         }
         Ok(())
     }
 
+    /// Queues plain copies; `true` when the driver turned out to have no call for many copies: then
+    /// none is queued.
+    ///
     /// # Safety
     ///
     /// As for [`Pipeline::enqueue`].
-    unsafe fn enqueue_runs(&self, lane: &Lane, base: u64, runs: &[Run]) -> Result<()> {
+    unsafe fn enqueue_runs(&self, lane: &Lane, base: u64, runs: &[Run]) -> Result<bool> {
         let bytes: u64 = runs.iter().map(|r| r.2).sum();
-        self.counters.bytes.fetch_add(bytes, Ordering::Relaxed);
         if runs.len() >= BATCH_FROM && !self.no_batch.load(Ordering::Relaxed) {
             let mut destinations: Vec<u64> = runs.iter().map(|r| r.1).collect();
             let mut sources: Vec<u64> = runs.iter().map(|r| base + r.0).collect();
@@ -248,12 +274,15 @@ impl Pipeline {
                     self.device.ordinal(),
                 )?
             };
-            if done {
-                self.counters.copy_calls.fetch_add(1, Ordering::Relaxed);
-                return Ok(());
+            if !done {
+                self.no_batch.store(true, Ordering::Relaxed);
+                return Ok(true);
             }
-            self.no_batch.store(true, Ordering::Relaxed);
+            self.counters.copy_calls.fetch_add(1, Ordering::Relaxed);
+            self.counters.bytes.fetch_add(bytes, Ordering::Relaxed);
+            return Ok(false);
         }
+        self.counters.bytes.fetch_add(bytes, Ordering::Relaxed);
         for &(source, destination, len) in runs {
             // SAFETY: the caller's contract.
             let result = unsafe {
@@ -267,7 +296,7 @@ impl Pipeline {
             self.device.check(result, "cuMemcpyHtoDAsync")?;
             self.counters.copy_calls.fetch_add(1, Ordering::Relaxed);
         }
-        Ok(())
+        Ok(false)
     }
 }
 
@@ -325,16 +354,27 @@ unsafe fn copy_rows(
 /// # Safety
 ///
 /// The bytes stay until the stream's work has run, and may be read a little around (see
-/// [`crate::kernel`]); for destinations as for [`Pipeline::submit`].
+/// [`crate::kernel`]); for destinations as for [`Pipeline::submit`], for `table` as for
+/// [`launch_jobs`].
 pub(crate) unsafe fn enqueue_on_device(
     stream: &Stream,
-    base: u64,
-    len: u64,
+    (base, len): (u64, u64),
+    table: u64,
     ops: &[CopyOp],
 ) -> Result<()> {
     check_ranges(ops, len)?;
     let _current = stream.device().make_current()?;
-    for (source, destination, len) in joined(ops) {
+    let mut runs = joined(ops);
+    let mut jobs = transforms(ops);
+    let packs = |many: bool| many && stream.device().prepare(Kernel::GatherBatch).is_ok();
+    if packs(crowded(&runs)) {
+        jobs.extend(pack(&mut runs));
+    }
+    let sliced = packs(many_slices(ops));
+    if sliced {
+        jobs.extend(ops.iter().filter_map(small_slice));
+    }
+    for (source, destination, len) in runs {
         // SAFETY: the caller's contract, ranges checked.
         let result = unsafe {
             sys::cuMemcpyDtoDAsync_v2(destination, base + source, len as usize, stream.handle())
@@ -342,31 +382,19 @@ pub(crate) unsafe fn enqueue_on_device(
         stream.device().check(result, "cuMemcpyDtoDAsync")?;
     }
     for op in ops {
-        // SAFETY: as above.
-        unsafe {
-            match *op {
-                CopyOp::Linear { .. } => {}
-                CopyOp::Strided {
-                    source,
-                    source_pitch,
-                    destination,
-                    destination_pitch,
-                    width,
-                    rows,
-                } => copy_rows(
-                    stream,
-                    From::Device,
-                    (base + source, source_pitch),
-                    (destination, destination_pitch),
-                    (width, rows),
-                )?,
-                CopyOp::Transform { kernel, job } => {
-                    stream.run(kernel, StridedJob { src: base + job.src, ..job })?;
-                }
-            }
+        if let CopyOp::Strided { source, source_pitch, destination, destination_pitch, width, rows } =
+            *op
+            && !(sliced && small_slice(op).is_some())
+        {
+            let (from, to) = ((base + source, source_pitch), (destination, destination_pitch));
+            // SAFETY: as above.
+            unsafe { copy_rows(stream, From::Device, from, to, (width, rows))? };
         }
     }
-    Ok(())
+    let placed =
+        jobs.iter().map(|job| (job.kernel, StridedJob { src: base + job.start, ..job.job }));
+    // SAFETY: as above.
+    unsafe { launch_jobs(stream, table, placed) }.map(drop)
 }
 
 #[cfg(test)]

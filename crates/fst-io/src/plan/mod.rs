@@ -253,6 +253,22 @@ impl ReadPlan {
         &self.blocks
     }
 
+    /// The same plan without the blocks that `keep` says no to, for reads that share the work.
+    /// Extents and segments keep their numbers.
+    #[must_use]
+    pub fn only(&self, mut keep: impl FnMut(&Block) -> bool) -> Self {
+        let mut plan = Self { blocks: Vec::new(), ..self.clone() };
+        for segment in &mut plan.segments {
+            let first = plan.blocks.len() as u32;
+            let range = segment.blocks.start as usize..segment.blocks.end as usize;
+            for block in self.blocks[range].iter().filter(|block| keep(block)) {
+                plan.blocks.push(Block { index: plan.blocks.len() as u32, ..block.clone() });
+            }
+            segment.blocks = first..plan.blocks.len() as u32;
+        }
+        plan
+    }
+
     /// Bytes that were asked for.
     pub fn bytes_asked(&self) -> u64 {
         self.extents.iter().map(|e| e.len).sum()

@@ -22,6 +22,19 @@ fn allocate(w: &mut World, out: *mut u64, len: usize) -> Outcome {
     put(out, address)
 }
 
+/// Faults pages in as pinning does: pages behind the end of a file that shrank are refused, without
+/// a signal.
+fn populate(address: u64, len: usize) -> bool {
+    // SAFETY: asks for a constant of the system.
+    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64;
+    let start = address / page * page;
+    let len = (address + len as u64 - start) as usize;
+    // SAFETY: advice that faults pages in and changes nothing else.
+    let done = unsafe { libc::madvise(start as *mut c_void, len, libc::MADV_POPULATE_READ) };
+    // Kernels before 5.14 do not know the advice.
+    done == 0 || std::io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL)
+}
+
 api! {
     fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) |w| {
         let here = w.here()?;
@@ -89,6 +102,9 @@ api! {
         }
         if flags & READ_ONLY != 0 && !w.read_only_register {
             return Err(ERROR_NOT_SUPPORTED);
+        }
+        if !populate(p as u64, len) {
+            return Err(ERROR_INVALID_VALUE);
         }
         if w.host.register(here, p as u64, len) {
             Ok(())

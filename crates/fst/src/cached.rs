@@ -1,0 +1,172 @@
+//! Which way cached files take to a device: straight out of the page cache, whose pages the driver
+//! is asked to register, or through staging memory. Measured where it pays, and told in the report.
+
+use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt;
+use std::sync::{LazyLock, Mutex};
+
+use fst_gpu::CudaDevice;
+use fst_io::plan::{Block, ReadPlan};
+use fst_io::{CachePolicy, Engine, ReadOptions, SourceFile, residency};
+
+/// How bytes that the page cache (or tmpfs) holds get to a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
+pub enum CachedCopy {
+    /// By the way that was measured to be faster. The first load with a gigabyte of cached bytes
+    /// measures both, on blocks of its own, and later ones of the process to the same device from
+    /// the same file system keep to the result; until then, as [`Staged`](Self::Staged).
+    #[default]
+    Auto,
+    /// As [`Auto`](Self::Auto), but this load measures, however little is cached.
+    Measured,
+    /// The copy engine reads mappings that are registered with the driver. What the driver refuses
+    /// to register is staged.
+    Registered,
+    /// Threads copy into pinned memory, which the copy engine reads.
+    Staged,
+}
+
+/// How a load uses host memory on the way to a device.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct DeviceOptions {
+    pub(crate) cached: CachedCopy,
+    /// Pinned memory stays for later loads.
+    pub(crate) keep_pinned: bool,
+}
+
+/// How bytes got from host memory to a device.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct DeviceCopy {
+    /// What was asked for.
+    pub asked: CachedCopy,
+    /// Why cached bytes took the way that they took.
+    pub reason: String,
+    /// Bytes of files that the copy engine took straight out of the page cache.
+    pub registered_bytes: u64,
+    /// Bytes of files that went through staging memory.
+    pub staged_bytes: u64,
+    /// Measured rate out of registered mappings, in bytes per second.
+    pub registered_rate: Option<f64>,
+    /// Measured rate through staging memory, in bytes per second.
+    pub staged_rate: Option<f64>,
+    /// Why the driver refused to register mappings, if it did.
+    pub refused: Option<String>,
+}
+
+impl DeviceCopy {
+    pub(crate) fn new(asked: CachedCopy) -> Self {
+        Self {
+            asked,
+            reason: String::new(),
+            registered_bytes: 0,
+            staged_bytes: 0,
+            registered_rate: None,
+            staged_rate: None,
+            refused: None,
+        }
+    }
+
+    /// Whether the rates say that registered mappings are faster.
+    pub(crate) fn registered_is_faster(&self) -> bool {
+        self.refused.is_none() && self.registered_rate > self.staged_rate
+    }
+}
+
+/// From this many cached bytes on, `Auto` measures: both samples are then a small part of the load,
+/// and so are the milliseconds that pinning all of the ring ahead of the second takes.
+const WORTH_MEASURING: u64 = 1 << 30;
+
+/// Bytes of a sample, at most; and the share of what is cached, at most.
+const SAMPLE: u64 = 64 << 20;
+const SAMPLE_SHARE: u64 = 4;
+
+/// What was measured for a device and a file system.
+static MEASURED: LazyLock<Mutex<HashMap<(usize, u64), DeviceCopy>>> = LazyLock::new(Mutex::default);
+
+fn key(device: &CudaDevice, files: &[SourceFile]) -> (usize, u64) {
+    let file_system = files.first().and_then(|file| file.buffered().metadata().ok());
+    (device.ordinal(), file_system.map_or(0, |metadata| metadata.dev()))
+}
+
+/// Keeps what a load measured for later ones.
+pub(crate) fn remember(device: &CudaDevice, files: &[SourceFile], measured: &DeviceCopy) {
+    let mut known = MEASURED.lock().unwrap_or_else(|e| e.into_inner());
+    known.insert(key(device, files), measured.clone());
+}
+
+/// What a load does with its cached blocks.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    Staged,
+    Registered,
+    /// Measures both, each on so many bytes.
+    Contest(u64),
+}
+
+/// Chooses for a load that has `cached` bytes in the page cache, and says why in `copy`.
+pub(crate) fn choose(
+    copy: &mut DeviceCopy,
+    cached: u64,
+    device: &CudaDevice,
+    files: &[SourceFile],
+) -> Way {
+    let contest = Way::Contest((cached / SAMPLE_SHARE).min(SAMPLE));
+    let (way, reason) = match copy.asked {
+        CachedCopy::Staged => (Way::Staged, "staging was asked for"),
+        CachedCopy::Registered => (Way::Registered, "registered mappings were asked for"),
+        _ if cached == 0 => (Way::Staged, "nothing is cached"),
+        CachedCopy::Measured => (contest, "measured"),
+        CachedCopy::Auto => {
+            let known = MEASURED.lock().unwrap_or_else(|e| e.into_inner());
+            match known.get(&key(device, files)) {
+                Some(known) => {
+                    copy.registered_rate = known.registered_rate;
+                    copy.staged_rate = known.staged_rate;
+                    copy.refused.clone_from(&known.refused);
+                    let way = match known.registered_is_faster() {
+                        true => Way::Registered,
+                        false => Way::Staged,
+                    };
+                    (way, "measured by an earlier load")
+                }
+                None if cached < WORTH_MEASURING => {
+                    (Way::Staged, "too little is cached to measure")
+                }
+                None => (contest, "measured"),
+            }
+        }
+    };
+    copy.reason = reason.to_owned();
+    way
+}
+
+/// Numbers of the blocks that the page cache holds, all of each; none where the read was told which
+/// way to take.
+pub(crate) fn cached_blocks(
+    plan: &ReadPlan,
+    files: &[SourceFile],
+    options: &ReadOptions,
+) -> Vec<u32> {
+    if options.engine != Engine::Auto || options.cache != CachePolicy::Residency {
+        return Vec::new();
+    }
+    let cached = |block: &&Block| {
+        files.get(block.file as usize).is_some_and(|file| {
+            residency::resident_bytes(file.buffered(), block.offset, block.need)
+                .is_ok_and(|bytes| bytes >= block.need)
+        })
+    };
+    plan.blocks().iter().filter(cached).map(|block| block.index).collect()
+}
+
+/// Cuts off the first blocks that have about `bytes` bytes together.
+pub(crate) fn sample<'b>(plan: &ReadPlan, blocks: &'b [u32], bytes: u64) -> (&'b [u32], &'b [u32]) {
+    let mut sum = 0;
+    let end = blocks.iter().position(|index| {
+        sum += plan.blocks().get(*index as usize).map_or(0, |block| block.need);
+        sum >= bytes
+    });
+    blocks.split_at(end.map_or(blocks.len(), |last| last + 1))
+}

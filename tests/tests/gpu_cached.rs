@@ -1,0 +1,123 @@
+//! Cached files to devices under the simulated driver: straight out of the page cache or through
+//! staging memory, and what the report says of it. What is measured is known to the process: one
+//! test measures, and the others say which way to take.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod gpu_support;
+
+use fst::{CachedCopy, Device, Dtype, Loader};
+use fst_tests::crowded_checkpoint;
+use gpu_support::{MEMORY, assert_same, machine, open, simulated_or_skip};
+
+#[test]
+fn cached_files_travel_straight_out_of_the_page_cache() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = open(&crowded_checkpoint(dir.path()));
+    for dtype in [None, Some(Dtype::F32)] {
+        let mut loader = Loader::new().slice("huge", 1, 3..1500);
+        if let Some(dtype) = dtype {
+            loader = loader.dtype(dtype);
+        }
+        let host = loader.load(&checkpoint).unwrap();
+        let sim = machine();
+        let loader = loader.device(Device::cuda(0).unwrap()).cached_copy(CachedCopy::Registered);
+        let tensors = loader.load(&checkpoint).unwrap();
+        assert_same(&tensors, &host, &dtype);
+        let report = tensors.report();
+        let copy = report.device_copy.as_ref().unwrap();
+        if let Some(refused) = copy.refused.as_ref().filter(|_| sim.is_none()) {
+            println!("this driver refuses to register file mappings: {refused}");
+            return;
+        }
+        // Just written: all of it is in the page cache.
+        assert_eq!(copy.registered_bytes, report.bytes_read, "{copy:?}");
+        assert_eq!((copy.staged_bytes, &copy.refused), (0, &None));
+        assert_eq!(report.bytes_asked, host.report().bytes_asked);
+        assert_eq!(report.stage("read.mapped").unwrap().bytes, copy.registered_bytes);
+        // The one block of a ring that nothing is staged in, and three files' windows.
+        if let Some(sim) = &sim {
+            assert_eq!(sim.calls("cuMemHostRegister_v2"), 4);
+        }
+        let staged = loader.clone().cached_copy(CachedCopy::Staged).load(&checkpoint).unwrap();
+        let copy = staged.report().device_copy.clone().unwrap();
+        assert_eq!((copy.registered_bytes, copy.staged_bytes), (0, report.bytes_read));
+        // Streams stage, whatever is asked for.
+        let mut stream = loader.memory_budget(64 << 20).stream(&checkpoint).unwrap();
+        assert_eq!((&mut stream).filter_map(Result::ok).count(), host.len());
+        assert_eq!(stream.report().unwrap().device_copy.unwrap().registered_bytes, 0);
+    }
+}
+
+#[test]
+fn a_refused_registration_is_staged_and_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = open(&crowded_checkpoint(dir.path()));
+    let host = Loader::new().load(&checkpoint).unwrap();
+    {
+        let sim = simulated_or_skip!(1, MEMORY);
+        sim.set("read_only_register", 0);
+        let loader = Loader::new().device(Device::cuda(0).unwrap());
+        let tensors = loader.cached_copy(CachedCopy::Registered).load(&checkpoint).unwrap();
+        assert_same(&tensors, &host, &"refused");
+        let copy = tensors.report().device_copy.clone().unwrap();
+        assert_eq!((copy.registered_bytes, copy.staged_bytes), (0, tensors.report().bytes_read));
+        assert!(copy.refused.unwrap().contains("CUDA_ERROR_NOT_SUPPORTED"));
+        assert!(copy.reason.contains("refused"), "{}", copy.reason);
+    }
+    // A refusal in the midst of a load: what was registered stays, the rest is staged.
+    let path = dir.path().join("long.safetensors");
+    fst_tests::write(&path, &[("long", safetensors::Dtype::U8, vec![40 << 20])]);
+    let checkpoint = open(&[path]);
+    let host = Loader::new().load(&checkpoint).unwrap();
+    let sim = simulated_or_skip!(1, MEMORY);
+    let loader = Loader::new().device(Device::cuda(0).unwrap());
+    // One of the four registrations is the ring's, in whatever place.
+    for nth in [3, 4] {
+        sim.fail("cuMemHostRegister_v2", nth, cuda_sim::ERROR_OUT_OF_MEMORY);
+    }
+    let tensors = loader.cached_copy(CachedCopy::Registered).load(&checkpoint).unwrap();
+    assert_same(&tensors, &host, &"partly refused");
+    let copy = tensors.report().device_copy.clone().unwrap();
+    assert!(copy.registered_bytes > 0 && copy.staged_bytes > 0, "{copy:?}");
+    assert!(copy.refused.is_some());
+}
+
+#[test]
+fn both_ways_are_measured_on_blocks_of_the_load() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("long.safetensors");
+    fst_tests::write(&path, &[("long", safetensors::Dtype::U8, vec![40 << 20])]);
+    let checkpoint = open(&[path]);
+    let host = Loader::new().load(&checkpoint).unwrap();
+    let _sim = machine();
+    let loader = Loader::new().device(Device::cuda(0).unwrap());
+    let before = loader.load(&checkpoint).unwrap().report().device_copy.clone().unwrap();
+    assert_eq!(
+        (before.reason.as_str(), before.registered_bytes),
+        ("too little is cached to measure", 0)
+    );
+    let loader = loader.cached_copy(CachedCopy::Measured);
+    let tensors = loader.load(&checkpoint).unwrap();
+    assert_same(&tensors, &host, &"measured");
+    let report = tensors.report();
+    let copy = report.device_copy.as_ref().unwrap();
+    println!("{copy:?}");
+    if copy.refused.is_some() {
+        assert_eq!(copy.staged_bytes, report.bytes_read);
+        return;
+    }
+    let (registered, staged) = (copy.registered_rate.unwrap(), copy.staged_rate.unwrap());
+    assert!(registered > 0.0 && staged > 0.0);
+    assert_eq!(copy.registered_bytes + copy.staged_bytes, report.bytes_read);
+    // A quarter each is measured, and the rest goes the faster way.
+    let most = copy.registered_bytes.max(copy.staged_bytes);
+    assert_eq!(most == copy.registered_bytes, registered > staged);
+    assert!(most >= report.bytes_read / 2);
+    // The next load knows.
+    let tensors = loader.cached_copy(CachedCopy::Auto).load(&checkpoint).unwrap();
+    let again = tensors.report().device_copy.clone().unwrap();
+    assert_eq!(again.reason, "measured by an earlier load");
+    assert_eq!(again.registered_bytes > 0, registered > staged);
+    assert_eq!(again.registered_rate, Some(registered));
+}
