@@ -126,7 +126,7 @@ impl Runner {
         let resident_before = page_cache::establish(parts, state)?;
         let busy_before = busy_seconds();
         let start = Instant::now();
-        let settle = if self.settle { memory::settle_for(workload.bytes(entry.op)) } else { 0 };
+        let settle = if self.settle { memory::settle_for(workload.memory(entry)) } else { 0 };
         let result = self.start(entry, folder, settle, digest);
         let wall = start.elapsed().as_secs_f64();
         let busy = busy_before.zip(busy_seconds()).map_or(0.0, |(before, after)| after - before);

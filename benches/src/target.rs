@@ -70,6 +70,14 @@ pub const TARGETS: &[Target] = &[
     speed("half along dim 0, against the whole", &["half-dim0"], Cold, "fst/half-dim0", "fst", 1.7),
     speed("half along dim 1, against the whole", &["half-dim1"], Cold, "fst/half-dim1", "fst", 1.2),
     speed(
+        "four ranks, against each reading everything",
+        &["ranks"],
+        Cold,
+        "fst-ranks",
+        "fst-everyone",
+        1.5,
+    ),
+    speed(
         "open, against the safetensors crate",
         &["open-18867", "open-100000"],
         Warm,

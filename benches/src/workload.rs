@@ -19,7 +19,7 @@ impl Entry {
     #[must_use]
     pub fn label(&self) -> String {
         match self.op {
-            Op::Load | Op::Open => self.contender.name.to_owned(),
+            Op::Load | Op::Ranks | Op::Open => self.contender.name.to_owned(),
             op => format!("{}/{}", self.contender.name, op.name()),
         }
     }
@@ -77,7 +77,7 @@ pub const WORKLOADS: &[Workload] = &[
         op: Op::Load,
         states: BOTH,
         rounds: 7,
-        data: || DataSet { name: "single", files: cut("llama-2-70b", 3, 2, 1), fill: Fill::Random },
+        data: single,
     },
     Workload {
         name: "moe",
@@ -98,6 +98,14 @@ pub const WORKLOADS: &[Workload] = &[
         states: BOTH,
         rounds: 9,
         data: || DataSet { name: "gpt2", files: published("gpt2"), fill: Fill::Random },
+    },
+    Workload {
+        name: "ranks",
+        what: "`single` by four ranks; each keeps a quarter of the tall matrices and the rest whole",
+        op: Op::Ranks,
+        states: COLD,
+        rounds: 7,
+        data: single,
     },
     Workload {
         name: "open-18867",
@@ -148,6 +156,14 @@ pub const QUICK: &[Workload] = &[
         data: quick_llama,
     },
     Workload {
+        name: "quick-ranks",
+        what: "`quick-llama` by four ranks",
+        op: Op::Ranks,
+        states: COLD,
+        rounds: 1,
+        data: quick_llama,
+    },
+    Workload {
         name: "quick-odd",
         what: "odd, empty, scalar and unaligned tensors in one file",
         op: Op::Load,
@@ -167,6 +183,10 @@ pub const QUICK: &[Workload] = &[
 
 fn llama() -> DataSet {
     DataSet { name: "llama", files: cut("llama-2-7b", 10, 1, 3), fill: Fill::Random }
+}
+
+fn single() -> DataSet {
+    DataSet { name: "single", files: cut("llama-2-70b", 3, 2, 1), fill: Fill::Random }
 }
 
 fn quick_llama() -> DataSet {
@@ -201,6 +221,15 @@ impl Workload {
     pub fn bytes(&self, op: Op) -> u64 {
         let data = self.data();
         data.tensors().map(|t| op.bytes_of(&t.shape, t.bytes())).sum()
+    }
+
+    /// Bytes of memory that a run touches.
+    #[must_use]
+    pub fn memory(&self, entry: &Entry) -> u64 {
+        match entry.contender.name {
+            "fst-everyone" => contender::RANKS * self.bytes(Op::Load),
+            _ => self.bytes(entry.op),
+        }
     }
 }
 

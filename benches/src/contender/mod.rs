@@ -4,6 +4,7 @@
 mod candle;
 mod official;
 mod ours;
+mod ranks;
 mod whole_file;
 
 use std::path::{Path, PathBuf};
@@ -25,8 +26,20 @@ pub enum Op {
     HalfDim0,
     /// The first half along dimension 1 of every tensor of two or more dimensions, the others whole.
     HalfDim1,
+    /// By [`RANKS`] ranks of one process, each of which keeps a part of every matrix that is taller
+    /// than wide, and the other tensors whole.
+    Ranks,
     /// Headers only: every name, dtype and shape is known, no tensor data is read.
     Open,
+}
+
+/// Ranks of [`Op::Ranks`].
+pub const RANKS: u64 = 4;
+
+/// Whether ranks split a tensor of this shape, along dimension 0.
+#[must_use]
+pub fn is_split(shape: &[usize]) -> bool {
+    matches!(*shape, [rows, columns] if rows > columns && (rows as u64).is_multiple_of(RANKS))
 }
 
 impl Op {
@@ -37,6 +50,7 @@ impl Op {
             Self::Load => "load",
             Self::HalfDim0 => "half-dim0",
             Self::HalfDim1 => "half-dim1",
+            Self::Ranks => "ranks",
             Self::Open => "open",
         }
     }
@@ -47,7 +61,7 @@ impl Op {
         match self {
             Self::HalfDim0 => Some(0),
             Self::HalfDim1 => Some(1),
-            Self::Load | Self::Open => None,
+            Self::Load | Self::Ranks | Self::Open => None,
         }
     }
 
@@ -56,6 +70,7 @@ impl Op {
     pub fn bytes_of(self, shape: &[usize], whole: u64) -> u64 {
         match (self, self.halved_dim()) {
             (Self::Open, _) => 0,
+            (Self::Ranks, _) if !is_split(shape) => RANKS * whole,
             (_, Some(dim)) if shape.len() >= 2 => {
                 whole / (shape[dim] as u64).max(1) * (shape[dim] / 2) as u64
             }
@@ -108,6 +123,7 @@ const COLD: &[CacheState] = &[CacheState::Cold];
 const WARM: &[CacheState] = &[CacheState::Warm];
 const BOTH: &[CacheState] = &[CacheState::Cold, CacheState::Warm];
 const WHOLE: &[Op] = &[Op::Load];
+const RANKED: &[Op] = &[Op::Ranks];
 const SLICES: &[Op] = &[Op::Load, Op::HalfDim0, Op::HalfDim1];
 
 /// Every contender, ours first.
@@ -135,6 +151,22 @@ pub const CONTENDERS: &[Contender] = &[
         gives: Gives::Mapped,
         ops: WHOLE,
         states: BOTH,
+    },
+    Contender {
+        name: "fst-ranks",
+        what: "this workspace: four ranks share the reading, Loader::group and shard",
+        kind: Kind::Rust,
+        gives: Gives::Owned,
+        ops: RANKED,
+        states: COLD,
+    },
+    Contender {
+        name: "fst-everyone",
+        what: "this workspace: four ranks that each load everything and keep their part",
+        kind: Kind::Rust,
+        gives: Gives::Owned,
+        ops: RANKED,
+        states: COLD,
     },
     Contender {
         name: "safetensors-copy",
@@ -296,6 +328,8 @@ pub fn prepare(name: &str, op: Op, folder: &Path, files: &[PathBuf]) -> Result<J
         "fst" => Box::new(move || ours::load(&folder, op, Engine::Auto)),
         "fst-pread" => Box::new(move || ours::load(&folder, op, Engine::Pread)),
         "fst-map" => Box::new(move || ours::map_and_touch(&folder)),
+        "fst-ranks" => Box::new(move || ranks::shared(&folder)),
+        "fst-everyone" => Box::new(move || ranks::everyone(&folder)),
         "safetensors-copy" => Box::new(move || official::copy(&files, op)),
         "safetensors-touch" => Box::new(move || official::touch(&files)),
         "safetensors-open" => Box::new(move || official::open(&files)),
