@@ -6,9 +6,10 @@
 
 use std::time::Instant;
 
-use memmap2::{Advice, MmapOptions, MmapRaw};
+use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
 
 use super::job::Job;
+use crate::buffer::HUGE_PAGE;
 use crate::error::Error;
 use crate::plan::Block;
 use crate::sink::Target;
@@ -100,5 +101,23 @@ fn copy(
             },
         }
     }
+    unmap_pages(map, block.offset, block.need_end());
     Ok(())
+}
+
+/// Takes the pages that were copied out of the process's page tables: they would count as its memory
+/// until the file's last block. A fault maps neighbours too, as far as a huge page goes.
+fn unmap_pages(map: &MmapRaw, start: u64, end: u64) {
+    let around = HUGE_PAGE as u64;
+    let start = start.saturating_sub(around) / around * around;
+    let end = (end + around).min(map.len() as u64);
+    // SAFETY: of a shared mapping of a file this drops no bytes: the next access finds them in the
+    // page cache. A refusal costs nothing but the accounting.
+    let _ = unsafe {
+        map.unchecked_advise_range(
+            UncheckedAdvice::DontNeed,
+            start as usize,
+            end.saturating_sub(start) as usize,
+        )
+    };
 }
