@@ -306,8 +306,13 @@ fn malformed_indices_are_refused() {
     assert!(matches!(open_err(&index), Error::IndexJson { .. }));
     fs::write(&index, r#"{"weight_map": {}}"#).unwrap();
     assert!(matches!(open_err(&index), Error::EmptyIndex { .. }));
-    fs::write(&index, r#"{"weight_map": {"a": "b", "\u0061": "c"}}"#).unwrap();
-    assert!(matches!(open_err(&index), Error::RepeatedInIndex { .. }));
+    write_file(&folder.path().join("b"), &["a"], 10);
+    write_file(&folder.path().join("c"), &["d"], 10);
+    for other in ["b", "c"] {
+        fs::write(&index, format!(r#"{{"weight_map": {{"a": "b", "\u0061": "{other}"}}}}"#))
+            .unwrap();
+        assert!(matches!(open_err(&index), Error::RepeatedInIndex { .. }), "{other}");
+    }
     fs::write(&index, b"{\"\xff\": 1}").unwrap();
     assert!(matches!(open_err(&index), Error::IndexNotUtf8 { offset: 2, .. }));
 }

@@ -138,15 +138,22 @@ impl Checkpoint {
         Ok(Checkpoint { inner: Arc::new(inner) })
     }
 
-    /// Checks that every tensor of the weight map is where the map says.
+    /// Checks that every tensor of the weight map is where the map says, and there once.
     fn check_index(&self, index: &IndexSource) -> Result<(), Error> {
-        for (name, file) in &index.index.tensors {
+        let mut seen = vec![false; self.tensors().len()];
+        for (name, file) in index.index.tensors() {
             let shard = index.first_shard + file;
-            let found = self.get(name).map(TensorInfo::shard);
+            let position = self.position(name);
+            let twice = position.and_then(|position| seen.get_mut(position));
+            if twice.is_some_and(|seen| std::mem::replace(seen, true)) {
+                let (index, tensor) = (index.path.clone(), name.to_owned());
+                return Err(Error::RepeatedInIndex { index, tensor });
+            }
+            let found = position.map(|position| self.tensors()[position].shard());
             if found != Some(shard) {
                 return Err(Error::NotInShard {
                     index: index.path.clone(),
-                    tensor: name.clone(),
+                    tensor: name.to_owned(),
                     shard: self.shards()[shard].path.clone(),
                     found: found.map(|found| self.shards()[found].path.clone()),
                 });
@@ -176,12 +183,18 @@ impl Checkpoint {
     /// The tensor of this name.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&TensorInfo> {
+        self.inner.tensors.get(self.position(name)?)
+    }
+
+    /// Where the tensor of this name is in the list of all.
+    fn position(&self, name: &str) -> Option<usize> {
         let tensors = &self.inner.tensors;
-        let position = match &self.inner.by_name {
-            Some(table) => table.get(name, |position| tensors[position as usize].name())? as usize,
-            None => self.shards().first()?.header.position(name)?,
-        };
-        tensors.get(position)
+        match &self.inner.by_name {
+            Some(table) => {
+                table.get(name, |position| tensors[position as usize].name()).map(|at| at as usize)
+            }
+            None => self.shards().first()?.header.position(name),
+        }
     }
 
     /// Bytes of all tensors together.

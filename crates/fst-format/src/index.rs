@@ -14,7 +14,6 @@ use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visi
 
 use crate::Error;
 use crate::error::JsonError;
-use crate::names::NameTable;
 
 /// Longest index that is read, in bytes; that of a 671B mixture of experts has 8 MB.
 pub(crate) const MAX_INDEX_LEN: u64 = 200_000_000;
@@ -24,11 +23,24 @@ pub(crate) const MAX_INDEX_LEN: u64 = 200_000_000;
 pub(crate) struct Index {
     /// Files relative to the index, sorted, each with the first tensor that the map puts there.
     pub(crate) files: Vec<(PathBuf, String)>,
-    /// Tensors with their place in `files`, in the order of the text.
-    pub(crate) tensors: Vec<(String, usize)>,
+    /// The tensors' names, one behind the other: tens of thousands of strings of their own would
+    /// take longer to make than to look up.
+    names: String,
+    /// For each tensor, in the order of the text, where its name ends and its place in `files`.
+    tensors: Vec<(usize, u32)>,
 }
 
 impl Index {
+    /// Tensors with their place in `files`, in the order of the text. A name may be there twice.
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = (&str, usize)> {
+        let mut start = 0;
+        self.tensors.iter().map(move |&(end, file)| {
+            let name = self.names.get(start..end).unwrap_or_default();
+            start = end;
+            (name, file as usize)
+        })
+    }
+
     /// Parses the contents of the index at `path`, which is used for messages only.
     pub(crate) fn parse(bytes: &[u8], path: &Path) -> Result<Index, Error> {
         let index = || path.to_owned();
@@ -60,13 +72,6 @@ impl WeightMap<'_> {
         if self.tensors.is_empty() {
             return Err(Error::EmptyIndex { index: index() });
         }
-        let mut table = NameTable::with_capacity(self.tensors.len());
-        for (i, (name, _)) in self.tensors.iter().enumerate() {
-            table.insert(i as u32, |i| &self.tensors[i as usize].0).map_err(|_| {
-                Error::RepeatedInIndex { index: index(), tensor: name.clone().into_owned() }
-            })?;
-        }
-
         let mut first_tensor = vec![None; self.entries.len()];
         for (name, entry) in &self.tensors {
             first_tensor[*entry].get_or_insert(name);
@@ -84,17 +89,19 @@ impl WeightMap<'_> {
             files.entry(file.clone()).or_insert_with(|| tensor.to_owned());
             paths.push(file);
         }
-        let order: BTreeMap<&Path, usize> =
-            files.keys().enumerate().map(|(i, file)| (file.as_path(), i)).collect();
-        let places: Vec<usize> =
+        let order: BTreeMap<&Path, u32> =
+            (0..).zip(files.keys()).map(|(i, file)| (file.as_path(), i)).collect();
+        let places: Vec<u32> =
             paths.iter().map(|file| order.get(file.as_path()).copied().unwrap_or(0)).collect();
-        let tensors = self
-            .tensors
-            .into_iter()
-            .map(|(name, entry)| (name.into_owned(), places[entry]))
-            .collect();
         drop(order);
-        Ok(Index { files: files.into_iter().collect(), tensors })
+        let mut names =
+            String::with_capacity(self.tensors.iter().map(|(name, _)| name.len()).sum());
+        let tensors = self.tensors.iter().map(|(name, entry)| {
+            names.push_str(name);
+            (names.len(), places[*entry])
+        });
+        let tensors = tensors.collect();
+        Ok(Index { files: files.into_iter().collect(), names, tensors })
     }
 }
 
@@ -246,7 +253,7 @@ mod tests {
         let json = br#"{"weight_map": {"x": "b", "y": "./a", "z": "b", "w": "a"}, "other": [1]}"#;
         let index = Index::parse(json, Path::new("i")).unwrap();
         assert_eq!(index.files, [("a".into(), "y".to_owned()), ("b".into(), "x".to_owned())]);
-        let tensors: Vec<_> = index.tensors.iter().map(|(n, f)| (n.as_str(), *f)).collect();
+        let tensors: Vec<_> = index.tensors().collect();
         assert_eq!(tensors, [("x", 1), ("y", 0), ("z", 1), ("w", 0)]);
     }
 }
