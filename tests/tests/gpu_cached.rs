@@ -6,6 +6,10 @@
 
 mod gpu_support;
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
 use fst::{CachedCopy, Device, Dtype, Loader};
 use fst_tests::crowded_checkpoint;
 use gpu_support::{MEMORY, assert_same, machine, open, simulated_or_skip};
@@ -120,4 +124,49 @@ fn both_ways_are_measured_on_blocks_of_the_load() {
     assert_eq!(again.reason, "measured by an earlier load");
     assert_eq!(again.registered_bytes > 0, registered > staged);
     assert_eq!(again.registered_rate, Some(registered));
+}
+
+/// Puts a part of a file out of the page cache.
+fn evict(path: &Path, start: u64, len: u64) {
+    let file = File::open(path).unwrap();
+    file.sync_all().unwrap();
+    // SAFETY: advice on an open file touches no memory of this process.
+    unsafe {
+        libc::posix_fadvise(file.as_raw_fd(), start as i64, len as i64, libc::POSIX_FADV_DONTNEED)
+    };
+}
+
+#[test]
+fn files_of_which_some_are_cached_arrive_by_both_ways() {
+    let dir = tempfile::tempdir().unwrap();
+    // The last one is shorter than where a part of the first lies. Too little for others to go by
+    // what is measured here.
+    let paths: Vec<_> = [("a", 14 << 20), ("b", 6 << 20), ("c", 1 << 20)]
+        .into_iter()
+        .map(|(name, len)| {
+            let path = dir.path().join(format!("{name}.safetensors"));
+            fst_tests::write(&path, &[(name, safetensors::Dtype::U8, vec![len])]);
+            path
+        })
+        .collect();
+    let host = Loader::new().load(&open(&paths)).unwrap();
+    for (file, start, len) in [(0, 0, 0), (1, 0, 0), (2, 0, 0), (0, 8 << 20, 4 << 20)] {
+        for way in [CachedCopy::Registered, CachedCopy::Measured] {
+            paths.iter().for_each(|path| drop(std::fs::read(path).unwrap()));
+            evict(&paths[file], start, len);
+            let checkpoint = open(&paths);
+            let _sim = machine();
+            let loader = Loader::new().device(Device::cuda(0).unwrap()).cached_copy(way);
+            let tensors = loader.load(&checkpoint).unwrap();
+            assert_same(&tensors, &host, &(file, start, way));
+            let report = tensors.report();
+            let copy = report.device_copy.clone().unwrap();
+            assert_eq!(copy.registered_bytes + copy.staged_bytes, report.bytes_read, "{copy:?}");
+        }
+    }
+    // One cached block, of which there is nothing to measure the second way on.
+    let checkpoint = open(&paths[2..]);
+    let _sim = machine();
+    let loader = Loader::new().device(Device::cuda(0).unwrap()).cached_copy(CachedCopy::Measured);
+    assert_eq!(loader.load(&checkpoint).unwrap().len(), 1);
 }

@@ -87,7 +87,7 @@ pub(crate) struct Ranks {
     pub(crate) world: Option<u32>,
     /// Load as one rank of a group of processes: `mpi`, started by mpirun, or `nccl`, started by
     /// torchrun, each on the GPU of its local rank
-    #[arg(long, value_name = "GROUP", conflicts_with = "world")]
+    #[arg(long, value_name = "GROUP", conflicts_with = "world", requires = "paths")]
     pub(crate) dist: Option<GroupArg>,
     #[command(flatten)]
     pub(crate) rule: Rule,

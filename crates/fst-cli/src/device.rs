@@ -27,6 +27,11 @@ impl FromStr for DeviceArg {
 }
 
 impl DeviceArg {
+    /// Whether it names a GPU.
+    pub(crate) fn is_cuda(&self) -> bool {
+        self.0 != "host"
+    }
+
     /// The device, if this machine has it.
     pub(crate) fn open(&self) -> Result<Device, Failure> {
         self.0.parse().map_err(|error: fst::Error| Failure::Failed(format!("{}: {error}", self.0)))

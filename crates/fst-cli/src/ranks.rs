@@ -262,6 +262,9 @@ pub(crate) fn join(
     loader: Loader,
 ) -> Result<(Arc<dyn Group>, Loader), Failure> {
     match group {
+        GroupArg::Mpi if device.is_cuda() => {
+            Err(Failure::usage("--dist mpi loads into host memory: for GPUs, use --dist nccl"))
+        }
         GroupArg::Mpi => Ok((join_mpi()?, loader)),
         GroupArg::Nccl => {
             let env = LaunchEnv::from_env().map_err(Failure::of)?;

@@ -7,7 +7,7 @@ use std::sync::{LazyLock, Mutex};
 
 use fst_gpu::CudaDevice;
 use fst_io::plan::{Block, ReadPlan};
-use fst_io::{CachePolicy, Engine, ReadOptions, SourceFile, residency};
+use fst_io::{SourceFile, residency};
 
 /// How bytes that the page cache (or tmpfs) holds get to a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -21,7 +21,9 @@ pub enum CachedCopy {
     /// As [`Auto`](Self::Auto), but this load measures, however little is cached.
     Measured,
     /// The copy engine reads mappings that are registered with the driver. What the driver refuses
-    /// to register is staged.
+    /// to register is staged. A file that is truncated meanwhile is an error as long as the driver
+    /// leaves the reading to the device, which pins the pages; files that others may truncate are
+    /// safer with [`Staged`](Self::Staged).
     Registered,
     /// Threads copy into pinned memory, which the copy engine reads.
     Staged,
@@ -90,8 +92,20 @@ fn key(device: &CudaDevice, files: &[SourceFile]) -> (usize, u64) {
     (device.ordinal(), file_system.map_or(0, |metadata| metadata.dev()))
 }
 
-/// Keeps what a load measured for later ones.
-pub(crate) fn remember(device: &CudaDevice, files: &[SourceFile], measured: &DeviceCopy) {
+/// Bytes of a sample, at least, for later loads to keep to its result.
+const LEAST_SAMPLE: u64 = 8 << 20;
+
+/// Keeps what a load measured for later ones, on `sample` bytes or more each: of less, noise would
+/// decide for the whole process.
+pub(crate) fn remember(
+    device: &CudaDevice,
+    files: &[SourceFile],
+    measured: &DeviceCopy,
+    sample: u64,
+) {
+    if sample < LEAST_SAMPLE {
+        return;
+    }
     let mut known = MEASURED.lock().unwrap_or_else(|e| e.into_inner());
     known.insert(key(device, files), measured.clone());
 }
@@ -115,8 +129,8 @@ pub(crate) fn choose(
     let contest = Way::Contest((cached / SAMPLE_SHARE).min(SAMPLE));
     let (way, reason) = match copy.asked {
         CachedCopy::Staged => (Way::Staged, "staging was asked for"),
-        CachedCopy::Registered => (Way::Registered, "registered mappings were asked for"),
         _ if cached == 0 => (Way::Staged, "nothing is cached"),
+        CachedCopy::Registered => (Way::Registered, "registered mappings were asked for"),
         CachedCopy::Measured => (contest, "measured"),
         CachedCopy::Auto => {
             let known = MEASURED.lock().unwrap_or_else(|e| e.into_inner());
@@ -142,16 +156,8 @@ pub(crate) fn choose(
     way
 }
 
-/// Numbers of the blocks that the page cache holds, all of each; none where the read was told which
-/// way to take.
-pub(crate) fn cached_blocks(
-    plan: &ReadPlan,
-    files: &[SourceFile],
-    options: &ReadOptions,
-) -> Vec<u32> {
-    if options.engine != Engine::Auto || options.cache != CachePolicy::Residency {
-        return Vec::new();
-    }
+/// Numbers of the blocks that the page cache holds, all of each.
+pub(crate) fn cached_blocks(plan: &ReadPlan, files: &[SourceFile]) -> Vec<u32> {
     let cached = |block: &&Block| {
         files.get(block.file as usize).is_some_and(|file| {
             residency::resident_bytes(file.buffered(), block.offset, block.need)

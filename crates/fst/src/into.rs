@@ -215,8 +215,8 @@ impl<'d> Ways<'d> {
 impl Loader {
     /// Loads tensors into memory that the caller has: each destination is the name of a tensor and
     /// the place for its bytes, on the [device](Self::device) that the loader loads to. In host
-    /// memory, nothing is allocated but for 32 MiB of scratch; on a device, nothing but what
-    /// [conversions](Self::dtype) pass through.
+    /// memory, nothing is allocated but for 12 MiB of scratch; on a device, nothing but what
+    /// [conversions](Self::dtype), small tensors and cuFile pass through.
     ///
     /// The destinations say what is loaded: a selected tensor without one is left out. A
     /// destination is exactly as long as its tensor is once [sliced](Self::slice) and

@@ -131,7 +131,8 @@ impl Loader {
     }
 
     /// How bytes that the page cache holds get to a device; the
-    /// [report](LoadReport::device_copy) says how they did. [Streams](Self::stream) stage them.
+    /// [report](LoadReport::device_copy) says how they did. [Streams](Self::stream) and
+    /// [groups](Self::group) stage them.
     #[must_use]
     pub fn cached_copy(mut self, way: CachedCopy) -> Self {
         self.device_options.cached = way;
@@ -139,7 +140,8 @@ impl Loader {
     }
 
     /// Whether the pinned memory of a load to a device stays pinned for later loads of the process,
-    /// which then start with it; by default it is given back. At most 256 MiB stay, until
+    /// which then start with it; by default, and by loads of a [group](Self::group), it is given
+    /// back. At most 256 MiB stay, until
     /// [`fst::gpu::release_kept`](fst_gpu::release_kept).
     #[must_use]
     pub fn keep_pinned(mut self, keep: bool) -> Self {

@@ -24,8 +24,9 @@ pub struct Progress {
 /// A load that was given the token by [`Loader::cancel`](crate::Loader::cancel) starts no more
 /// reads, waits for those in flight, frees its memory and returns
 /// [`Error::Cancelled`](crate::Error::Cancelled); other ranks of its group end with an error that
-/// names it. A used token stays used: loads that get it later end at once. Tensors that were handed
-/// out before are not affected.
+/// names it. A used token stays used: loads that get it later end at once. A stream looks
+/// at its token when it is asked for a tensor; what it reads between two calls stays within its
+/// budget. Tensors that were handed out before are not affected.
 #[derive(Debug, Clone, Default)]
 pub struct CancelToken(Arc<AtomicBool>);
 

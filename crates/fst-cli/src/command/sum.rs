@@ -142,10 +142,10 @@ fn sums(
     checkpoint: &Checkpoint,
     progress: &Progress,
 ) -> Result<Vec<Checksum>, Error> {
+    // A tensor as large as the budget holds the reading up for as long as it is hashed.
+    let loader = loader.clone().stall_timeout(std::time::Duration::MAX);
     let stream = match loader.clone().memory_budget(MEMORY_BUDGET).stream(checkpoint) {
-        Err(Error::Budget { needed, .. }) => {
-            loader.clone().memory_budget(needed).stream(checkpoint)?
-        }
+        Err(Error::Budget { needed, .. }) => loader.memory_budget(needed).stream(checkpoint)?,
         stream => stream?,
     };
     progress.bar().set_length(stream.byte_len());

@@ -82,7 +82,10 @@ impl<'a> Job<'a> {
                     source: io::Error::other(message),
                 });
             };
-            let needed = plan.blocks()[segment.blocks.end as usize - 1].need_end();
+            // A part of a plan may have no block of a segment.
+            let blocks = segment.blocks.start as usize..segment.blocks.end as usize;
+            let Some(last) = plan.blocks().get(blocks).and_then(<[_]>::last) else { continue };
+            let needed = last.need_end();
             if needed > file.len() {
                 let path = file.path().to_owned();
                 return Err(Error::EarlyEnd { path, end: file.len(), needed });

@@ -10,7 +10,7 @@ use fst_gpu::{
 };
 use fst_io::plan::{Block, ReadPlan};
 use fst_io::stats::Stage;
-use fst_io::{Budget, ReadOptions, ReadStats, ResolvedEngine};
+use fst_io::{Budget, CachePolicy, Engine, ReadOptions, ReadStats, ResolvedEngine};
 
 use super::{LandingSite, POLL};
 use crate::cached::{self, CachedCopy, DeviceCopy, Way};
@@ -30,15 +30,29 @@ pub(super) fn run(
         Run { site, options, budget, watch, reads: Vec::new(), pinned: None, direct: None };
     // Blocks that wait for memory must come in order: cached ones cannot go ahead of others.
     let cached = match (load.options.cached, budget) {
-        (CachedCopy::Staged, _) | (_, Some(_)) => Vec::new(),
-        _ => cached::cached_blocks(plan, &load.files, options),
+        (CachedCopy::Staged, _) => Err("staging was asked for"),
+        (_, Some(_)) => Err("streams stage, as their blocks come in order"),
+        _ if options.engine != Engine::Auto => Err("an engine was asked for"),
+        _ if options.cache != CachePolicy::Residency => Err("a way around the cache was asked for"),
+        _ => Ok(cached::cached_blocks(plan, &load.files)),
+    };
+    let (cached, refusal) = match cached {
+        Ok(cached) => (cached, None),
+        Err(refusal) => (Vec::new(), Some(refusal)),
     };
     let bytes = |blocks: &[u32]| -> u64 {
         blocks.iter().filter_map(|i| plan.blocks().get(*i as usize)).map(|b| b.need).sum()
     };
     // The blocks that are done with, by number.
     let mut done = vec![false; plan.blocks().len()];
-    match cached::choose(&mut copy, bytes(&cached), &load.device, &load.files) {
+    let way = match refusal {
+        Some(reason) => {
+            copy.reason = reason.to_owned();
+            Way::Staged
+        }
+        None => cached::choose(&mut copy, bytes(&cached), &load.device, &load.files),
+    };
+    match way {
         Way::Staged => {}
         Way::Registered => run.registered(&cached, &mut copy, &mut done).map(drop)?,
         Way::Contest(sample) => {
@@ -57,7 +71,7 @@ pub(super) fn run(
                 run.staged(&plan.only(|block| second.binary_search(&block.index).is_ok()))?;
                 copy.staged_rate = Some(rate(bytes(second), began));
             }
-            cached::remember(&load.device, &load.files, &copy);
+            cached::remember(&load.device, &load.files, &copy, bytes(first).min(bytes(second)));
             if copy.registered_is_faster() {
                 run.registered(rest, &mut copy, &mut done)?;
             }
@@ -193,6 +207,9 @@ impl Run<'_> {
 
     /// Reads a part of the plan into pinned memory, and copies it from there.
     fn staged(&mut self, plan: &ReadPlan) -> Result<()> {
+        if plan.blocks().is_empty() {
+            return Ok(());
+        }
         let (site, load, budget) = (self.site, self.site.load, self.budget);
         let (options, control) = (self.options, self.watch.next(budget));
         let pipeline = self.pipeline()?;
