@@ -299,6 +299,22 @@ pub enum GroupError {
         /// What the copier said.
         source: Arc<dyn std::error::Error + Send + Sync>,
     },
+    /// One of several copies that were made at once failed; which, is not known.
+    #[error(
+        "copies of {bytes} bytes in all from ranks {} to rank {to}: one of them failed: {source}",
+        .from.iter().map(u32::to_string).collect::<Vec<_>>().join(", ")
+    )]
+    #[non_exhaustive]
+    Copies {
+        /// The senders, of which it hit one.
+        from: Vec<u32>,
+        /// The receiver.
+        to: u32,
+        /// Bytes to copy.
+        bytes: usize,
+        /// What the copier said.
+        source: Arc<dyn std::error::Error + Send + Sync>,
+    },
     /// Memory that this group does not reach.
     #[error("this group does not reach memory of {space:?}")]
     #[non_exhaustive]
