@@ -315,6 +315,17 @@ pub enum GroupError {
         /// What the copier said.
         source: Arc<dyn std::error::Error + Send + Sync>,
     },
+    /// A rank's message in a gathering, or those of all ranks together, are too long to be sent.
+    #[error("rank {rank} has {bytes} bytes to tell in one gathering, {most} at most can be sent")]
+    #[non_exhaustive]
+    MessageSize {
+        /// The rank that was to send them: rank 0 sends those of all.
+        rank: u32,
+        /// Bytes to send.
+        bytes: usize,
+        /// Bytes that can be sent.
+        most: usize,
+    },
     /// Memory that this group does not reach.
     #[error("this group does not reach memory of {space:?}")]
     #[non_exhaustive]
