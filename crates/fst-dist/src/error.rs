@@ -299,6 +299,33 @@ pub enum GroupError {
         /// What the copier said.
         source: Arc<dyn std::error::Error + Send + Sync>,
     },
+    /// One of several copies that were made at once failed; which, is not known.
+    #[error(
+        "copies of {bytes} bytes in all from ranks {} to rank {to}: one of them failed: {source}",
+        .from.iter().map(u32::to_string).collect::<Vec<_>>().join(", ")
+    )]
+    #[non_exhaustive]
+    Copies {
+        /// The senders, of which it hit one.
+        from: Vec<u32>,
+        /// The receiver.
+        to: u32,
+        /// Bytes to copy.
+        bytes: usize,
+        /// What the copier said.
+        source: Arc<dyn std::error::Error + Send + Sync>,
+    },
+    /// A rank's message in a gathering, or those of all ranks together, are too long to be sent.
+    #[error("rank {rank} has {bytes} bytes to tell in one gathering, {most} at most can be sent")]
+    #[non_exhaustive]
+    MessageSize {
+        /// The rank that was to send them: rank 0 sends those of all.
+        rank: u32,
+        /// Bytes to send.
+        bytes: usize,
+        /// Bytes that can be sent.
+        most: usize,
+    },
     /// Memory that this group does not reach.
     #[error("this group does not reach memory of {space:?}")]
     #[non_exhaustive]

@@ -51,6 +51,29 @@ fn messages_are_gathered_by_rank_again_and_again() {
 }
 
 #[test]
+fn messages_too_long_to_be_sent_are_refused_by_who_sends_them() {
+    // One rank's own; and those of all, which rank 0 sends on.
+    for (lens, sender, bytes) in
+        [([0, 64 << 20], 1, 64usize << 20), ([40 << 20, 40 << 20], 0, (80 << 20) + 8)]
+    {
+        let errors = on_ranks(2, LONG, |control| {
+            let message = vec![7; lens[control.rank() as usize]];
+            let error = control.gather_messages(&message).unwrap_err();
+            let typed = matches!(error, GroupError::MessageSize { .. });
+            assert_eq!(typed, control.rank() == sender, "{error}");
+            error.to_string()
+        });
+        let refused = format!(
+            "rank {sender} has {bytes} bytes to tell in one gathering, {} at most can be sent",
+            (64 << 20) - 8
+        );
+        let other = 1 - sender as usize;
+        assert_eq!(errors[sender as usize], refused);
+        assert_eq!(errors[other], format!("rank {sender} failed: {refused}"));
+    }
+}
+
+#[test]
 fn an_abort_reaches_all_with_rank_and_cause() {
     for failing in 0..3 {
         let start = Instant::now();

@@ -133,6 +133,9 @@ pub enum Error {
         /// The system's words.
         reason: String,
     },
+    /// A reader gave up a block that the kernel may still write to, and ended.
+    #[error("a reader lost a pinned block: the kernel no longer says whether it writes to it")]
+    BlockLost,
     /// A thread of the pipeline ended without a result.
     #[error("the thread that pins staging memory could not run: {reason}")]
     Thread {

@@ -106,6 +106,8 @@ unsafe impl Sink for PipelineSink<'_> {
     fn lost(&self, _block: &Block, _target: Target) -> Option<Target> {
         // The block never comes back to the ring, whose memory stays mapped and pinned.
         self.pipeline.ring().shared().set_stuck();
+        // Its reader is gone with it: others must not wait for the block.
+        self.pipeline.fail(crate::Error::BlockLost);
         None
     }
 }

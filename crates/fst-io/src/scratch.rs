@@ -2,7 +2,7 @@
 //! it wants from each. For bytes that must be moved, cut or converted before they are of use.
 
 use std::fmt;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use crate::buffer::HostBuffer;
 use crate::error::Error;
@@ -21,10 +21,17 @@ pub struct Scratch<'a> {
     memory: Arc<HostBuffer>,
     /// Bytes of a slot: the plan's block length.
     slot: usize,
-    free: Mutex<Vec<u64>>,
+    free: Mutex<Free>,
     freed: Condvar,
     admit: Admit<'a>,
     take: Take<'a>,
+}
+
+#[derive(Debug)]
+struct Free {
+    slots: Vec<u64>,
+    /// A slot is lost, and its reader gone: the others end, too, rather than wait for it.
+    closed: bool,
 }
 
 impl fmt::Debug for Scratch<'_> {
@@ -52,13 +59,18 @@ impl<'a> Scratch<'a> {
         };
         let slot = usize::try_from(plan.limits().block).map_err(|_| too_much())?;
         let memory = Arc::new(HostBuffer::new(slot.checked_mul(slots).ok_or_else(too_much)?)?);
-        let free = Mutex::new((0..slots as u64).collect());
+        let free = Free { slots: (0..slots as u64).collect(), closed: false };
+        let free = Mutex::new(free);
         Ok(Self { memory, slot, free, freed: Condvar::new(), admit, take })
     }
 
     fn release(&self, slot: u64) {
-        self.free.lock().unwrap_or_else(|e| e.into_inner()).push(slot);
+        self.free().slots.push(slot);
         self.freed.notify_one();
+    }
+
+    fn free(&self) -> MutexGuard<'_, Free> {
+        self.free.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
 
@@ -74,12 +86,16 @@ unsafe impl Sink for Scratch<'_> {
         if !(self.admit)(block, wait)? {
             return Ok(None);
         }
-        let mut free = self.free.lock().unwrap_or_else(|e| e.into_inner());
+        let mut free = self.free();
         let slot = loop {
-            match free.pop() {
+            if free.closed {
+                return Ok(None);
+            }
+            match free.slots.pop() {
                 Some(slot) => break slot,
                 None if !wait => return Ok(None),
-                // Slots come back whenever a block has landed or failed, on any thread.
+                // Slots come back whenever a block has landed or failed, on any thread, unless one
+                // is lost.
                 None => free = self.freed.wait(free).unwrap_or_else(|e| e.into_inner()),
             }
         };
@@ -106,6 +122,41 @@ unsafe impl Sink for Scratch<'_> {
 
     fn lost(&self, _block: &Block, _target: Target) -> Option<Target> {
         std::mem::forget(self.memory.clone());
+        self.free().closed = true;
+        self.freed.notify_all();
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::Extent;
+    use crate::plan::Limits;
+
+    #[test]
+    fn a_reader_that_waits_ends_when_a_slot_is_lost() {
+        let limits = Limits { block: 64 << 10, ..Limits::default() };
+        let plan = ReadPlan::new(vec![Extent::new(0, 0..256 << 10)], limits).unwrap();
+        let scratch = Scratch::new(&plan, 2, &|_, _| Ok(true), &|_, _| Ok(())).unwrap();
+        let block = &plan.blocks()[0];
+        let [first, second] = [0, 1].map(|_| scratch.reserve(block, true).unwrap().unwrap());
+        let (told, ended) = channel();
+        std::thread::scope(|scope| {
+            let scratch = &scratch;
+            scope.spawn(move || {
+                told.send(scratch.reserve(block, true).map(|target| target.is_none())).unwrap();
+            });
+            assert!(ended.recv_timeout(Duration::from_millis(50)).is_err(), "nothing is free");
+            assert!(scratch.lost(block, first).is_none());
+            let closed = ended.recv_timeout(Duration::from_secs(10));
+            // Whatever came of it, the thread ends.
+            scratch.abandoned(block, second);
+            assert!(closed.expect("the reader still waits").unwrap());
+        });
+        assert!(scratch.reserve(block, false).unwrap().is_none(), "others end, too");
     }
 }

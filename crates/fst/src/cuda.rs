@@ -23,6 +23,10 @@ use crate::options::Item;
 use crate::tensor::{Data, Tensor};
 use crate::transform::{Cut, TransformPlan, Work};
 
+/// Bytes of host memory for tensors that are converted on the host on their way to a device, unless
+/// one of them needs more.
+const TORN_MEMORY: u64 = 1 << 30;
+
 /// One arena on a device, and the part of a memory budget that it takes.
 #[derive(Debug)]
 pub(crate) struct CudaMemory {
@@ -52,15 +56,16 @@ impl ArenaMemory for CudaMemory {
 pub(crate) struct CudaLoad {
     device: CudaDevice,
     items: Vec<Item>,
-    files: Vec<SourceFile>,
+    files: Arc<Vec<SourceFile>>,
     /// Items without a byte.
     empty: Vec<usize>,
     /// The items of the plan's work, in order.
     order: Vec<usize>,
     plan: TransformPlan,
     /// Those to be converted whose file leaves them misaligned, so that elements lie across
-    /// blocks: they are converted on the host. No writer of today makes such files.
-    torn: Option<(HostLoad, Vec<usize>)>,
+    /// blocks: they are converted on the host. No writer of today makes such files. They are loaded
+    /// by groups of at most [`TORN_MEMORY`], one after the other, in order.
+    torn: Vec<(HostLoad, Vec<usize>)>,
     options: DeviceOptions,
     /// Memory of the caller's for each item; without, the load makes its own.
     given: Option<Vec<Arc<CudaMemory>>>,
@@ -77,6 +82,7 @@ impl CudaLoad {
         arena: u64,
     ) -> Result<Self> {
         let (files, number) = open_files(checkpoint, &items)?;
+        let files = Arc::new(files);
         let align = files.iter().map(SourceFile::align).max().unwrap_or(Limits::MIN_ALIGN);
         let block = PipelineOptions::default().ring.block_bytes as u64;
         let limits = Limits { align, block, ..Limits::default() };
@@ -94,13 +100,14 @@ impl CudaLoad {
         }
         let plan = TransformPlan::new(&works, limits, arena, DEVICE_ALIGN)
             .map_err(|e| locate(e, &items))?;
-        let torn = match torn.is_empty() {
-            true => None,
-            false => {
-                let items = torn.iter().map(|index| items[*index].clone()).collect();
-                Some((HostLoad::new(checkpoint, items, arena.max(1), false)?, torn))
-            }
-        };
+        let torn = groups(torn, TORN_MEMORY, |index| items[*index].len()).into_iter();
+        let torn = torn.map(|indices| {
+            let items = indices.iter().map(|index| items[*index].clone()).collect();
+            let files = files.clone();
+            let load = HostLoad::with_files(files, &number, items, arena.max(1), false)?;
+            Ok((load, indices))
+        });
+        let torn = torn.collect::<Result<_>>()?;
         let (options, copy) = (DeviceOptions::default(), Mutex::default());
         let device = device.clone();
         Ok(Self { device, items, files, empty, order, plan, torn, options, given: None, copy })
@@ -133,8 +140,8 @@ impl CudaLoad {
 
     /// Bytes that will be read.
     pub(crate) fn bytes_read(&self) -> u64 {
-        let torn = self.torn.as_ref().map_or(0, |(load, _)| load.bytes_read());
-        self.plan.plan.bytes_read() + torn
+        let torn = self.torn.iter().map(|(load, _)| load.bytes_read());
+        self.plan.plan.bytes_read() + torn.sum::<u64>()
     }
 
     /// Bytes of arenas that must be in the device's memory at once. Torn tensors come first; where
@@ -184,7 +191,7 @@ impl CudaLoad {
             deliver(*index, self.tensor(*index, memory, 0)).map_err(from_sink)?;
         }
         let mut reads = Vec::new();
-        if let Some((load, indices)) = &self.torn {
+        for (load, indices) in &self.torn {
             let arrived = Mutex::new(Vec::new());
             let keep = |index: usize, tensor: Tensor| {
                 arrived.lock().unwrap_or_else(|e| e.into_inner()).push((indices[index], tensor));
@@ -192,7 +199,7 @@ impl CudaLoad {
             };
             let mut options = options.clone();
             options.engine = host_engine(options.engine);
-            reads = load.run(&options, None, watch, &keep)?;
+            reads.extend(load.run(&options, None, watch, &keep)?);
             let mut arrived = arrived.into_inner().unwrap_or_else(|e| e.into_inner());
             // In order, and with no reader held up by whoever holds the tensors in front.
             arrived.sort_by_key(|(index, _)| *index);
@@ -264,6 +271,23 @@ impl CudaLoad {
         let data = Data::Cuda { memory, offset, len: item.len() };
         Tensor::new(item.info.clone(), item.dtype, shape, data)
     }
+}
+
+/// Parts of `items`, in their order, of at most `most` bytes each, or of one item that is longer.
+fn groups<T>(items: Vec<T>, most: u64, bytes: impl Fn(&T) -> u64) -> Vec<Vec<T>> {
+    let mut groups: Vec<Vec<T>> = Vec::new();
+    let mut used = 0u64;
+    for item in items {
+        used = used.saturating_add(bytes(&item));
+        match groups.last_mut().filter(|_| used <= most) {
+            Some(group) => group.push(item),
+            None => {
+                used = bytes(&item);
+                groups.push(vec![item]);
+            }
+        }
+    }
+    groups
 }
 
 /// The engine for what passes through host memory.
@@ -457,4 +481,21 @@ fn op(work: &Work, arena: &DeviceArena, source: u64, cut: Cut) -> Result<CopyOp,
         src_pitch: cut.pitch,
     };
     Ok(CopyOp::Transform { kernel: Kernel::Cast { from, to }, job })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::groups;
+
+    #[test]
+    fn groups_keep_to_their_bytes_unless_one_item_is_longer() {
+        let of = |items: &[u64]| groups(items.to_vec(), 10, |bytes| *bytes);
+        assert!(of(&[]).is_empty());
+        assert_eq!(
+            of(&[4, 6, 1, 30, 2, 8, 1]),
+            [vec![4, 6], vec![1], vec![30], vec![2, 8], vec![1]]
+        );
+        assert_eq!(of(&[30, 31]), [vec![30], vec![31]]);
+        assert_eq!(of(&[u64::MAX, u64::MAX]).len(), 2);
+    }
 }

@@ -30,7 +30,7 @@ pub(crate) const SCRATCH_BLOCK: u64 = 512 << 10;
 #[derive(Debug)]
 pub(crate) struct HostLoad {
     items: Vec<Item>,
-    files: Vec<SourceFile>,
+    files: Arc<Vec<SourceFile>>,
     /// Items without a byte.
     empty: Vec<usize>,
     /// Those that are usable where they land: the items of the plan's extents, in order.
@@ -57,6 +57,17 @@ impl HostLoad {
         in_order: bool,
     ) -> Result<Self> {
         let (files, number) = open_files(checkpoint, &items)?;
+        Self::with_files(Arc::new(files), &number, items, arena, in_order)
+    }
+
+    /// As [`new`](Self::new), out of files that are open, and of which `number` tells the shards.
+    pub(crate) fn with_files(
+        files: Arc<Vec<SourceFile>>,
+        number: &[Option<u32>],
+        items: Vec<Item>,
+        arena: u64,
+        in_order: bool,
+    ) -> Result<Self> {
         let align = files.iter().map(SourceFile::align).max().unwrap_or(Limits::MIN_ALIGN);
         let limits = Limits { align, segment: arena, ..Limits::default() };
 

@@ -174,12 +174,22 @@ fn a_block_that_the_kernel_may_write_to_for_ever_is_leaked() {
     let route = |_: &Block| Ok(Landing::default());
     // SAFETY: nothing is copied.
     let sink = unsafe { PipelineSink::new(&pipeline, &route) };
-    let target = sink.reserve(block, true).unwrap().unwrap();
-    assert!(sink.lost(block, target).is_none());
-    let other = sink.reserve(block, true).unwrap().unwrap();
-    assert!(sink.reserve(block, false).unwrap().is_none(), "lent again");
-    sink.abandoned(block, other);
-    pipeline.flush().unwrap();
+    let [target, other] = [0, 1].map(|_| sink.reserve(block, true).unwrap().unwrap());
+    let (told, ended) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let sink = &sink;
+        scope.spawn(move || told.send(sink.reserve(block, true).err()).unwrap());
+        let early = ended.recv_timeout(std::time::Duration::from_millis(50));
+        assert!(early.is_err(), "nothing is free");
+        assert!(sink.lost(block, target).is_none());
+        let error = ended.recv_timeout(std::time::Duration::from_secs(10));
+        // Whatever came of it, the thread ends.
+        sink.abandoned(block, other);
+        let error = error.expect("another reader still waits").unwrap();
+        assert_eq!(error.downcast_ref(), Some(&fst_gpu::Error::BlockLost));
+    });
+    assert!(sink.reserve(block, false).is_err(), "others end, too");
+    assert_eq!(pipeline.flush(), Err(fst_gpu::Error::BlockLost));
     drop(pipeline);
     assert_eq!((sim.report().pinned_ranges, sim.calls("cuMemHostUnregister")), (1, 0));
     assert_eq!(fst_gpu::release_kept(), 0, "nor kept");

@@ -2,9 +2,11 @@
 
 use std::collections::HashMap;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
 
-use fst::{Checkpoint, Checksum, Error, Loader, Manifest, Tensor, Tensors};
+use fst::dist::Group;
+use fst::{Checkpoint, Checksum, Error, Loader, Manifest, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::args::SumArgs;
@@ -17,6 +19,13 @@ use crate::text::{self, counted, visible};
 /// Memory for tensors on their way from the reader to the hash, unless one tensor needs more.
 const MEMORY_BUDGET: u64 = 1 << 30;
 
+/// How many sums all ranks together tell at once: some ten megabytes, of the 64 that a group carries.
+const TOLD_AT_ONCE: usize = 1 << 16;
+
+/// Bytes that a rank hashes between two tellings, unless one tensor has more: some seconds' work,
+/// while the others wait two minutes.
+const HASHED_AT_ONCE: u64 = 8 << 30;
+
 /// The sum of one rank's shard; it travels between processes.
 #[derive(Serialize, Deserialize)]
 struct ShardSum {
@@ -25,6 +34,14 @@ struct ShardSum {
     dtype: String,
     shape: Vec<usize>,
     sha256: String,
+}
+
+/// Some of a rank's sums.
+#[derive(Serialize, Deserialize)]
+struct Told {
+    sums: Vec<ShardSum>,
+    /// Whether there are more to come.
+    more: bool,
 }
 
 #[derive(Serialize)]
@@ -80,7 +97,10 @@ fn shards(
     let preset = ranks::preset(checkpoint, &args.rule, &args.paths)?;
     let loader = loader.clone().preset(preset);
     let devices = args.reading.device.of_ranks(world)?;
-    let sums = ranks::run(&devices, &loader, checkpoint, |rank, tensors| sums_of(rank, &tensors));
+    let threads = cores() / world as usize;
+    let sums = ranks::run(&devices, &loader, checkpoint, |rank, tensors| {
+        sums_of(rank, &tensors.iter().collect::<Vec<_>>(), threads)
+    });
     let sums = sums.map_err(|error| reading::failure(&args.paths, checkpoint, &error))?;
     print_shards(args, sums)
 }
@@ -99,22 +119,75 @@ fn shards_as_one(
     let loader = loader.preset(preset).group(group.clone());
     let fail = |error| reading::failure(&args.paths, checkpoint, &error);
     let tensors = loader.load(checkpoint).map_err(fail)?;
-    // The others wait for these sums.
-    let sums = sums_of(group.rank(), &tensors)
-        .inspect_err(|error| group.abort(&error.to_string()))
-        .map_err(fail)?;
-    let told = serde_json::to_vec(&sums).map_err(Failure::of)?;
-    let told = group.gather_messages(&told).map_err(Failure::of)?;
+    let tensors: Vec<&Tensor> = tensors.iter().collect();
+    let at_once = (TOLD_AT_ONCE / group.world_size() as usize).max(1);
+    let sums = sums_of_all(&*group, &tensors, at_once, &fail)?;
     if group.rank() != 0 {
         return Ok(());
     }
-    let all: Result<Vec<Vec<ShardSum>>, _> =
-        told.iter().map(|sums| serde_json::from_slice(sums)).collect();
-    print_shards(args, all.map_err(Failure::of)?)
+    print_shards(args, sums)
 }
 
-fn sums_of(rank: u32, tensors: &Tensors) -> Result<Vec<ShardSum>, Error> {
-    let sum = |tensor: &Tensor| {
+/// The sums of all ranks, by rank; those of this one are of `tensors`. They are told as they come, at
+/// most `at_once` of each rank at a time. Empty on ranks other than rank 0.
+fn sums_of_all(
+    group: &dyn Group,
+    tensors: &[&Tensor],
+    at_once: usize,
+    fail: &dyn Fn(Error) -> Failure,
+) -> Result<Vec<Vec<ShardSum>>, Failure> {
+    let threads = cores() / ranks_here(group)?;
+    let mut all: Vec<Vec<ShardSum>> = (0..group.world_size()).map(|_| Vec::new()).collect();
+    let mut left = tensors;
+    loop {
+        let (now, later) = left.split_at(portion(left, at_once));
+        left = later;
+        // The others wait for these sums.
+        let sums = sums_of(group.rank(), now, threads)
+            .inspect_err(|error| group.abort(&error.to_string()))
+            .map_err(fail)?;
+        let told = Told { sums, more: !left.is_empty() };
+        let told = serde_json::to_vec(&told).map_err(Failure::of)?;
+        let mut more = false;
+        let told = group.gather_messages(&told).map_err(Failure::of)?;
+        for (sums, told) in all.iter_mut().zip(told) {
+            let told: Told = serde_json::from_slice(&told).map_err(Failure::of)?;
+            more |= told.more;
+            if group.rank() == 0 {
+                sums.extend(told.sums);
+            }
+        }
+        if !more {
+            return Ok(all);
+        }
+    }
+}
+
+/// How many of `tensors` to hash before their sums are told.
+fn portion(tensors: &[&Tensor], at_once: usize) -> usize {
+    let mut bytes = 0u64;
+    let fit = tensors.iter().take(at_once).take_while(|tensor| {
+        bytes = bytes.saturating_add(tensor.byte_len() as u64);
+        bytes <= HASHED_AT_ONCE
+    });
+    fit.count().max(1).min(tensors.len())
+}
+
+/// How many ranks share this machine's cores.
+fn ranks_here(group: &dyn Group) -> Result<usize, Failure> {
+    // The same for all processes until the machine starts anew (`random(4)`).
+    let here = std::fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let all = group.gather_messages(&here).map_err(Failure::of)?;
+    Ok(all.iter().filter(|other| **other == here).count().max(1))
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Hashes on so many threads; the sums are in the order of the tensors.
+fn sums_of(rank: u32, tensors: &[&Tensor], threads: usize) -> Result<Vec<ShardSum>, Error> {
+    let sum = |tensor: &Tensor| -> Result<ShardSum, Error> {
         Ok(ShardSum {
             rank,
             name: tensor.name().to_owned(),
@@ -123,7 +196,35 @@ fn sums_of(rank: u32, tensors: &Tensors) -> Result<Vec<ShardSum>, Error> {
             sha256: Checksum::of(tensor)?.sha256.to_string(),
         })
     };
-    tensors.iter().map(sum).collect()
+    let next = AtomicUsize::new(0);
+    let hash = || -> Result<Vec<(usize, ShardSum)>, Error> {
+        let mut sums = Vec::new();
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            match tensors.get(index) {
+                Some(tensor) => {
+                    // After an error nobody goes on.
+                    let sum = sum(tensor);
+                    let sum = sum.inspect_err(|_| next.store(tensors.len(), Ordering::Relaxed))?;
+                    sums.push((index, sum));
+                }
+                None => return Ok(sums),
+            }
+        }
+    };
+    let mut sums = std::thread::scope(|scope| -> Result<_, Error> {
+        let others: Vec<_> = (1..threads.min(tensors.len())).map(|_| scope.spawn(hash)).collect();
+        let mut sums = hash()?;
+        for other in others {
+            match other.join() {
+                Ok(part) => sums.extend(part?),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        Ok(sums)
+    })?;
+    sums.sort_unstable_by_key(|(index, _)| *index);
+    Ok(sums.into_iter().map(|(_, sum)| sum).collect())
 }
 
 fn print_shards(args: &SumArgs, by_rank: Vec<Vec<ShardSum>>) -> Result<(), Failure> {
@@ -149,7 +250,7 @@ fn sums(
         stream => stream?,
     };
     progress.bar().set_length(stream.byte_len());
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = cores();
     let (send, receive) = sync_channel::<Tensor>(threads);
     let receive = Mutex::new(receive);
     std::thread::scope(|scope| {
@@ -195,4 +296,52 @@ fn in_order(sums: Vec<Checksum>, checkpoint: &Checkpoint) -> Vec<Checksum> {
     let mut by_name: HashMap<String, Checksum> =
         sums.into_iter().map(|sum| (sum.name.clone(), sum)).collect();
     checkpoint.tensors().iter().filter_map(|tensor| by_name.remove(tensor.name())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use fst::dist::LocalGroup;
+    use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
+
+    use super::*;
+
+    #[test]
+    fn sums_told_piece_by_piece_are_all_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.safetensors");
+        let bytes: Vec<u8> = (0..10).collect();
+        let view = |i: usize| TensorView::new(Dtype::U8, vec![i], &bytes[..i]).unwrap();
+        let views = (0..10).map(|i| (format!("t{i}"), view(i)));
+        serialize_to_file(views, None, &path).unwrap();
+        let tensors = Loader::new().load(&Checkpoint::open(&path).unwrap()).unwrap();
+        let tensors: Vec<&Tensor> = tensors.iter().collect();
+        // Ranks that have more than others, or nothing, and tell it in several pieces, or in one.
+        let counts = [3, 10, 0, 4];
+        for at_once in [1, 2, 4, 100] {
+            let told = std::thread::scope(|scope| {
+                let ranks: Vec<_> = LocalGroup::host(4)
+                    .into_iter()
+                    .zip(counts)
+                    .map(|(group, count)| {
+                        let tensors = &tensors[..count];
+                        scope.spawn(move || {
+                            sums_of_all(&group, tensors, at_once, &Failure::of).unwrap()
+                        })
+                    })
+                    .collect();
+                let told: Vec<_> = ranks.into_iter().map(|rank| rank.join().unwrap()).collect();
+                told.into_iter().next().unwrap()
+            });
+            for ((rank, told), count) in (0u32..).zip(&told).zip(counts) {
+                assert_eq!(told.len(), count, "rank {rank}, {at_once} at once");
+                for (told, tensor) in told.iter().zip(&tensors) {
+                    let sum = Checksum::of(tensor).unwrap().sha256.to_string();
+                    assert_eq!(
+                        (told.rank, &*told.name, &*told.sha256),
+                        (rank, tensor.name(), &*sum)
+                    );
+                }
+            }
+        }
+    }
 }

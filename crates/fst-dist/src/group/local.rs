@@ -27,9 +27,10 @@ pub trait Copier: Send + Sync {
     /// more. Copiers that can wait for many at once do.
     ///
     /// # Errors
-    /// The position of one that failed, and why.
-    fn copy_all(&self, copies: Vec<(Src<'_>, Dst<'_>)>) -> Result<(), (usize, CopyError)> {
-        let copy = |(at, (src, dst))| self.copy(src, dst).map_err(|error| (at, error));
+    /// The positions of those among which one failed, and why. Who waits for many at once may know
+    /// no better.
+    fn copy_all(&self, copies: Vec<(Src<'_>, Dst<'_>)>) -> Result<(), (Vec<usize>, CopyError)> {
+        let copy = |(at, (src, dst))| self.copy(src, dst).map_err(|error| (vec![at], error));
         copies.into_iter().enumerate().try_for_each(copy)
     }
 }
@@ -189,8 +190,16 @@ impl LocalGroup {
             copies.push((src, dst));
         }
         self.shared.copier.copy_all(copies).map_err(|(at, error)| {
-            let (from, bytes) = sources.get(at).copied().unwrap_or((self.rank, 0));
-            GroupError::Copy { from, to: self.rank, bytes, source: error.into() }
+            let (to, source) = (self.rank, error.into());
+            let failed = at.iter().filter_map(|at| sources.get(*at));
+            let bytes = failed.clone().map(|(_, bytes)| *bytes).sum();
+            let mut from: Vec<u32> = failed.map(|(from, _)| *from).collect();
+            from.sort_unstable();
+            from.dedup();
+            match from[..] {
+                [from] => GroupError::Copy { from, to, bytes, source },
+                _ => GroupError::Copies { from, to, bytes, source },
+            }
         })
     }
 
@@ -395,5 +404,42 @@ impl Drop for LocalGroup {
             self.shared.fail(&mut state, GroupError::Lost { rank: self.rank, cause });
         }
         self.shared.wake.iter().for_each(Condvar::notify_all);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Says which of the copies may have failed.
+    struct Refuses(Vec<usize>);
+
+    impl Copier for Refuses {
+        fn copy(&self, _: Src<'_>, _: Dst<'_>) -> Result<(), CopyError> {
+            Err("no".into())
+        }
+
+        fn copy_all(&self, _: Vec<(Src<'_>, Dst<'_>)>) -> Result<(), (Vec<usize>, CopyError)> {
+            Err((self.0.clone(), "no".into()))
+        }
+    }
+
+    #[test]
+    fn a_failed_copy_names_its_sender_and_no_other() {
+        let said = |positions: &[usize]| {
+            let group = &LocalGroup::with(4, Refuses(positions.to_vec()), DEFAULT_DEADLINE)[0];
+            let sent = [0u8; 3];
+            let mut into = [[0u8; 3]; 4];
+            let post = || Post { id: 0, addr: sent.as_ptr() as u64, len: 3, space: Space::Host };
+            let ready = [1, 3, 2, 3].into_iter().zip(&mut into);
+            let ready = ready.map(|(from, into)| (from, Dst::from(&mut into[..]), post()));
+            group.receive(ready.collect()).unwrap_err().to_string()
+        };
+        assert_eq!(said(&[2]), "copy of 3 bytes from rank 2 to rank 0: no");
+        assert_eq!(said(&[1, 3]), "copy of 6 bytes from rank 3 to rank 0: no");
+        assert_eq!(
+            said(&[0, 1, 2, 3]),
+            "copies of 12 bytes in all from ranks 1, 2, 3 to rank 0: one of them failed: no"
+        );
     }
 }

@@ -74,10 +74,11 @@ pub trait Control: Send + Sync + fmt::Debug {
     /// How long a rank waits for the others in one operation.
     fn deadline(&self) -> Duration;
 
-    /// Every rank gives a small message and gets those of all, by rank.
+    /// Every rank gives a small message and gets those of all, by rank. Over TCP those of all
+    /// together may have 64 MiB.
     ///
     /// # Errors
-    /// Another rank failed, left or did not answer within the deadline.
+    /// Another rank failed, left or did not answer within the deadline; messages that are too long.
     fn gather_messages(&self, message: &[u8]) -> Result<Vec<Vec<u8>>, GroupError>;
 
     /// Ends the group: every rank's waits, now and later, fail with an error that names this rank and

@@ -17,7 +17,7 @@ use crate::error::GroupError;
 /// The first bytes of a connection, with a version.
 const MAGIC: [u8; 8] = *b"fst-dist";
 
-/// Frames longer than this are not ours.
+/// Frames longer than this are not ours, and are not sent.
 const LONGEST: usize = 64 << 20;
 
 const GATHER: u8 = 1;
@@ -230,6 +230,12 @@ impl Shared {
         stream.lock().unwrap_or_else(PoisonError::into_inner).write_all(&frame)
     }
 
+    /// Refuses what does not fit into a frame with the number of its turn.
+    fn check_size(&self, bytes: usize) -> Result<(), GroupError> {
+        let (rank, most) = (self.rank, LONGEST - 8);
+        if bytes > most { Err(GroupError::MessageSize { rank, bytes, most }) } else { Ok(()) }
+    }
+
     /// Breaks the group and tells those that this rank is connected to. Never called under the lock.
     fn fail(&self, error: GroupError) -> GroupError {
         let mut state = self.lock();
@@ -268,6 +274,10 @@ impl Shared {
         let all: Vec<Vec<u8>> =
             state.gathers.remove(&turn).into_iter().flatten().flatten().collect();
         drop(state);
+        if let Err(error) = self.check_size(all.iter().map(|message| 4 + message.len()).sum()) {
+            self.fail(error);
+            return;
+        }
         let body = [&turn.to_le_bytes()[..], &join_list(&all)].concat();
         // Before this rank sees the result: it may leave at once.
         for peer in 1..self.world {
@@ -368,6 +378,7 @@ impl Control for TcpControl {
         if let Some(error) = self.failure() {
             return Err(error);
         }
+        shared.check_size(message.len()).map_err(|error| shared.fail(error))?;
         let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         *turn += 1;
         let turn = *turn;

@@ -185,14 +185,14 @@ impl Copier for DeviceCopier {
         self.copy_all(vec![(src, dst)]).map_err(|(_, error)| error)
     }
 
-    /// What one device copies is waited for once.
-    fn copy_all(&self, copies: Vec<(Src<'_>, Dst<'_>)>) -> Result<(), (usize, CopyError)> {
+    /// What one device copies is waited for once; so that, if one fails, it may have been any.
+    fn copy_all(&self, copies: Vec<(Src<'_>, Dst<'_>)>) -> Result<(), (Vec<usize>, CopyError)> {
         // By the device that copies: the receiving one, unless that is the host.
-        let mut batches: Vec<(&Transfers, usize, Vec<Transfer<'_>>)> = Vec::new();
+        let mut batches: Vec<(&Transfers, Vec<usize>, Vec<Transfer<'_>>)> = Vec::new();
         let mut on_host = Vec::new();
         for (at, (src, dst)) in copies.into_iter().enumerate() {
             let (from, to) = (src.space(), dst.space());
-            let unknown = || (at, CopyError::from(NotReached { from, to }));
+            let unknown = || (vec![at], CopyError::from(NotReached { from, to }));
             if from == Space::Host && to == Space::Host {
                 on_host.push((at, src, dst));
                 continue;
@@ -208,17 +208,20 @@ impl Copier for DeviceCopier {
             let worker = worker.ok_or_else(unknown)?;
             let transfer = transfer(&src, &dst, source.map(Transfers::device));
             match batches.iter_mut().find(|(known, ..)| std::ptr::eq(*known, worker)) {
-                Some((.., batch)) => batch.push(transfer),
-                None => batches.push((worker, at, vec![transfer])),
+                Some((_, positions, batch)) => {
+                    positions.push(at);
+                    batch.push(transfer);
+                }
+                None => batches.push((worker, vec![at], vec![transfer])),
             }
         }
         for (at, src, dst) in on_host {
-            HostCopier.copy(src, dst).map_err(|error| (at, error))?;
+            HostCopier.copy(src, dst).map_err(|error| (vec![at], error))?;
         }
-        for (worker, at, batch) in batches {
+        for (worker, positions, batch) in batches {
             // SAFETY: source and destination are lent for this call, each in the memory that it says;
             // destinations are exclusive.
-            unsafe { worker.run(&batch) }.map_err(|error| (at, CopyError::from(error)))?;
+            unsafe { worker.run(&batch) }.map_err(|error| (positions, CopyError::from(error)))?;
         }
         Ok(())
     }
