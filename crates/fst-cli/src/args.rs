@@ -8,6 +8,7 @@ use fst::{Dtype, Engine, Pattern};
 use fst_cli::models::MODELS;
 
 use crate::device::DeviceArg;
+use crate::failure::Failure;
 use crate::ranks::{GroupArg, PresetArg};
 use crate::slice::SliceArg;
 
@@ -75,6 +76,19 @@ pub(crate) struct Rule {
     /// Join query, key and value, and gate and up, into one tensor each
     #[arg(long)]
     pub(crate) fused: bool,
+}
+
+impl Rule {
+    /// Refuses what is said of ranks where there are none.
+    pub(crate) fn without_ranks(&self) -> Result<(), Failure> {
+        let said = match (&self.preset, self.head_dim, self.fused) {
+            (PresetArg::Named(_), ..) => "--preset",
+            (_, Some(_), _) => "--head-dim",
+            (.., true) => "--fused",
+            _ => return Ok(()),
+        };
+        Err(Failure::usage(format!("{said} is for several ranks: give --world N or --dist GROUP")))
+    }
 }
 
 /// Ranks that load together.

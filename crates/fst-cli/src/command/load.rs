@@ -83,6 +83,9 @@ pub(crate) fn run(args: &LoadArgs) -> Result<(), Failure> {
 }
 
 fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
+    if args.ranks.world.is_none() && args.ranks.dist.is_none() {
+        args.ranks.rule.without_ranks()?;
+    }
     let checkpoint = reading::open(paths)?;
     let mut loader = reading::loader(&args.reading)?;
     if let Some(dtype) = args.dtype {

@@ -50,6 +50,9 @@ struct Shards {
 }
 
 pub(crate) fn run(args: &SumArgs) -> Result<(), Failure> {
+    if args.world.is_none() && args.dist.is_none() {
+        args.rule.without_ranks()?;
+    }
     let checkpoint = reading::open(&args.paths)?;
     let mut loader = reading::loader(&args.reading)?;
     for slice in &args.slice {
