@@ -117,8 +117,8 @@ pub(crate) struct LoadArgs {
     /// Convert tensors of a floating-point dtype to this one, such as BF16 or F32
     #[arg(value_parser = parse_dtype, long, value_name = "DTYPE")]
     pub(crate) dtype: Option<Dtype>,
-    /// Map the files instead of reading them, and bring their pages into memory: no copy, but the
-    /// files must not be changed meanwhile
+    /// Map the files instead of reading them, and bring their pages into memory: no copy but of what
+    /// is cut, converted or misaligned, and the files must not be changed meanwhile
     #[arg(long, conflicts_with_all = ["world", "dist", "engine"])]
     pub(crate) map: bool,
     /// Load only START..END of dimension DIM of the tensor NAME; may be repeated
@@ -173,7 +173,8 @@ pub(crate) struct SumArgs {
     /// Convert tensors of a floating-point dtype to this one first, such as BF16 or F32
     #[arg(value_parser = parse_dtype, long, value_name = "DTYPE")]
     pub(crate) dtype: Option<Dtype>,
-    /// Write the sums to this file, for `fst load --verify FILE`
+    /// Write the sums to this file as JSON, which `fst load --verify FILE` reads (the text on the
+    /// screen is for people)
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,
     /// Print one JSON document instead of text

@@ -154,7 +154,8 @@ impl Preset {
     }
 
     /// Elements of an attention head: heads then stay whole, and are shared where there are fewer than
-    /// ranks.
+    /// ranks. Of projections that do not divide into such heads there is no plan
+    /// ([`ShardError::Unit`](crate::ShardError::Unit)).
     #[must_use]
     pub fn head_dim(mut self, elements: u64) -> Self {
         self.head_dim = Some(elements);
@@ -272,7 +273,7 @@ impl PresetRules {
         let split = Split::along(dim);
         // Head sizes are in elements of the weight; packed and block-wise companions have others.
         let plain = leaf == "weight" || leaf == "bias";
-        let head = preset.head_dim.filter(|&head| plain && extent.is_multiple_of(head));
+        let head = preset.head_dim.filter(|_| plain);
         let sibling = |fused: &str| {
             let prefix = tensor.name.rsplitn(3, '.').nth(2).unwrap_or_default();
             let dot = if prefix.is_empty() { "" } else { "." };
@@ -309,12 +310,12 @@ impl PresetRules {
         match self.preset.family {
             Family::Gpt2 if extent.is_multiple_of(3) => {
                 let split = split.sections(3);
-                match head.filter(|head| (extent / 3).is_multiple_of(*head)) {
+                match head {
                     Some(head) => split.heads(head).into(),
                     None => split.into(),
                 }
             }
-            Family::Bloom => match head.filter(|head| extent.is_multiple_of(3 * head)) {
+            Family::Bloom => match head {
                 Some(head) => split.unit(3 * head).into(),
                 None => split.into(),
             },

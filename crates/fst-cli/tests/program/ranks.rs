@@ -115,9 +115,12 @@ fn what_cannot_be_done_is_said() {
         let run = run(args);
         assert_eq!((run.status, run.stdout.as_str()), (2, ""), "{args:?}: {}", run.stderr);
     }
-    // Heads that cannot be shared by three ranks.
-    let wrong = run(["load", path, "--world", "3", "--head-dim", "205"]);
-    assert!(wrong.error().starts_with(path), "{}", wrong.error());
+    // Heads that cannot be shared by three ranks, and such as there are none.
+    for (world, elements) in [("3", "205"), ("2", "7")] {
+        let wrong = run(["load", path, "--world", world, "--head-dim", elements]);
+        assert!(wrong.error().starts_with(path), "{}", wrong.error());
+        assert!(wrong.error().contains("_proj.weight"), "{}", wrong.error());
+    }
 
     let other = folder.join("other.safetensors");
     crate::fixture::write_raw(
