@@ -3,7 +3,8 @@
 //! What makes a figure here believable, and which module sees to it:
 //!
 //! - every run is a fresh process, so memory and allocator start equal ([`child`], `fst-bench-contender`);
-//! - contenders are interleaved and the order rotates, so slow drift of the machine hits all ([`runner`]);
+//! - contenders are interleaved, the order rotates and is reversed in turn, so that slow drift of the machine and what
+//!   the run before leaves behind hit all ([`runner`]);
 //! - the page cache is put into the wanted state before each run and *checked*; a run whose state could
 //!   not be confirmed is kept in the record but never enters a median ([`page_cache`]);
 //! - free memory is touched and freed just before each run, since a hypervisor may have taken it ([`memory`]);

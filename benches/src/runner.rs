@@ -101,8 +101,8 @@ impl Runner {
         let parts = files.iter().map(|file| part(file)).collect::<Result<Vec<_>>>()?;
         let mut runs = Vec::new();
         for round in 0..rounds {
-            for i in 0..entries.len() {
-                let entry = &entries[(i + round) % entries.len()];
+            for i in turns(round, entries.len()) {
+                let entry = &entries[i];
                 let digest = digest && round == 0;
                 let run = self.one(workload, folder, &parts, state, entry, round, digest)?;
                 report(&run);
@@ -241,9 +241,31 @@ fn wait(mut command: Command, limit: Duration) -> Result<Output> {
     }
 }
 
+/// The order of a round: every contender has its turn at each place, and a neighbour on either side
+/// in turn. What a run leaves behind (memory that the hypervisor took back, a busy disk) would
+/// otherwise always hit the same one.
+fn turns(round: usize, entries: usize) -> impl Iterator<Item = usize> {
+    (0..entries).map(move |i| {
+        let place = (i + round) % entries;
+        if round.is_multiple_of(2) { place } else { entries - 1 - place }
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_round_has_every_entry_and_its_neighbours_change() {
+        let before = |round| {
+            let order: Vec<usize> = turns(round, 5).collect();
+            let mut sorted = order.clone();
+            sorted.sort_unstable();
+            assert_eq!(sorted, [0, 1, 2, 3, 4]);
+            order.windows(2).find(|pair| pair[1] == 2).map(|pair| pair[0])
+        };
+        assert_eq!((before(0), before(1)), (Some(1), Some(3)));
+    }
 
     #[test]
     fn a_process_that_hangs_is_killed() {
