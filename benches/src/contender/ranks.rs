@@ -62,8 +62,7 @@ fn on_threads(loaders: Vec<Loader>, folder: &Path) -> Result<Vec<Tensors>> {
 pub(super) fn shared(folder: &Path) -> Result<Box<dyn Loaded>> {
     let loader = |group| {
         Loader::new().group(Arc::new(group)).shard(|tensor| {
-            let shape: Vec<usize> = tensor.shape().to_vec();
-            if is_split(&shape) { Shard::split(0) } else { Shard::replicate() }
+            if is_split(tensor.shape()) { Shard::split(0) } else { Shard::replicate() }
         })
     };
     let loaders = LocalGroup::host(RANKS as u32).into_iter().map(loader).collect();

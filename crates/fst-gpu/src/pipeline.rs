@@ -12,7 +12,7 @@ mod enqueue;
 mod jobs;
 
 pub use enqueue::CopyOp;
-pub(crate) use enqueue::enqueue_on_device;
+pub(crate) use enqueue::{From, copy_rows, enqueue_on_device};
 pub(crate) use jobs::TABLE_BYTES;
 
 use crate::buffer::device::DeviceArena;

@@ -9,6 +9,7 @@ use cudarc::driver::sys;
 use crate::device::CudaDevice;
 use crate::error::Result;
 use crate::kernel::{Kernel, StridedJob};
+use crate::pipeline::{From, copy_rows};
 use crate::stream::Stream;
 
 /// From this many runs within the device on, one call carries them all, if the driver can.
@@ -169,7 +170,7 @@ unsafe fn enqueue(stream: &Stream, batch: &[Transfer<'_>]) -> Result<()> {
                         }
                     } else {
                         let (from, to) = ((source, source_pitch), (destination, destination_pitch));
-                        copy_rows(stream, from, to, (width, rows))?;
+                        copy_rows(stream, From::Device, from, to, (width, rows))?;
                     }
                 }
                 Transfer::FromDevice { device: other, source, destination, len } if len > 0 => {
@@ -254,48 +255,13 @@ impl Runs {
         for ((source, destination), len) in
             self.sources.iter().zip(&self.destinations).zip(&self.lens)
         {
+            let (to, from) = (*destination, *source);
             // SAFETY: the caller's contract.
-            let result =
-                unsafe { sys::cuMemcpyDtoDAsync_v2(*destination, *source, *len, stream.handle()) };
+            let result = unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, *len, stream.handle()) };
             device.check(result, "cuMemcpyDtoDAsync")?;
         }
         Ok(())
     }
-}
-
-/// # Safety
-///
-/// As for [`enqueue`], with the context current.
-unsafe fn copy_rows(
-    stream: &Stream,
-    (source, source_pitch): (u64, u64),
-    (destination, destination_pitch): (u64, u64),
-    (width, rows): (u64, u64),
-) -> Result<()> {
-    if width == 0 || rows == 0 {
-        return Ok(());
-    }
-    let copy = sys::CUDA_MEMCPY2D {
-        srcXInBytes: 0,
-        srcY: 0,
-        srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
-        srcHost: std::ptr::null(),
-        srcDevice: source,
-        srcArray: std::ptr::null_mut(),
-        srcPitch: source_pitch as usize,
-        dstXInBytes: 0,
-        dstY: 0,
-        dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
-        dstHost: std::ptr::null_mut(),
-        dstDevice: destination,
-        dstArray: std::ptr::null_mut(),
-        dstPitch: destination_pitch as usize,
-        WidthInBytes: width as usize,
-        Height: rows as usize,
-    };
-    // SAFETY: the caller's contract; the description is read during the call.
-    let result = unsafe { sys::cuMemcpy2DAsync_v2(&copy, stream.handle()) };
-    stream.device().check(result, "cuMemcpy2DAsync")
 }
 
 impl CudaDevice {

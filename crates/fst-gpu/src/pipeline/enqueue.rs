@@ -300,9 +300,9 @@ impl Pipeline {
     }
 }
 
-/// Where the rows of a [`CopyOp::Strided`] come from.
+/// Where rows that are copied come from.
 #[derive(Clone, Copy)]
-enum From {
+pub(crate) enum From {
     Host,
     Device,
 }
@@ -311,8 +311,8 @@ enum From {
 ///
 /// # Safety
 ///
-/// Both sides hold the rows, and stay until the stream's work has run.
-unsafe fn copy_rows(
+/// The device's context is current. Both sides hold the rows, and stay until the stream's work has run.
+pub(crate) unsafe fn copy_rows(
     stream: &Stream,
     from: From,
     (source, source_pitch): (u64, u64),

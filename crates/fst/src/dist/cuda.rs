@@ -2,7 +2,6 @@
 //! the whole load, copies and fills on streams of their own.
 
 use std::ops::Range;
-use std::path::Path;
 use std::sync::Mutex;
 
 use fst_dist::{Backend, Cause, CopyAt, ReadAt, Space, Staging};
@@ -13,6 +12,7 @@ use fst_gpu::{
 use fst_io::plan::{Block, Limits, ReadPlan};
 use fst_io::{Extent, ReadOptions, ReadStats, SourceFile};
 
+use super::reader::blame;
 use crate::error::{DeviceError, Result};
 use crate::host::Watch;
 
@@ -103,20 +103,6 @@ impl<'a> CudaRank<'a> {
         parts.sort_unstable_by_key(|part| (part.file, part.start));
         Ok(parts)
     }
-
-    /// The range that an error is about.
-    fn blame(&self, error: &fst_io::Error, parts: &[Part]) -> Option<usize> {
-        let (path, start, end): (&Path, u64, u64) = match error {
-            fst_io::Error::Read { path, offset, len, .. } => (path, *offset, offset + len.max(&1)),
-            fst_io::Error::EarlyEnd { path, end, .. } => (path, *end, u64::MAX),
-            _ => return None,
-        };
-        let hit = |part: &&Part| {
-            let file = &self.sources.files[part.file as usize];
-            file.path() == path && part.start < end && start < part.end
-        };
-        parts.iter().find(hit).map(|part| part.range)
-    }
 }
 
 /// A part of a file and the device address of its bytes.
@@ -205,8 +191,11 @@ unsafe impl Backend for CudaRank<'_> {
         let read = fst_io::read(files, &plan, &sink, options, &watch.next(None));
         // Also when reading failed: copies may be on their way.
         let flushed = self.pipeline.flush();
-        let stats = read
-            .map_err(|error| (self.blame(&error, &parts).unwrap_or(first), Cause::from(error)))?;
+        let stats = read.map_err(|error| {
+            let ranges = parts.iter().map(|part| (part.file, part.start, part.end, part.range));
+            let hit = blame(&error, self.sources.files, ranges);
+            (hit.unwrap_or(first), Cause::from(error))
+        })?;
         flushed.map_err(|error| (first, error.into()))?;
         self.stats.lock().unwrap_or_else(|e| e.into_inner()).push(stats);
         Ok(())

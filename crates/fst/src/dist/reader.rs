@@ -91,25 +91,31 @@ impl Reader for FileReader<'_> {
                 self.stats.lock().unwrap_or_else(|e| e.into_inner()).push(stats);
                 Ok(())
             }
-            Err(error) => Err((self.blame(&error, &parts).unwrap_or(first), error.into())),
+            Err(error) => {
+                let ranges =
+                    parts.iter().map(|part| (part.file, part.start, part.end(), part.range));
+                Err((blame(&error, self.files, ranges).unwrap_or(first), error.into()))
+            }
         }
     }
 }
 
-impl FileReader<'_> {
-    /// The range that an error is about.
-    fn blame(&self, error: &fst_io::Error, parts: &[Part]) -> Option<usize> {
-        let (path, start, end): (&Path, u64, u64) = match error {
-            fst_io::Error::Read { path, offset, len, .. } => (path, *offset, offset + len.max(&1)),
-            fst_io::Error::EarlyEnd { path, end, .. } => (path, *end, u64::MAX),
-            _ => return None,
-        };
-        let hit = |part: &&Part| {
-            let file = &self.files[part.file as usize];
-            file.path() == path && part.start < end && start < part.start + part.len
-        };
-        parts.iter().find(hit).map(|part| part.range)
-    }
+/// Which of some ranges of files an error of reading them is about: the first that it touches.
+/// Ranges come as index of the file, first byte, end, and number.
+pub(super) fn blame(
+    error: &fst_io::Error,
+    files: &[SourceFile],
+    mut ranges: impl Iterator<Item = (u32, u64, u64, usize)>,
+) -> Option<usize> {
+    let (path, start, end): (&Path, u64, u64) = match error {
+        fst_io::Error::Read { path, offset, len, .. } => (path, *offset, offset + len.max(&1)),
+        fst_io::Error::EarlyEnd { path, end, .. } => (path, *end, u64::MAX),
+        _ => return None,
+    };
+    let hit = |&(file, first, last, _): &(u32, u64, u64, usize)| {
+        files[file as usize].path() == path && first < end && start < last
+    };
+    ranges.find(hit).map(|(.., number)| number)
 }
 
 /// A part of a file and where its bytes go.
