@@ -243,6 +243,21 @@ pub(crate) fn cut(family: &str, name: &str, shape: &[usize]) -> Cut {
     }
 }
 
+/// Nothing is read twice, and nobody receives what it drops: within a hundredth each.
+pub(crate) fn assert_little_moves(results: &[Tensors], family: &str, all: &ByName) {
+    let bytes: usize = all.values().map(|tensor| tensor.bytes.len()).sum();
+    let mut read = 0;
+    for (rank, tensors) in results.iter().enumerate() {
+        let report = tensors.report();
+        let kept = expected(family, all, rank, results.len());
+        let kept: usize = kept.values().map(|tensor| tensor.bytes.len()).sum();
+        let received = report.rank.as_ref().unwrap().received_bytes;
+        assert!(received <= kept as u64 * 101 / 100, "rank {rank}: {received} of {kept} bytes");
+        read += report.bytes_read;
+    }
+    assert!(read <= bytes as u64 * 101 / 100, "{read} bytes read of {bytes}");
+}
+
 /// All that a rank keeps of a checkpoint.
 pub(crate) fn expected(family: &str, all: &ByName, rank: usize, world: usize) -> ByName {
     let cut_of = |(name, tensor): (&String, &Values)| cut(family, name, &tensor.shape);
