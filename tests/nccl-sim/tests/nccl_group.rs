@@ -215,7 +215,7 @@ fn an_abort_of_any_rank_ends_all() {
 /// Stands between a rank and rank 0, so that the connection can end as that of a killed process does.
 struct Relay {
     port: u16,
-    ends: Arc<Mutex<Vec<TcpStream>>>,
+    ends: Arc<Mutex<Option<(TcpStream, TcpStream)>>>,
 }
 
 impl Relay {
@@ -237,15 +237,18 @@ impl Relay {
             };
             copy(&near, &far);
             copy(&far, &near);
-            ends.lock().unwrap().extend([near, far]);
+            *ends.lock().unwrap() = Some((near, far));
         });
         relay
     }
 
-    fn cut(&self) {
-        for end in self.ends.lock().unwrap().iter() {
-            end.shutdown(Shutdown::Both).unwrap();
-        }
+    /// The ranks' ends first, all of them: rank 0, whose death this may stand for, lives on in this process, and
+    /// would tell the others that those whose connections end are lost.
+    fn cut(relays: &[Self]) {
+        let ends: Vec<_> = relays.iter().map(|relay| relay.ends.lock().unwrap()).collect();
+        let ends = || ends.iter().flat_map(|ends| ends.as_ref());
+        ends().for_each(|(near, _)| near.shutdown(Shutdown::Both).unwrap());
+        ends().for_each(|(_, far)| far.shutdown(Shutdown::Both).unwrap());
     }
 }
 
@@ -268,10 +271,10 @@ fn the_end_of_a_ranks_connection_ends_all() {
                         return Some(keep_busy(&group).to_string());
                     }
                     std::thread::sleep(Duration::from_millis(50));
-                    match rank.checked_sub(1) {
-                        Some(at) => relays[at as usize].cut(),
-                        None => relays.iter().for_each(Relay::cut),
-                    }
+                    Relay::cut(match rank.checked_sub(1) {
+                        Some(at) => &relays[at as usize..][..1],
+                        None => relays,
+                    });
                     // A killed process says nothing more, neither to NCCL.
                     std::mem::forget(group);
                     None

@@ -30,6 +30,9 @@ const IN_PROGRESS: c_int = 7;
 /// `ncclUint8`.
 const BYTES: c_int = 1;
 
+/// How long an error of NCCL waits for word of the rank whose end was its cause: NCCL does not name it.
+const WORD: Duration = Duration::from_millis(500);
+
 /// How long kernels may take to leave after their communicator was aborted.
 const FAREWELL: Duration = Duration::from_secs(10);
 
@@ -418,7 +421,7 @@ impl NcclGroup {
             let code = unsafe { (self.nccl.comm_get_async_error)(comm, &mut state) };
             self.nccl.ok("ncclCommGetAsyncError", code)?;
             if state != IN_PROGRESS {
-                self.nccl.ok(op, state)?;
+                self.nccl.ok(op, state).map_err(|error| self.explained(error))?;
                 if done()? {
                     return Ok(());
                 }
@@ -436,6 +439,18 @@ impl NcclGroup {
                 _ => std::thread::sleep(Duration::from_micros(20)),
             }
         }
+    }
+
+    /// What the other ranks tell of a failure, which may come a moment after NCCL notices it.
+    fn explained(&self, error: GroupError) -> GroupError {
+        let start = Instant::now();
+        while start.elapsed() < WORD {
+            if let Some(known) = self.control.failure() {
+                return known;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        error
     }
 
     fn stream_done(&self) -> Result<bool, GroupError> {
