@@ -10,6 +10,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::Scope;
 use std::time::{Duration, Instant};
 
 use crate::folder::{self, Choice};
@@ -17,9 +18,11 @@ use crate::index::{Index, MAX_INDEX_LEN};
 use crate::names::NameTable;
 use crate::{Decoded, Dtype, Error, Header, HeaderDecoder, HeaderTensor};
 
-/// Most threads that read headers at once. They wait for storage rather than compute, so they may
-/// outnumber the cores.
+/// Most threads that read headers at once. Those that wait for storage may outnumber the cores.
 const MAX_READERS: usize = 8;
+
+/// A header that took longer to read was waited for: it did not come from the page cache.
+const A_WAIT: Duration = Duration::from_micros(500);
 
 /// The tensors of a checkpoint and the files that hold them. Headers only: no file stays open.
 ///
@@ -397,7 +400,7 @@ fn add_sources(
             sources.extend(files.into_iter().map(|path| Source { path, index: None }));
         }
         Choice::Index(path) => {
-            let index = Index::parse(&read_index(&path)?, &path)?;
+            let index = Index::parse(read_index(&path)?, &path)?;
             let folder = path.parent().map_or(Cow::Owned(PathBuf::new()), Cow::Borrowed);
             let first_shard = sources.len();
             sources.extend(index.files.iter().enumerate().map(|(file, (name, _))| Source {
@@ -459,67 +462,111 @@ fn read_onto(
     Err(Error::Read { path: path.to_owned(), range, source })
 }
 
-fn read_shard(path: &Path) -> Result<Shard, Error> {
-    let (file, file_metadata) = open_file(path)?;
-    let header_error = |source| Error::Header { path: path.to_owned(), source };
-    let decoder = HeaderDecoder::new(file_metadata.len()).map_err(header_error)?;
-    let mut bytes = Vec::new();
-    let header = loop {
-        match decoder.decode(&bytes).map_err(header_error)? {
-            Decoded::Need(range) => read_onto(&file, path, &mut bytes, range)?,
-            Decoded::Header(header) => break header,
+/// Reads headers one after the other.
+#[derive(Default)]
+struct HeaderReader {
+    /// Memory for a header's text, kept for the next one: the first touch of memory costs as much as
+    /// copying into it does.
+    text: Vec<u8>,
+    /// How long opening and reading took, the last time.
+    waited: Duration,
+}
+
+impl HeaderReader {
+    fn read(&mut self, path: &Path) -> Result<Shard, Error> {
+        let began = Instant::now();
+        let (file, file_metadata) = open_file(path)?;
+        let header_error = |source| Error::Header { path: path.to_owned(), source };
+        let decoder = HeaderDecoder::new(file_metadata.len()).map_err(header_error)?;
+        self.text.clear();
+        let header = loop {
+            self.waited = began.elapsed();
+            match decoder.decode(&self.text).map_err(header_error)? {
+                Decoded::Need(range) => read_onto(&file, path, &mut self.text, range)?,
+                Decoded::Header(header) => break header,
+            }
+        };
+        Ok(Shard { path: path.to_owned(), file_metadata, header })
+    }
+}
+
+/// The files of a checkpoint, taken in order by the threads that read their headers.
+struct HeaderReads<'c> {
+    sources: &'c [Source],
+    indices: &'c [IndexSource],
+    next: AtomicUsize,
+    threads: AtomicUsize,
+    done: Vec<Mutex<Option<Result<Shard, Error>>>>,
+}
+
+impl HeaderReads<'_> {
+    /// Reads header after header, as every thread does.
+    fn work<'s>(&'s self, scope: &'s Scope<'s, '_>) {
+        let mut reader = HeaderReader::default();
+        loop {
+            let i = self.next.fetch_add(1, Ordering::Relaxed);
+            let Some((source, slot)) = self.sources.get(i).zip(self.done.get(i)) else { return };
+            let result = reader.read(&source.path).map_err(|error| self.missing(source, error));
+            if result.is_err() {
+                // Files after this one need not be read.
+                self.next.fetch_max(self.sources.len(), Ordering::Relaxed);
+            }
+            *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
+            if reader.waited > A_WAIT {
+                self.spawn(scope);
+            }
         }
-    };
-    Ok(Shard { path: path.to_owned(), file_metadata, header })
+    }
+
+    /// Adds a thread where there may be one more and something to do for it.
+    fn spawn<'s>(&'s self, scope: &'s Scope<'s, '_>) {
+        let left = self.sources.len().saturating_sub(self.next.load(Ordering::Relaxed));
+        if left == 0 || self.threads.fetch_add(1, Ordering::Relaxed) >= MAX_READERS {
+            return;
+        }
+        let builder = std::thread::Builder::new().name("fst-headers".to_owned());
+        // A machine out of threads reads with those it has; the caller's always works.
+        let _ = builder.spawn_scoped(scope, || self.work(scope));
+    }
+
+    /// Says which index named a file that is not there.
+    fn missing(&self, source: &Source, error: Error) -> Error {
+        match (error, &source.index) {
+            (Error::Open { path, source: cause }, Some(by))
+                if cause.kind() == io::ErrorKind::NotFound =>
+            {
+                let IndexSource { path: index, index: Index { files, .. }, .. } =
+                    &self.indices[by.index];
+                let tensor = files[by.file].1.clone();
+                Error::MissingShard { index: index.clone(), shard: path, tensor }
+            }
+            (error, _) => error,
+        }
+    }
 }
 
 /// Reads all headers, several at once where there are several. Of several errors, the one of the
 /// first file is returned.
 fn read_shards(sources: &[Source], indices: &[IndexSource]) -> Result<Vec<Shard>, Error> {
-    let read = |source: &Source| {
-        read_shard(&source.path).map_err(|error| match (error, &source.index) {
-            (Error::Open { path, source: cause }, Some(by))
-                if cause.kind() == io::ErrorKind::NotFound =>
-            {
-                let IndexSource { path: index, index: Index { files, .. }, .. } =
-                    &indices[by.index];
-                let tensor = files[by.file].1.clone();
-                Error::MissingShard { index: index.clone(), shard: path, tensor }
-            }
-            (error, _) => error,
-        })
-    };
-    if let [source] = sources {
-        return Ok(vec![read(source)?]);
-    }
-    let next = AtomicUsize::new(0);
-    let done: Vec<Mutex<Option<Result<Shard, Error>>>> =
-        sources.iter().map(|_| Mutex::new(None)).collect();
-    let work = || {
-        while let Some((source, slot)) = {
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            sources.get(i).zip(done.get(i))
-        } {
-            let result = read(source);
-            if result.is_err() {
-                // Files after this one need not be read.
-                next.fetch_max(sources.len(), Ordering::Relaxed);
-            }
-            *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
-        }
+    let reads = HeaderReads {
+        sources,
+        indices,
+        next: AtomicUsize::new(0),
+        threads: AtomicUsize::new(1),
+        done: sources.iter().map(|_| Mutex::new(None)).collect(),
     };
     std::thread::scope(|scope| {
-        for _ in 1..sources.len().min(MAX_READERS) {
-            // A machine out of threads reads with those it has; this thread always works.
-            let builder = std::thread::Builder::new().name("fst-headers".to_owned());
-            if builder.spawn_scoped(scope, work).is_err() {
-                break;
-            }
+        // Headers in the page cache are work for the cores; more threads come where they wait.
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        for _ in 1..cores.min(sources.len()) {
+            reads.spawn(scope);
         }
-        work();
+        reads.work(scope);
     });
     // Sources are taken in order, so before the first unread one there is an error.
-    done.into_iter()
+    reads
+        .done
+        .into_iter()
         .map_while(|slot| slot.into_inner().unwrap_or_else(PoisonError::into_inner))
         .collect()
 }

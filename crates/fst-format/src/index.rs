@@ -14,95 +14,183 @@ use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visi
 
 use crate::Error;
 use crate::error::JsonError;
+use crate::scan::Scanner;
 
 /// Longest index that is read, in bytes; that of a 671B mixture of experts has 8 MB.
 pub(crate) const MAX_INDEX_LEN: u64 = 200_000_000;
 
+/// Files relative to the index, sorted, each with the first tensor that the map puts there.
+type Files = Vec<(PathBuf, String)>;
+
 /// A checked weight map.
 #[derive(Debug)]
 pub(crate) struct Index {
-    /// Files relative to the index, sorted, each with the first tensor that the map puts there.
-    pub(crate) files: Vec<(PathBuf, String)>,
-    /// The tensors' names, one behind the other: tens of thousands of strings of their own would
-    /// take longer to make than to look up.
+    pub(crate) files: Files,
+    /// What holds the tensors' names: the index itself where that is plain, for tens of thousands of
+    /// strings of their own would take longer to make than to look up.
     names: String,
-    /// For each tensor, in the order of the text, where its name ends and its place in `files`.
-    tensors: Vec<(usize, u32)>,
+    /// The tensors, in the order of the text, with their places in `files`.
+    tensors: Vec<Named>,
+}
+
+/// A tensor of a weight map.
+#[derive(Clone, Copy, Debug)]
+struct Named {
+    /// Start of its name in the text of names, and the length.
+    start: u32,
+    len: u32,
+    /// Place of its file.
+    file: u32,
+}
+
+impl Named {
+    fn name<'n>(&self, names: &'n str) -> &'n str {
+        let start = self.start as usize;
+        names.get(start..start + self.len as usize).unwrap_or_default()
+    }
 }
 
 impl Index {
     /// Tensors with their place in `files`, in the order of the text. A name may be there twice.
     pub(crate) fn tensors(&self) -> impl Iterator<Item = (&str, usize)> {
-        let mut start = 0;
-        self.tensors.iter().map(move |&(end, file)| {
-            let name = self.names.get(start..end).unwrap_or_default();
-            start = end;
-            (name, file as usize)
-        })
+        self.tensors.iter().map(|tensor| (tensor.name(&self.names), tensor.file as usize))
     }
 
     /// Parses the contents of the index at `path`, which is used for messages only.
-    pub(crate) fn parse(bytes: &[u8], path: &Path) -> Result<Index, Error> {
-        let index = || path.to_owned();
-        let text = str::from_utf8(bytes).map_err(|error| Error::IndexNotUtf8 {
-            index: index(),
-            offset: error.valid_up_to() as u64,
+    pub(crate) fn parse(bytes: Vec<u8>, path: &Path) -> Result<Index, Error> {
+        let text = String::from_utf8(bytes).map_err(|error| Error::IndexNotUtf8 {
+            index: path.to_owned(),
+            offset: error.utf8_error().valid_up_to() as u64,
         })?;
-        let mut map = WeightMap::default();
-        let mut json = serde_json::Deserializer::from_str(text);
-        json.deserialize_map(TopLevel(&mut map)).and_then(|()| json.end()).map_err(|error| {
-            let source = JsonError::new(error);
-            Error::IndexJson { index: index(), offset: source.offset_in(text), source }
-        })?;
-        map.resolve(path)
+        let (names, mut tensors, files) = match plain_map(&text) {
+            Some((tensors, entries)) => (None, tensors, entries),
+            None => {
+                let mut map = WeightMap::default();
+                let mut json = serde_json::Deserializer::from_str(&text);
+                let read = json.deserialize_map(TopLevel(&mut map)).and_then(|()| json.end());
+                read.map_err(|error| {
+                    let source = JsonError::new(error);
+                    let offset = source.offset_in(&text);
+                    Error::IndexJson { index: path.to_owned(), offset, source }
+                })?;
+                (Some(map.names), map.tensors, map.files.entries)
+            }
+        };
+        let (files, places) = resolve(names.as_ref().unwrap_or(&text), &tensors, &files, path)?;
+        for tensor in &mut tensors {
+            tensor.file = places[tensor.file as usize];
+        }
+        Ok(Index { files, names: names.unwrap_or(text), tensors })
     }
 }
 
-/// The map as written: tensors with the place of their entry in `entries`.
+/// Reads a map of plain strings; `None` for any other index, be it sound or not. The names are those
+/// of the text.
+fn plain_map(text: &str) -> Option<(Vec<Named>, Vec<Cow<'_, str>>)> {
+    // An entry of a large model has some 80 bytes.
+    let mut tensors = Vec::with_capacity(text.len() / 70);
+    let mut files = FileEntries::default();
+    let mut scanner = Scanner::new(text);
+    let mut seen = false;
+    scanner.expect(b'{')?;
+    let mut more_keys = !scanner.take(b'}');
+    while more_keys {
+        let key = scanner.string()?;
+        scanner.expect(b':')?;
+        if scanner.text(key) == WEIGHT_MAP {
+            if std::mem::replace(&mut seen, true) {
+                return None;
+            }
+            scanner.expect(b'{')?;
+            let mut more = !scanner.take(b'}');
+            while more {
+                let name = scanner.string()?;
+                scanner.expect(b':')?;
+                let file = scanner.string()?;
+                let file = files.place(Cow::Borrowed(scanner.text(file)));
+                let (start, len) = (name.start as u32, name.len() as u32);
+                tensors.push(Named { start, len, file });
+                more = scanner.another(b'}')?;
+            }
+        } else {
+            scanner.value::<IgnoredAny>()?;
+        }
+        more_keys = scanner.another(b'}')?;
+    }
+    scanner.end()?;
+    seen.then_some((tensors, files.entries))
+}
+
+/// The key of the map.
+const WEIGHT_MAP: &str = "weight_map";
+
+/// The files as the map has them, each once.
+#[derive(Default)]
+struct FileEntries<'t> {
+    entries: Vec<Cow<'t, str>>,
+    places: BTreeMap<Cow<'t, str>, u32>,
+    /// The one that was asked for last.
+    last: u32,
+}
+
+impl<'t> FileEntries<'t> {
+    /// The place of this entry in `entries`, where it is put if it is new.
+    fn place(&mut self, entry: Cow<'t, str>) -> u32 {
+        if self.entries.get(self.last as usize) != Some(&entry) {
+            let new = self.entries.len() as u32;
+            self.last = match self.places.get(&entry) {
+                Some(&place) => place,
+                None => {
+                    self.entries.push(entry.clone());
+                    self.places.insert(entry, new);
+                    new
+                }
+            };
+        }
+        self.last
+    }
+}
+
+/// The map as written: tensors with the place of their entry in `files`.
 #[derive(Default)]
 struct WeightMap<'t> {
-    tensors: Vec<(Cow<'t, str>, usize)>,
-    entries: Vec<Cow<'t, str>>,
-    places: BTreeMap<Cow<'t, str>, usize>,
+    names: String,
+    tensors: Vec<Named>,
+    files: FileEntries<'t>,
 }
 
-impl WeightMap<'_> {
-    fn resolve(self, path: &Path) -> Result<Index, Error> {
-        let index = || path.to_owned();
-        if self.tensors.is_empty() {
-            return Err(Error::EmptyIndex { index: index() });
-        }
-        let mut first_tensor = vec![None; self.entries.len()];
-        for (name, entry) in &self.tensors {
-            first_tensor[*entry].get_or_insert(name);
-        }
-        // Entries such as `a` and `./a` are one file.
-        let mut files: BTreeMap<PathBuf, String> = BTreeMap::new();
-        let mut paths = Vec::with_capacity(self.entries.len());
-        for (entry, tensor) in self.entries.iter().zip(first_tensor) {
-            let tensor: &str = tensor.map_or("", |name| name);
-            let file = plain_path(entry).ok_or_else(|| Error::OutsideFolder {
-                index: index(),
-                tensor: tensor.to_owned(),
-                entry: entry.clone().into_owned(),
-            })?;
-            files.entry(file.clone()).or_insert_with(|| tensor.to_owned());
-            paths.push(file);
-        }
-        let order: BTreeMap<&Path, u32> =
-            (0..).zip(files.keys()).map(|(i, file)| (file.as_path(), i)).collect();
-        let places: Vec<u32> =
-            paths.iter().map(|file| order.get(file.as_path()).copied().unwrap_or(0)).collect();
-        drop(order);
-        let mut names =
-            String::with_capacity(self.tensors.iter().map(|(name, _)| name.len()).sum());
-        let tensors = self.tensors.iter().map(|(name, entry)| {
-            names.push_str(name);
-            (names.len(), places[*entry])
-        });
-        let tensors = tensors.collect();
-        Ok(Index { files: files.into_iter().collect(), names, tensors })
+/// The files of the entries, and for each entry its place among them.
+fn resolve(
+    names: &str,
+    tensors: &[Named],
+    entries: &[Cow<'_, str>],
+    index: &Path,
+) -> Result<(Files, Vec<u32>), Error> {
+    let index = || index.to_owned();
+    if tensors.is_empty() {
+        return Err(Error::EmptyIndex { index: index() });
     }
+    let mut first_tensor = vec![None; entries.len()];
+    for tensor in tensors {
+        first_tensor[tensor.file as usize].get_or_insert(tensor);
+    }
+    // Entries such as `a` and `./a` are one file.
+    let mut files: BTreeMap<PathBuf, String> = BTreeMap::new();
+    let mut paths = Vec::with_capacity(entries.len());
+    for (entry, tensor) in entries.iter().zip(first_tensor) {
+        let tensor = || tensor.map_or("", |tensor| tensor.name(names)).to_owned();
+        let file = plain_path(entry).ok_or_else(|| Error::OutsideFolder {
+            index: index(),
+            tensor: tensor(),
+            entry: entry.clone().into_owned(),
+        })?;
+        files.entry(file.clone()).or_insert_with(tensor);
+        paths.push(file);
+    }
+    let order: BTreeMap<&Path, u32> =
+        (0..).zip(files.keys()).map(|(i, file)| (file.as_path(), i)).collect();
+    let places = paths.iter().map(|file| order.get(file.as_path()).copied().unwrap_or(0)).collect();
+    Ok((files.into_iter().collect(), places))
 }
 
 /// `entry` as a path that only goes down, or `None`.
@@ -137,16 +225,16 @@ impl<'de> Visitor<'de> for TopLevel<'_, 'de> {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         let mut seen = false;
         while let Some(Text(key)) = map.next_key::<Text<'de>>()? {
-            if key == "weight_map" {
+            if key == WEIGHT_MAP {
                 if std::mem::replace(&mut seen, true) {
-                    return Err(de::Error::duplicate_field("weight_map"));
+                    return Err(de::Error::duplicate_field(WEIGHT_MAP));
                 }
                 map.next_value_seed(Weights(self.0))?;
             } else {
                 map.next_value::<IgnoredAny>()?;
             }
         }
-        if seen { Ok(()) } else { Err(de::Error::missing_field("weight_map")) }
+        if seen { Ok(()) } else { Err(de::Error::missing_field(WEIGHT_MAP)) }
     }
 }
 
@@ -171,18 +259,10 @@ impl<'de> Visitor<'de> for Weights<'_, 'de> {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         let out = self.0;
         while let Some((Text(tensor), Text(file))) = map.next_entry::<Text<'de>, Text<'de>>()? {
-            let place = match out.tensors.last() {
-                Some(&(_, last)) if out.entries[last] == file => last,
-                _ => match out.places.get(&file) {
-                    Some(&place) => place,
-                    None => {
-                        out.entries.push(file.clone());
-                        out.places.insert(file, out.entries.len() - 1);
-                        out.entries.len() - 1
-                    }
-                },
-            };
-            out.tensors.push((tensor, place));
+            let file = out.files.place(file);
+            let (start, len) = (out.names.len() as u32, tensor.len() as u32);
+            out.names.push_str(&tensor);
+            out.tensors.push(Named { start, len, file });
         }
         Ok(())
     }
@@ -251,9 +331,15 @@ mod tests {
     #[test]
     fn files_are_sorted_and_counted_once() {
         let json = br#"{"weight_map": {"x": "b", "y": "./a", "z": "b", "w": "a"}, "other": [1]}"#;
-        let index = Index::parse(json, Path::new("i")).unwrap();
-        assert_eq!(index.files, [("a".into(), "y".to_owned()), ("b".into(), "x".to_owned())]);
-        let tensors: Vec<_> = index.tensors().collect();
-        assert_eq!(tensors, [("x", 1), ("y", 0), ("z", 1), ("w", 0)]);
+        // With an escape it takes the long way.
+        let escaped = br#"{"weight_map": {"\u0078": "b", "y": ".\/a", "z": "b", "w": "a"}}"#;
+        assert!(plain_map(str::from_utf8(json).unwrap()).is_some());
+        assert!(plain_map(str::from_utf8(escaped).unwrap()).is_none());
+        for json in [&json[..], escaped] {
+            let index = Index::parse(json.to_vec(), Path::new("i")).unwrap();
+            assert_eq!(index.files, [("a".into(), "y".to_owned()), ("b".into(), "x".to_owned())]);
+            let tensors: Vec<_> = index.tensors().collect();
+            assert_eq!(tensors, [("x", 1), ("y", 0), ("z", 1), ("w", 0)]);
+        }
     }
 }
