@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
 
 use fst::dist::Group;
-use fst::{Checkpoint, Checksum, Error, Loader, Manifest, Tensor};
+use fst::{Checkpoint, Checksum, Dtype, Error, Loader, Manifest, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::args::SumArgs;
@@ -76,18 +76,47 @@ pub(crate) fn run(args: &SumArgs) -> Result<(), Failure> {
         let json = manifest.to_json() + "\n";
         std::fs::write(path, json).map_err(|error| Failure::at(path, error))?;
     }
-    let out = match (args.json, &args.output) {
-        (true, _) => manifest.to_json() + "\n",
-        (false, Some(path)) => {
+    if args.json {
+        return text::print_json_text(&manifest.to_json()).map_err(Failure::output);
+    }
+    let out = match &args.output {
+        Some(path) => {
             let sums = counted(manifest.len() as u64, "sum");
             format!("{sums} written to {}\n", visible(&path.display().to_string()))
         }
-        (false, None) => {
+        None => {
             let line = |sum: &Checksum| format!("{}  {}\n", sum.sha256, visible(&sum.name));
-            manifest.iter().map(line).collect()
+            let lines: String = manifest.iter().map(line).collect();
+            let sizes = manifest
+                .iter()
+                .map(|sum| size(sum.dtype, sum.shape.as_deref().unwrap_or_default()));
+            lines + &selection(args, &checkpoint, sizes)
         }
     };
     text::print(&out).map_err(Failure::output)
+}
+
+/// Bytes of a tensor.
+fn size(dtype: Option<Dtype>, shape: &[usize]) -> u64 {
+    let bits = dtype.map_or(0, |dtype| u64::from(dtype.bits()));
+    shape.iter().map(|dim| *dim as u64).product::<u64>() * bits / 8
+}
+
+/// How much was selected and summed, as a remark under the sums; nothing where all was.
+fn selection(
+    args: &SumArgs,
+    checkpoint: &Checkpoint,
+    sizes: impl ExactSizeIterator<Item = u64>,
+) -> String {
+    if args.reading.select.patterns.is_empty() {
+        return String::new();
+    }
+    let (count, all) = (sizes.len() as u64, checkpoint.tensors().len() as u64);
+    let of = match args.world.is_some() || args.dist.is_some() {
+        true => counted(count, "shard"),
+        false => format!("{} of {}", text::count(count), counted(all, "tensor")),
+    };
+    format!("# {of}, {}\n", text::bytes(sizes.sum()))
 }
 
 /// Sums the shards of `world` ranks, rank by rank.
@@ -105,7 +134,7 @@ fn shards(
         sums_of(rank, &tensors.iter().collect::<Vec<_>>(), threads)
     });
     let sums = sums.map_err(|error| reading::failure(&args.paths, checkpoint, &error))?;
-    print_shards(args, sums)
+    print_shards(args, checkpoint, sums)
 }
 
 /// Sums the shards of this process, one rank of `group`; rank 0 tells those of all.
@@ -128,7 +157,7 @@ fn shards_as_one(
     if group.rank() != 0 {
         return Ok(());
     }
-    print_shards(args, sums)
+    print_shards(args, checkpoint, sums)
 }
 
 /// The sums of all ranks, by rank; those of this one are of `tensors`. They are told as they come, at
@@ -230,13 +259,19 @@ fn sums_of(rank: u32, tensors: &[&Tensor], threads: usize) -> Result<Vec<ShardSu
     Ok(sums.into_iter().map(|(_, sum)| sum).collect())
 }
 
-fn print_shards(args: &SumArgs, by_rank: Vec<Vec<ShardSum>>) -> Result<(), Failure> {
+fn print_shards(
+    args: &SumArgs,
+    checkpoint: &Checkpoint,
+    by_rank: Vec<Vec<ShardSum>>,
+) -> Result<(), Failure> {
     let report = Shards { tensors: by_rank.into_iter().flatten().collect() };
     if args.json {
         return text::print_json(&report).map_err(Failure::output);
     }
     let line = |sum: &ShardSum| format!("{}  {}  {}\n", sum.sha256, sum.rank, visible(&sum.name));
-    text::print(&report.tensors.iter().map(line).collect::<String>()).map_err(Failure::output)
+    let lines: String = report.tensors.iter().map(line).collect();
+    let sizes = report.tensors.iter().map(|sum| size(sum.dtype.parse().ok(), &sum.shape));
+    text::print(&(lines + &selection(args, checkpoint, sizes))).map_err(Failure::output)
 }
 
 /// Reads and hashes all tensors, in no particular order. Hashing is slower than reading, so each

@@ -32,12 +32,12 @@ pub(crate) fn styled(style: Style, text: impl std::fmt::Display) -> String {
     format!("{style}{text}{style:#}")
 }
 
-/// `text` with control characters made visible: names come out of files that anybody can write, and
-/// a terminal obeys what it is sent.
+/// `text` with control characters and those that are not seen made visible: names come out of files
+/// that anybody can write, and a terminal obeys what it is sent.
 pub(crate) fn visible(text: &str) -> String {
     let mut visible = String::with_capacity(text.len());
     for c in text.chars() {
-        if c.is_control() {
+        if is_hidden(c) {
             // Writing to a `String` cannot fail.
             let _ = write!(visible, "{}", c.escape_default());
         } else {
@@ -45,6 +45,33 @@ pub(crate) fn visible(text: &str) -> String {
         }
     }
     visible
+}
+
+/// Whether a character steers what is shown rather than being shown: a control or format character
+/// of Unicode (bidirectional overrides, joiners, tags and the like), or a separator of lines.
+fn is_hidden(c: char) -> bool {
+    c.is_control()
+        || matches!(c,
+            '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{feff}'
+            | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
+            | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
+}
+
+/// A JSON document with what is [hidden](is_hidden) as `\uXXXX`: such characters stand in strings
+/// only, where this means the same.
+fn escaped(json: &str) -> String {
+    let mut out = String::with_capacity(json.len());
+    for c in json.chars() {
+        if is_hidden(c) {
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                // Writing to a `String` cannot fail.
+                let _ = write!(out, "\\u{unit:04x}");
+            }
+        } else {
+            out.push(c);
+        }
+    }
+    out
 }
 
 /// Writes finished text to standard output, with colours only where a terminal shows them.
@@ -60,7 +87,35 @@ pub(crate) fn print(text: &str) -> io::Result<()> {
 
 /// Writes one JSON document to standard output.
 pub(crate) fn print_json(document: &impl serde::Serialize) -> io::Result<()> {
-    let mut text = serde_json::to_string(document)?;
-    text.push('\n');
-    print(&text)
+    print_json_text(&serde_json::to_string(document)?)
+}
+
+/// Writes a JSON document that is text already, in one line.
+pub(crate) fn print_json_text(json: &str) -> io::Result<()> {
+    print(&(escaped(json) + "\n"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_hidden_is_shown_and_the_rest_is_left_alone() {
+        assert_eq!(visible("a\u{202e}b\u{1b}[1m\n"), "a\\u{202e}b\\u{1b}[1m\\n");
+        assert_eq!(visible("\u{2066}\u{feff}\u{200d}"), "\\u{2066}\\u{feff}\\u{200d}");
+        let plain = "modèle.层.0 \u{1f600} \"x\" \\n";
+        assert_eq!(visible(plain), plain);
+    }
+
+    #[test]
+    fn json_means_the_same_and_has_nothing_hidden() {
+        let name = "a\u{202e}b\u{7f}\u{9b}\u{e0041}\n\u{1f600}é";
+        let json = serde_json::to_string(&serde_json::json!({ name: [name] })).unwrap();
+        let safe = escaped(&json);
+        assert!(!safe.chars().any(is_hidden) && safe.contains("\\u202e") && safe.contains('é'));
+        assert_eq!(
+            serde_json::from_str::<serde_json::Value>(&safe).unwrap(),
+            serde_json::from_str::<serde_json::Value>(&json).unwrap()
+        );
+    }
 }

@@ -117,6 +117,42 @@ fn a_reader_that_goes_away_is_no_error() {
 }
 
 #[test]
+fn what_steers_text_is_shown_escaped() {
+    let folder = Folder::new();
+    // Shown as "gnp.exe" written from the right, were it obeyed.
+    let (name, shown) = ("a\u{202e}exe.png\u{2066}\u{feff}", "a\\u{202e}exe.png\\u{2066}\\u{feff}");
+    let path = folder.join("x\u{202e}.safetensors");
+    let header = format!(
+        r#"{{"__metadata__":{{"{name}":"{name}"}},"{name}":{{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}}}"#
+    );
+    write_raw(&path, &header, &[0; 4]);
+    let text = path.to_str().unwrap();
+    let hidden = |text: &str| text.contains(['\u{202e}', '\u{2066}', '\u{feff}']);
+    let slice = format!("{name}:3:0..1");
+    for args in [
+        &["inspect", text][..],
+        &["inspect", text, "--all"],
+        &["sum", text],
+        &["load", text],
+        &["load", text, "--map"],
+        &["doctor", text],
+        &["load", text, "--slice", &slice],
+        &["load", text, "--select", "\u{202e}none"],
+        &["load", text, "--world", "2"],
+    ] {
+        let run = run(args);
+        assert!(!hidden(&run.stdout) && !hidden(&run.stderr), "{args:?}: {}", run.stdout);
+        assert!((run.stdout + &run.stderr).contains("\\u{202e}"), "{args:?}");
+    }
+    assert!(run(["sum", text]).stdout.ends_with(&format!("  {shown}\n")));
+    for args in [&["inspect", text, "--json"][..], &["sum", text, "--json"]] {
+        let run = run(args);
+        assert!(!hidden(&run.stdout) && run.stdout.contains("\\u202e"), "{}", run.stdout);
+        assert_eq!(run.json()["tensors"][0]["name"], name);
+    }
+}
+
+#[test]
 fn a_full_standard_output_is_an_error() {
     let folder = Folder::new();
     let path = folder.synth("gpt2", &["--model", "gpt2", "--layers", "1", "--shrink", "64"]);
