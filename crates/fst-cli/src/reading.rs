@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use fst::{CancelToken, Checkpoint, Error, Loader};
+use fst::{CancelToken, Checkpoint, Error, Loader, TensorInfo};
 
 use crate::args::{Reading, Select};
 use crate::failure::Failure;
@@ -26,6 +26,28 @@ pub(crate) fn select(loader: Loader, select: &Select) -> Loader {
 /// Opens the checkpoint that `paths` name together.
 pub(crate) fn open(paths: &[PathBuf]) -> Result<Checkpoint, Failure> {
     Checkpoint::open_all(paths).map_err(Failure::of)
+}
+
+/// The tensors that match any of the patterns, or all where there are none. As with a load, each
+/// pattern must match some.
+pub(crate) fn selected<'c>(
+    checkpoint: &'c Checkpoint,
+    select: &Select,
+) -> Result<Vec<&'c TensorInfo>, Error> {
+    let mut matched = vec![select.patterns.is_empty(); checkpoint.tensors().len()];
+    for pattern in &select.patterns {
+        let mut any = false;
+        for (tensor, matched) in checkpoint.tensors().iter().zip(&mut matched) {
+            if pattern.matches(tensor.name()) {
+                (any, *matched) = (true, true);
+            }
+        }
+        if !any {
+            return Err(Error::NoMatch { pattern: pattern.to_string() });
+        }
+    }
+    let all = checkpoint.tensors().iter().zip(matched);
+    Ok(all.filter_map(|(tensor, matched)| matched.then_some(tensor)).collect())
 }
 
 /// Why a load of `checkpoint` failed. Errors about a file start with its path; the others are about

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use fst::{Checkpoint, Dtype, Error, Pattern, TensorInfo};
+use fst::{Checkpoint, Dtype, TensorInfo};
 use serde::Serialize;
 
 use crate::args::InspectArgs;
@@ -51,11 +51,14 @@ struct FileReport<'c> {
     path: String,
     /// Length of the file, header included.
     bytes: u64,
+    /// How many of its tensors were selected, and their bytes.
     tensors: u64,
+    tensor_bytes: u64,
     data_start: u64,
     metadata: &'c BTreeMap<String, String>,
 }
 
+/// Of what was selected.
 #[derive(Serialize)]
 struct Total {
     tensors: u64,
@@ -66,36 +69,14 @@ struct Total {
 
 pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
     let checkpoint = reading::open(&args.paths)?;
-    let chosen = chosen(&checkpoint, &args.select.patterns)
+    let chosen = reading::selected(&checkpoint, &args.select)
         .map_err(|error| reading::failure(&args.paths, &checkpoint, &error))?;
     let report = Report::of(&checkpoint, &chosen);
     if args.json {
-        text::print_json(&report).map_err(Failure::output)
-    } else {
-        text::print(&report.render(&args.paths, args.all)).map_err(Failure::output)
+        return text::print_json(&report).map_err(Failure::output);
     }
-}
-
-/// The tensors that match any of the patterns, or all where there are none. As with a load, each
-/// pattern must match some.
-fn chosen<'c>(
-    checkpoint: &'c Checkpoint,
-    patterns: &[Pattern],
-) -> Result<Vec<&'c TensorInfo>, Error> {
-    let mut matched = vec![patterns.is_empty(); checkpoint.tensors().len()];
-    for pattern in patterns {
-        let mut any = false;
-        for (tensor, matched) in checkpoint.tensors().iter().zip(&mut matched) {
-            if pattern.matches(tensor.name()) {
-                (any, *matched) = (true, true);
-            }
-        }
-        if !any {
-            return Err(Error::NoMatch { pattern: pattern.to_string() });
-        }
-    }
-    let all = checkpoint.tensors().iter().zip(matched);
-    Ok(all.filter_map(|(tensor, matched)| matched.then_some(tensor)).collect())
+    let whole = (chosen.len() < checkpoint.tensors().len()).then_some(&checkpoint);
+    text::print(&report.render(&args.paths, args.all, whole)).map_err(Failure::output)
 }
 
 impl<'c> Report<'c> {
@@ -116,17 +97,30 @@ impl<'c> Report<'c> {
         // The dtype that fills the checkpoint comes first.
         let mut dtypes: Vec<DtypeReport> = dtypes.into_values().collect();
         dtypes.sort_by_key(|sums| std::cmp::Reverse(sums.bytes));
-        let files: Vec<FileReport<'c>> = checkpoint
-            .shards()
-            .iter()
-            .map(|shard| FileReport {
-                path: shard.path().display().to_string(),
-                bytes: shard.len(),
-                tensors: shard.header().len() as u64,
-                data_start: shard.data_start(),
-                metadata: shard.metadata(),
-            })
-            .collect();
+        // Files of which something was selected, and where they stand among these.
+        let all = chosen.len() == checkpoint.tensors().len();
+        let mut files: Vec<FileReport<'c>> = Vec::new();
+        let mut places = vec![0; checkpoint.shards().len()];
+        let mut sums = vec![(0, 0); checkpoint.shards().len()];
+        for tensor in chosen {
+            let (tensors, bytes) = &mut sums[tensor.shard()];
+            (*tensors, *bytes) = (*tensors + 1, *bytes + tensor.byte_len());
+        }
+        for (index, (shard, (tensors, tensor_bytes))) in
+            checkpoint.shards().iter().zip(sums).enumerate()
+        {
+            if tensors > 0 || all {
+                places[index] = files.len();
+                files.push(FileReport {
+                    path: shard.path().display().to_string(),
+                    bytes: shard.len(),
+                    tensors,
+                    tensor_bytes,
+                    data_start: shard.data_start(),
+                    metadata: shard.metadata(),
+                });
+            }
+        }
         let tensors: Vec<TensorReport<'c>> = chosen
             .iter()
             .map(|tensor| TensorReport {
@@ -134,7 +128,7 @@ impl<'c> Report<'c> {
                 dtype: tensor.dtype().as_str(),
                 shape: tensor.shape(),
                 bytes: tensor.byte_len(),
-                file: tensor.shard(),
+                file: places[tensor.shard()],
                 offset: tensor.file_range().start,
             })
             .collect();
@@ -147,7 +141,8 @@ impl<'c> Report<'c> {
         Report { tensors, dtypes, files, metadata: checkpoint.metadata(), total }
     }
 
-    fn render(&self, paths: &[PathBuf], all: bool) -> String {
+    /// The report for people; `whole` is the checkpoint of which this is a part.
+    fn render(&self, paths: &[PathBuf], all: bool, whole: Option<&Checkpoint>) -> String {
         let mut out = String::new();
         let names: Vec<String> =
             paths.iter().map(|path| visible(&path.display().to_string())).collect();
@@ -160,8 +155,16 @@ impl<'c> Report<'c> {
             text::bytes(bytes),
             counted(files, "file")
         );
+        if let Some(whole) = whole {
+            out += &format!(
+                "  of {}, {} in {}\n",
+                counted(whole.tensors().len() as u64, "tensor"),
+                text::bytes(whole.byte_len()),
+                counted(whole.shards().len() as u64, "file")
+            );
+        }
         out += &section("Dtypes", &self.dtype_table());
-        out += &section("Files", &self.file_table());
+        out += &section("Files", &self.file_table(whole.is_some()));
         if !self.metadata.is_empty() {
             out += &section("Metadata", &self.metadata_table());
         }
@@ -186,11 +189,12 @@ impl<'c> Report<'c> {
         table
     }
 
-    fn file_table(&self) -> Table {
+    fn file_table(&self, selected: bool) -> Table {
         let mut table = Table::new(&[Align::Left, Align::Right, Align::Right]);
         for file in &self.files {
             let tensors = counted(file.tensors, "tensor");
-            table.row([visible(&file.path), tensors, text::bytes(file.bytes)]);
+            let bytes = if selected { file.tensor_bytes } else { file.bytes };
+            table.row([visible(&file.path), tensors, text::bytes(bytes)]);
         }
         table
     }

@@ -116,3 +116,37 @@ fn what_is_selected_is_what_a_load_would_take() {
     let none = run(["inspect", path, "--select", "nothing*"]);
     assert!(none.error().contains("no tensor matches \"nothing*\""), "{}", none.stderr);
 }
+
+#[test]
+fn a_selection_is_counted_alone() {
+    let folder = Folder::new();
+    let args = ["--model", "llama-2-7b", "--layers", "3", "--shrink", "64", "--shards", "3"];
+    let path = folder.synth("c", &args);
+    let path = path.to_str().unwrap();
+    let all = run(["inspect", path, "--json"]).json();
+    // The tensors of the last file.
+    let last: Vec<&str> = (all["tensors"].as_array().unwrap().iter())
+        .filter(|tensor| tensor["file"] == 2)
+        .map(|tensor| tensor["name"].as_str().unwrap())
+        .take(2)
+        .collect();
+    let select = ["--select", last[0], "--select", last[1]];
+    let some = run([&["inspect", path, "--json"], &select[..]].concat()).json();
+    assert_eq!((&some["total"]["tensors"], &some["total"]["files"]), (&2.into(), &1.into()));
+    let files = some["files"].as_array().unwrap();
+    assert_eq!((files.len(), &files[0]["path"]), (1, &all["files"][2]["path"]));
+    assert_eq!((&files[0]["tensors"], &files[0]["bytes"]), (&2.into(), &all["files"][2]["bytes"]));
+    assert_eq!(files[0]["tensor_bytes"], some["total"]["bytes"]);
+    for tensor in some["tensors"].as_array().unwrap() {
+        assert_eq!(tensor["file"], 0);
+        let whole = all["tensors"].as_array().unwrap();
+        let same = whole.iter().find(|other| other["name"] == tensor["name"]).unwrap();
+        assert_eq!((&tensor["offset"], &tensor["bytes"]), (&same["offset"], &same["bytes"]));
+    }
+    let text = run([&["inspect", path], &select[..]].concat()).stdout;
+    let (count, files) = (all["total"]["tensors"].as_u64().unwrap(), "in 3 files");
+    assert!(text.contains("  2 tensors, ") && text.contains("in 1 file\n"), "{text}");
+    assert!(text.contains(&format!("  of {count} tensors, ")) && text.contains(files), "{text}");
+    let text = run(["inspect", path]).stdout;
+    assert!(!text.contains("  of "), "{text}");
+}
