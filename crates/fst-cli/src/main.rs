@@ -9,6 +9,7 @@ mod progress;
 mod ranks;
 mod reading;
 mod slice;
+mod sums;
 mod text;
 mod timeline;
 

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use fst::{Checkpoint, Error, LoadReport, Loader, Manifest, Stage, Tensors};
+use fst::{Checkpoint, Error, LoadReport, Loader, Stage, Tensors};
 use fst_cli::models::Model;
 use fst_cli::synth::{Recipe, SynthError, Watch};
 use rustix::fs::{Advice, fadvise};
@@ -15,6 +15,7 @@ use crate::interrupt::{self, TemporaryFolder};
 use crate::progress::Progress;
 use crate::ranks;
 use crate::reading;
+use crate::sums;
 use crate::text::{self, Align, FAINT, HEADING, RESULT, Table, counted, styled, visible};
 use crate::timeline;
 
@@ -95,7 +96,7 @@ fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
         loader = loader.slice(&slice.name, slice.dim, slice.range.clone());
     }
     if let Some(path) = &args.verify {
-        loader = loader.verify(Manifest::read(path).map_err(Failure::of)?);
+        loader = loader.verify(sums::read(path)?);
     }
     loader = loader.trace(args.trace.is_some() || args.plot.is_some());
     if let Some(world) = args.ranks.world {

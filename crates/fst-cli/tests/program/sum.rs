@@ -322,3 +322,48 @@ fn a_manifest_is_written_and_loads_are_held_to_it() {
     assert!(none.error().starts_with("/no/such/file: cannot read"), "{}", none.stderr);
     assert_eq!(run(["load", "--verify", manifest_text]).status, 2);
 }
+
+#[test]
+fn loads_are_held_to_the_text_of_sums_too() {
+    let folder = Folder::new();
+    let path = folder.synth("c", &["--model", "gpt2", "--layers", "1", "--shrink", "16"]);
+    let path = path.to_str().unwrap();
+    let sums = folder.join("sums.txt");
+    let sums_text = sums.to_str().unwrap();
+    let verify =
+        |extra: &[&str]| run([&["load", path, "--verify", sums_text, "--json"], extra].concat());
+    let text = run(["sum", path]).stdout;
+    std::fs::write(&sums, &text).unwrap();
+    let json = verify(&[]).json();
+    assert_eq!(json["stages"]["verify"]["bytes"], json["bytes"]);
+    let some = run(["sum", path, "--select", "*ln_f*"]).stdout;
+    std::fs::write(&sums, some).unwrap();
+    assert_eq!(verify(&["--select", "*ln_f*"]).json()["tensors"], 2);
+    assert!(verify(&[]).error().contains("the manifest"), "tensors without sums are no error");
+
+    let first = if text.starts_with('0') { "1" } else { "0" };
+    std::fs::write(&sums, format!("{first}{}", &text[1..])).unwrap();
+    let bad = verify(&[]);
+    assert!(bad.error().contains("the manifest says"), "{}", bad.stderr);
+    std::fs::write(&sums, "SHA256 (wte.weight) = 00\n").unwrap();
+    let bad = verify(&[]);
+    assert!(bad.error().starts_with(&format!("{sums_text}: not sums: line 1 ")), "{}", bad.stderr);
+    assert!(bad.error().contains("fst sum -o FILE"), "{}", bad.stderr);
+}
+
+#[test]
+fn sums_of_a_selection_end_with_its_size() {
+    let folder = Folder::new();
+    let path = folder.synth("c", &["--model", "llama-2-7b", "--layers", "1", "--shrink", "10"]);
+    let path = path.to_str().unwrap();
+    let select = ["--select", "*norm*"];
+    let load = run([&["load", path, "--json"], &select[..]].concat()).json();
+    let all = run(["sum", path]).stdout.lines().count();
+    let text = run([&["sum", path], &select[..]].concat()).stdout;
+    let bytes = load["bytes"].as_f64().unwrap() / 1e3;
+    assert_eq!(text.lines().last().unwrap(), format!("# 3 of {all} tensors, {bytes:.1} kB"));
+    assert_eq!(text.lines().count(), 4);
+    // Norms are kept by every rank.
+    let text = run([&["sum", path, "--world", "2"], &select[..]].concat()).stdout;
+    assert_eq!(text.lines().last().unwrap(), format!("# 6 shards, {:.1} kB", 2.0 * bytes));
+}
