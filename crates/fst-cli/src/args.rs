@@ -1,9 +1,11 @@
 //! The command line.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, Parser, Subcommand};
+use fst::dist::group::DEFAULT_DEADLINE;
 use fst::{Dtype, Engine, Pattern};
 use fst_cli::models::MODELS;
 
@@ -51,9 +53,10 @@ pub(crate) struct Select {
 /// How to read and where to.
 #[derive(Debug, Args)]
 pub(crate) struct Reading {
-    /// Where tensors go: `host`, or `cuda:N` for an NVIDIA GPU
-    #[arg(long, value_name = "DEVICE", default_value = "host")]
-    pub(crate) device: DeviceArg,
+    /// Where tensors go: `host`, or `cuda:N` for an NVIDIA GPU [default: host, or with `--dist nccl`
+    /// the GPU of this process's local rank]
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<DeviceArg>,
     /// How files are read: auto, uring, pread, mmap or gds
     #[arg(long, value_name = "ENGINE", default_value = "auto")]
     pub(crate) engine: Engine,
@@ -62,6 +65,18 @@ pub(crate) struct Reading {
     /// Do not show progress; it is shown only on a terminal anyway
     #[arg(long)]
     pub(crate) no_progress: bool,
+}
+
+impl Reading {
+    /// The device asked for, by default the host.
+    pub(crate) fn device(&self) -> DeviceArg {
+        self.device.clone().unwrap_or_default()
+    }
+
+    /// The device asked for, if any was.
+    pub(crate) fn device_asked(&self) -> Option<&DeviceArg> {
+        self.device.as_ref()
+    }
 }
 
 /// What each rank of several keeps.
@@ -87,8 +102,32 @@ impl Rule {
             (.., true) => "--fused",
             _ => return Ok(()),
         };
-        Err(Failure::usage(format!("{said} is for several ranks: give --world N or --dist GROUP")))
+        Err(needs_ranks(said))
     }
+}
+
+/// How ranks work together.
+#[derive(Debug, Args)]
+pub(crate) struct Together {
+    /// Seconds that a rank waits for the others before all give up: in each exchange, and for them
+    /// to come [default: 120]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=86_400))]
+    deadline: Option<u32>,
+}
+
+impl Together {
+    pub(crate) fn deadline(&self) -> Duration {
+        self.deadline.map_or(DEFAULT_DEADLINE, |seconds| Duration::from_secs(seconds.into()))
+    }
+
+    /// Refuses what is said of ranks where there are none.
+    pub(crate) fn without_ranks(&self) -> Result<(), Failure> {
+        self.deadline.map_or(Ok(()), |_| Err(needs_ranks("--deadline")))
+    }
+}
+
+fn needs_ranks(said: &str) -> Failure {
+    Failure::usage(format!("{said} is for several ranks: give --world N or --dist GROUP"))
 }
 
 /// Ranks that load together.
@@ -105,6 +144,8 @@ pub(crate) struct Ranks {
     pub(crate) dist: Option<GroupArg>,
     #[command(flatten)]
     pub(crate) rule: Rule,
+    #[command(flatten)]
+    pub(crate) together: Together,
 }
 
 #[derive(Debug, Args)]
@@ -129,8 +170,9 @@ pub(crate) struct LoadArgs {
         conflicts_with_all = ["world", "dist"]
     )]
     pub(crate) slice: Vec<SliceArg>,
-    /// Hold every tensor's bytes to the sums in this file, as `fst sum -o FILE` writes them
-    #[arg(long, value_name = "FILE", requires = "paths", conflicts_with_all = ["world", "dist"])]
+    /// Hold every tensor's bytes to the sums in this file, as `fst sum -o FILE` writes them or
+    /// `fst sum` prints them
+    #[arg(long, value_name = "FILE", requires = "paths")]
     pub(crate) verify: Option<PathBuf>,
     /// Write the load's timeline to this file, for chrome://tracing or https://ui.perfetto.dev
     #[arg(long, value_name = "FILE", conflicts_with_all = ["world", "dist"])]
@@ -200,6 +242,8 @@ pub(crate) struct SumArgs {
     pub(crate) dist: Option<GroupArg>,
     #[command(flatten, next_help_heading = "Several ranks")]
     pub(crate) rule: Rule,
+    #[command(flatten, next_help_heading = "Several ranks")]
+    pub(crate) together: Together,
 }
 
 #[derive(Debug, Args)]

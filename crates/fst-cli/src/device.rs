@@ -26,6 +26,12 @@ impl FromStr for DeviceArg {
     }
 }
 
+impl Default for DeviceArg {
+    fn default() -> Self {
+        Self("host".to_owned())
+    }
+}
+
 impl DeviceArg {
     /// Whether it names a GPU.
     pub(crate) fn is_cuda(&self) -> bool {
@@ -38,10 +44,10 @@ impl DeviceArg {
     }
 
     /// The GPU of a process that has one for itself: the one named, or that of its rank on this machine.
-    pub(crate) fn of_process(&self, local_rank: u32) -> Result<Device, Failure> {
-        match self.0.as_str() {
-            "host" | "cuda" => Self(format!("cuda:{local_rank}")).open(),
-            _ => self.open(),
+    pub(crate) fn of_process(asked: Option<&Self>, local_rank: u32) -> Result<Device, Failure> {
+        match asked {
+            Some(named) if named.0 != "cuda" => named.open(),
+            _ => Self(format!("cuda:{local_rank}")).open(),
         }
     }
 

@@ -3,14 +3,17 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
-use fst::dist::{local_groups, nccl_group};
+use fst::dist::group::TcpControl;
+use fst::dist::{GroupError, NcclStream, local_groups_with};
 use fst::{
-    Checkpoint, Device, DistError, Error, Group, LaunchEnv, Loader, LocalGroup, Preset, Tensors,
+    Checkpoint, Device, DistError, Error, Group, LaunchEnv, Loader, LocalGroup, NcclGroup, Preset,
+    Tensors,
 };
 use serde::{Deserialize, Serialize};
 
-use crate::args::{LoadArgs, Rule};
+use crate::args::{LoadArgs, Reading, Rule, Together};
 use crate::device::DeviceArg;
 use crate::failure::Failure;
 use crate::reading;
@@ -86,6 +89,7 @@ pub(crate) fn preset(
 /// on the thread of the rank that kept the tensors. Of several errors it returns the cause of the others.
 pub(crate) fn run<T: Send>(
     devices: &[Device],
+    together: &Together,
     loader: &Loader,
     checkpoint: &Checkpoint,
     each: impl Fn(u32, Tensors) -> Result<T, Error> + Sync,
@@ -96,7 +100,7 @@ pub(crate) fn run<T: Send>(
         let loader = loader.clone().device(device.clone()).group(group);
         each(rank, loader.load(checkpoint)?)
     };
-    let groups = local_groups(devices)?;
+    let groups = local_groups_with(devices, together.deadline())?;
     let results: Vec<Result<T, Error>> = std::thread::scope(|scope| {
         let threads: Vec<_> = groups
             .into_iter()
@@ -223,8 +227,9 @@ pub(crate) fn load_here(
 ) -> Result<(), Failure> {
     let preset = preset(checkpoint, &args.ranks.rule, paths)?;
     let loader = loader.clone().preset(preset.clone());
-    let devices = args.reading.device.of_ranks(world)?;
-    let ranks = run(&devices, &loader, checkpoint, |_, tensors| Ok(Rank::of(&tensors)))
+    let devices = args.reading.device().of_ranks(world)?;
+    let together = &args.ranks.together;
+    let ranks = run(&devices, together, &loader, checkpoint, |_, tensors| Ok(Rank::of(&tensors)))
         .map_err(|error| reading::failure(paths, checkpoint, &error))?;
     print(args, paths, checkpoint, &preset, &ranks)
 }
@@ -237,7 +242,7 @@ pub(crate) fn load_as_one(
     loader: Loader,
     group: GroupArg,
 ) -> Result<(), Failure> {
-    let (group, loader) = join(group, &args.reading.device, loader)?;
+    let (group, loader) = join(group, &args.reading, &args.ranks.together, loader)?;
     let preset = preset(checkpoint, &args.ranks.rule, paths).inspect_err(|_| {
         group.abort("no preset fits the names of the tensors");
     })?;
@@ -258,31 +263,54 @@ pub(crate) fn load_as_one(
 /// named, or to that of its rank on this machine.
 pub(crate) fn join(
     group: GroupArg,
-    device: &DeviceArg,
+    reading: &Reading,
+    together: &Together,
     loader: Loader,
 ) -> Result<(Arc<dyn Group>, Loader), Failure> {
-    match group {
-        GroupArg::Mpi if device.is_cuda() => {
+    let deadline = together.deadline();
+    let asked = reading.device_asked();
+    match (group, asked.map(DeviceArg::is_cuda)) {
+        (GroupArg::Mpi, Some(true)) => {
             Err(Failure::usage("--dist mpi loads into host memory: for GPUs, use --dist nccl"))
         }
-        GroupArg::Mpi => Ok((join_mpi()?, loader)),
-        GroupArg::Nccl => {
-            let env = LaunchEnv::from_env().map_err(Failure::of)?;
-            let device = device.of_process(env.local_rank)?;
-            let group = Arc::new(nccl_group(&device).map_err(Failure::of)?);
+        (GroupArg::Nccl, Some(false)) => {
+            let what = "--dist nccl loads to GPUs: leave --device out for the GPU of each \
+                        process's local rank, or use --dist mpi for host memory";
+            Err(Failure::usage(what))
+        }
+        (GroupArg::Mpi, _) => Ok((join_mpi(deadline)?, loader)),
+        (GroupArg::Nccl, _) => {
+            let env = LaunchEnv::from_env().map_err(|error| Failure::of(launched(&error)))?;
+            let device = DeviceArg::of_process(asked, env.local_rank)?;
+            let group = Arc::new(join_nccl(&env, &device, deadline).map_err(Failure::of)?);
             Ok((group, loader.device(device)))
         }
     }
 }
 
+/// What to do about a launcher's variables that are not there.
+fn launched(error: &GroupError) -> String {
+    format!(
+        "--dist nccl: {error}; start each rank with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and \
+         MASTER_PORT set, as `torchrun --no-python --nproc-per-node N fst ...` does, or from srun's \
+         SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID"
+    )
+}
+
+fn join_nccl(env: &LaunchEnv, device: &Device, deadline: Duration) -> Result<NcclGroup, Error> {
+    // First, so that the others do not wait for a process that has no GPU.
+    let stream = NcclStream::new(device)?;
+    let control = TcpControl::from_env(env, deadline).map_err(DistError::Group)?;
+    Ok(NcclGroup::init(Box::new(control), Box::new(stream)).map_err(DistError::Group)?)
+}
+
 #[cfg(feature = "mpi")]
-fn join_mpi() -> Result<Arc<dyn Group>, Failure> {
-    let deadline = fst::dist::group::DEFAULT_DEADLINE;
+fn join_mpi(deadline: Duration) -> Result<Arc<dyn Group>, Failure> {
     Ok(Arc::new(fst::MpiGroup::init(deadline).map_err(Failure::of)?))
 }
 
 #[cfg(not(feature = "mpi"))]
-fn join_mpi() -> Result<Arc<dyn Group>, Failure> {
+fn join_mpi(_deadline: Duration) -> Result<Arc<dyn Group>, Failure> {
     // The command line is not accepted without the feature.
     Err(Failure::usage("--dist mpi: this program was built without MPI"))
 }

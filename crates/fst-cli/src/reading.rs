@@ -11,8 +11,10 @@ use crate::interrupt;
 /// A loader that does what the command line says.
 pub(crate) fn loader(reading: &Reading) -> Result<Loader, Failure> {
     let cancel = CancelToken::new();
-    let mut loader =
-        Loader::new().device(reading.device.open()?).engine(reading.engine).cancel(cancel.clone());
+    let mut loader = Loader::new()
+        .device(reading.device().open()?)
+        .engine(reading.engine)
+        .cancel(cancel.clone());
     loader = select(loader, &reading.select);
     interrupt::on_stop(move || cancel.cancel());
     Ok(loader)

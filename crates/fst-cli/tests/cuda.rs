@@ -131,8 +131,12 @@ fn a_rank_over_nccl_is_on_the_gpu_of_its_process() {
         ("MASTER_ADDR", "127.0.0.1"),
         ("MASTER_PORT", &port),
     ];
-    for (device, used) in [("host", "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0")] {
-        let args = ["load", &model, "--json", "--dist", "nccl", "--device", device];
+    for (device, used) in [
+        (&[][..], "cuda:1"),
+        (&["--device", "cuda"], "cuda:1"),
+        (&["--device", "cuda:0"], "cuda:0"),
+    ] {
+        let args = [&["load", &model, "--json", "--dist", "nccl"], device].concat();
         let (output, left) = fst_in(&args, dir.path(), &launched);
         assert_eq!(json(&output)["device"], used);
         assert_eq!(left.faults(), [""; 0]);
@@ -148,4 +152,27 @@ fn a_rank_over_nccl_is_on_the_gpu_of_its_process() {
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert_eq!(stderr.lines().count(), 1, "{stderr}");
     assert!(stderr.starts_with("error: ") && stderr.contains("RANK is not set"), "{stderr}");
+    for told in ["torchrun --no-python", "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR", "SLURM_PROCID"] {
+        assert!(stderr.contains(told), "{stderr}");
+    }
+
+    // Over NCCL nothing goes to the host, and who asks for that is told.
+    for command in ["load", "sum"] {
+        let args = [command, &model, "--dist", "nccl", "--device", "host"];
+        let (output, _) = fst_in(&args, dir.path(), &launched);
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{stderr}");
+        assert!(stderr.contains("leave --device out"), "{stderr}");
+    }
+
+    // A rank that does not come is waited for as long as was said.
+    let mut launched = launched;
+    launched[2] = ("WORLD_SIZE", "2");
+    let began = std::time::Instant::now();
+    let args = ["load", &model, "--dist", "nccl", "--deadline", "2"];
+    let (output, _) = fst_in(&args, dir.path(), &launched);
+    let took = began.elapsed().as_secs_f64();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!((1.9..30.0).contains(&took), "{took} s: {stderr}");
 }

@@ -86,6 +86,11 @@ pub(crate) fn run(args: &LoadArgs) -> Result<(), Failure> {
 fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
     if args.ranks.world.is_none() && args.ranks.dist.is_none() {
         args.ranks.rule.without_ranks()?;
+        args.ranks.together.without_ranks()?;
+    } else if args.verify.is_some() {
+        let what = "--verify is for whole tensors, and ranks keep parts of them: load without ranks to \
+                    check the files, or compare what fst sum says with the same --world or --dist";
+        return Err(Failure::usage(what));
     }
     let checkpoint = reading::open(paths)?;
     let mut loader = reading::loader(&args.reading)?;

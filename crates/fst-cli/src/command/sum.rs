@@ -52,6 +52,7 @@ struct Shards {
 pub(crate) fn run(args: &SumArgs) -> Result<(), Failure> {
     if args.world.is_none() && args.dist.is_none() {
         args.rule.without_ranks()?;
+        args.together.without_ranks()?;
     }
     let checkpoint = reading::open(&args.paths)?;
     let mut loader = reading::loader(&args.reading)?;
@@ -128,9 +129,9 @@ fn shards(
 ) -> Result<(), Failure> {
     let preset = ranks::preset(checkpoint, &args.rule, &args.paths)?;
     let loader = loader.clone().preset(preset);
-    let devices = args.reading.device.of_ranks(world)?;
+    let devices = args.reading.device().of_ranks(world)?;
     let threads = cores() / world as usize;
-    let sums = ranks::run(&devices, &loader, checkpoint, |rank, tensors| {
+    let sums = ranks::run(&devices, &args.together, &loader, checkpoint, |rank, tensors| {
         sums_of(rank, &tensors.iter().collect::<Vec<_>>(), threads)
     });
     let sums = sums.map_err(|error| reading::failure(&args.paths, checkpoint, &error))?;
@@ -144,7 +145,7 @@ fn shards_as_one(
     checkpoint: &Checkpoint,
     group: GroupArg,
 ) -> Result<(), Failure> {
-    let (group, loader) = ranks::join(group, &args.reading.device, loader)?;
+    let (group, loader) = ranks::join(group, &args.reading, &args.together, loader)?;
     let preset = ranks::preset(checkpoint, &args.rule, &args.paths).inspect_err(|_| {
         group.abort("no preset fits the names of the tensors");
     })?;
