@@ -10,6 +10,7 @@ use fst::{Dtype, Engine, Pattern};
 use fst_cli::models::MODELS;
 
 use crate::device::DeviceArg;
+use crate::dtype::{parse_made, parse_target};
 use crate::failure::Failure;
 use crate::ranks::{GroupArg, PresetArg};
 use crate::slice::SliceArg;
@@ -155,8 +156,8 @@ pub(crate) struct LoadArgs {
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) reading: Reading,
-    /// Convert tensors of a floating-point dtype to this one, such as BF16 or F32
-    #[arg(value_parser = parse_dtype, long, value_name = "DTYPE")]
+    /// Convert tensors of a floating-point dtype to this one, such as BF16, F32 or float8_e4m3fn
+    #[arg(value_parser = parse_target, long, value_name = "DTYPE")]
     pub(crate) dtype: Option<Dtype>,
     /// Map the files instead of reading them, and bring their pages into memory: no copy but of what
     /// is cut, converted or misaligned, and the files must not be changed meanwhile
@@ -178,7 +179,12 @@ pub(crate) struct LoadArgs {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["world", "dist"])]
     pub(crate) trace: Option<PathBuf>,
     /// Draw throughput over time to this file, as an SVG
-    #[arg(long, value_name = "FILE.svg", conflicts_with_all = ["world", "dist"])]
+    #[arg(
+        long,
+        value_name = "FILE.svg",
+        value_parser = parse_plot,
+        conflicts_with_all = ["world", "dist"]
+    )]
     pub(crate) plot: Option<PathBuf>,
     /// Print one JSON document instead of text
     #[arg(long)]
@@ -213,10 +219,9 @@ pub(crate) struct SumArgs {
     #[arg(long, value_name = "NAME:DIM:START..END")]
     pub(crate) slice: Vec<SliceArg>,
     /// Convert tensors of a floating-point dtype to this one first, such as BF16 or F32
-    #[arg(value_parser = parse_dtype, long, value_name = "DTYPE")]
+    #[arg(value_parser = parse_target, long, value_name = "DTYPE")]
     pub(crate) dtype: Option<Dtype>,
-    /// Write the sums to this file as JSON, which `fst load --verify FILE` reads (the text on the
-    /// screen is for people)
+    /// Write the sums to this file as JSON, with dtypes and shapes, for `fst load --verify FILE`
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,
     /// Print one JSON document instead of text
@@ -290,10 +295,10 @@ pub(crate) struct SynthArgs {
     #[arg(long, value_name = "N")]
     pub(crate) layers: Option<usize>,
     /// Cut the checkpoint into N files of about the same size instead of as published
-    #[arg(long, value_name = "N")]
-    pub(crate) shards: Option<usize>,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) shards: Option<u32>,
     /// Give tensors of a floating-point dtype this one
-    #[arg(value_parser = parse_dtype, long, value_name = "DTYPE")]
+    #[arg(value_parser = parse_made, long, value_name = "DTYPE")]
     pub(crate) dtype: Option<Dtype>,
     /// Choose other values; the same seed gives the same bytes
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -322,12 +327,13 @@ pub(crate) struct DoctorArgs {
     pub(crate) json: bool,
 }
 
-/// A dtype by its name in safetensors, in capitals or not.
-fn parse_dtype(name: &str) -> Result<Dtype, String> {
-    name.to_uppercase().parse().map_err(|error| {
-        let known: Vec<&str> = Dtype::ALL.iter().map(|dtype| dtype.as_str()).collect();
-        format!("{error}; there are {}", known.join(", "))
-    })
+/// The file of a drawing, whose name says what it is.
+fn parse_plot(name: &str) -> Result<PathBuf, &'static str> {
+    let path = PathBuf::from(name);
+    match path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("svg")) {
+        true => Ok(path),
+        false => Err("drawings are SVG: name a file that ends in .svg"),
+    }
 }
 
 /// The models by name, so that help and errors list them.

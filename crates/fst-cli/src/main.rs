@@ -3,6 +3,7 @@
 mod args;
 mod command;
 mod device;
+mod dtype;
 mod failure;
 mod interrupt;
 mod progress;

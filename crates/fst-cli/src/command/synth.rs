@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use fst_cli::models::Model;
-use fst_cli::synth::{Recipe, SynthError, Watch, is_floating_point};
+use fst_cli::synth::{Recipe, SynthError, Watch};
 use serde::Serialize;
 
 use crate::args::SynthArgs;
@@ -25,8 +25,11 @@ struct Report {
 pub(crate) fn run(args: &SynthArgs) -> Result<(), Failure> {
     let model = Model::find(&args.model)
         .ok_or_else(|| Failure::usage(format!("unknown model {}", args.model)))?;
-    let recipe = recipe(model, args)?;
-    let plan = recipe.plan().map_err(Failure::usage)?;
+    let recipe = recipe(model, args);
+    let plan = recipe.plan().map_err(|error| match args.shards {
+        Some(files) => Failure::usage(format!("--shards {files}: {error}")),
+        None => Failure::usage(error),
+    })?;
     let bytes = plan.iter().map(|shard| shard.bytes()).sum();
     let start = Instant::now();
     let progress = Progress::new("writing", bytes, !args.no_progress);
@@ -62,19 +65,16 @@ pub(crate) fn run(args: &SynthArgs) -> Result<(), Failure> {
     .map_err(Failure::output)
 }
 
-fn recipe(model: &'static Model, args: &SynthArgs) -> Result<Recipe, Failure> {
+fn recipe(model: &'static Model, args: &SynthArgs) -> Recipe {
     let mut recipe = Recipe::new(model).seed(args.seed).shrink(usize::from(args.shrink));
     if let Some(layers) = args.layers {
         recipe = recipe.layers(layers);
     }
     if let Some(files) = args.shards {
-        recipe = recipe.shards(files);
+        recipe = recipe.shards(files as usize);
     }
     if let Some(dtype) = args.dtype {
-        if !is_floating_point(dtype) {
-            return Err(Failure::usage(format!("--dtype {dtype}: not a floating-point dtype")));
-        }
         recipe = recipe.dtype(dtype);
     }
-    Ok(recipe)
+    recipe
 }

@@ -24,6 +24,12 @@ fn wrong_usage_is_status_2() {
         &["inspect", "x", "--device", "host"],
         &["load", "x", "--engine", "steam"],
         &["load", "x", "--dtype", "bf17"],
+        &["sum", "x", "--dtype", "I8"],
+        &["load", "x", "--plot", "drawing.png"],
+        &["load", "x", "--deadline", "5"],
+        &["sum", "x", "--deadline", "5"],
+        &["load", "x", "--world", "2", "--deadline", "0"],
+        &["load", "x", "--dist", "nccl", "--verify", "sums.json"],
         &["load", "x", "--device", "cuda:many"],
         &["sum", "x", "--slice", "name:0"],
         &["load", "x", "--map", "--engine", "pread"],
@@ -40,6 +46,23 @@ fn wrong_usage_is_status_2() {
         let run = run(args);
         assert_eq!((run.status, run.stdout.as_str()), (2, ""), "{args:?}");
         assert!(run.stderr.contains("rror: ") || run.stderr.contains("Usage"), "{}", run.stderr);
+    }
+}
+
+#[test]
+fn refusals_say_what_there_is() {
+    for (args, told) in [
+        (&["load", "x", "--dtype", "bf17"][..], "no such dtype: tensors are converted to"),
+        (&["load", "x", "--dtype", "bf17"], "F16, BF16, F32, F64"),
+        (&["sum", "x", "--dtype", "I8"], "not I8: "),
+        (&["synth", "x", "--model", "gpt2", "--shards", "0"], "'--shards <N>': 0 is not in 1.."),
+        (&["synth", "x", "--model", "gpt2", "--shards", "999"], "--shards 999: 999 files cannot"),
+        (&["load", "x", "--plot", "drawing.png"], "name a file that ends in .svg"),
+        (&["load", "x", "--world", "2", "--verify", "s"], "--verify is for whole tensors"),
+    ] {
+        let run = run(args);
+        assert_eq!((run.status, run.stdout.as_str()), (2, ""), "{args:?}");
+        assert!(run.stderr.contains(told), "{}", run.stderr);
     }
 }
 
@@ -97,26 +120,6 @@ fn names_cannot_break_the_error_line_or_steer_the_terminal() {
 }
 
 #[test]
-fn a_reader_that_goes_away_is_no_error() {
-    let folder = Folder::new();
-    // More than a pipe holds.
-    let path =
-        folder.synth("moe", &["--model", "qwen3-30b-a3b", "--layers", "6", "--shrink", "512"]);
-    let mut child = fst(["inspect", path.to_str().unwrap(), "--all"])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut line = String::new();
-    let mut lines = BufReader::new(child.stdout.take().unwrap());
-    lines.read_line(&mut line).unwrap();
-    drop(lines);
-    let output = child.wait_with_output().unwrap();
-    assert_eq!(output.status.code(), Some(0));
-    assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
-}
-
-#[test]
 fn what_steers_text_is_shown_escaped() {
     let folder = Folder::new();
     // Shown as "gnp.exe" written from the right, were it obeyed.
@@ -150,6 +153,26 @@ fn what_steers_text_is_shown_escaped() {
         assert!(!hidden(&run.stdout) && run.stdout.contains("\\u202e"), "{}", run.stdout);
         assert_eq!(run.json()["tensors"][0]["name"], name);
     }
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let folder = Folder::new();
+    // More than a pipe holds.
+    let path =
+        folder.synth("moe", &["--model", "qwen3-30b-a3b", "--layers", "6", "--shrink", "512"]);
+    let mut child = fst(["inspect", path.to_str().unwrap(), "--all"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    let mut lines = BufReader::new(child.stdout.take().unwrap());
+    lines.read_line(&mut line).unwrap();
+    drop(lines);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
 }
 
 #[test]
