@@ -6,12 +6,13 @@ use std::time::Duration;
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, Parser, Subcommand};
 use fst::dist::group::DEFAULT_DEADLINE;
-use fst::{Dtype, Engine, Pattern};
+use fst::{CachedCopy, Dtype, Engine, Pattern};
 use fst_cli::models::MODELS;
 
 use crate::device::DeviceArg;
 use crate::dtype::{parse_made, parse_target};
 use crate::failure::Failure;
+use crate::figures::parse_cached_copy;
 use crate::ranks::{GroupArg, PresetArg};
 use crate::slice::SliceArg;
 
@@ -163,6 +164,15 @@ pub(crate) struct LoadArgs {
     /// is cut, converted or misaligned, and the files must not be changed meanwhile
     #[arg(long, conflicts_with_all = ["world", "dist", "engine"])]
     pub(crate) map: bool,
+    /// How cached files get to a GPU: `registered`, straight out of the page cache; `staged`, through
+    /// pinned memory; `measured`, by the faster of both; or `auto`, which measures where that pays
+    #[arg(
+        long,
+        value_name = "WAY",
+        value_parser = parse_cached_copy,
+        conflicts_with_all = ["map", "world", "dist"]
+    )]
+    pub(crate) cached_copy: Option<CachedCopy>,
     /// Load only START..END of dimension DIM of the tensor NAME; may be repeated
     #[arg(
         long,
@@ -187,6 +197,11 @@ pub(crate) struct LoadArgs {
     )]
     pub(crate) plot: Option<PathBuf>,
     /// Print one JSON document instead of text
+    ///
+    /// Whatever is loaded, it has `tensors`, `bytes` (as loaded), `seconds`, `gb_per_s` (of `bytes`;
+    /// GB are 10^9), `engine`, `device` and `stages`, an object of `{"seconds", "bytes"}` by name.
+    /// Of ranks these are sums, and the time and stages of the slowest; `ranks` has the same of
+    /// each.
     #[arg(long)]
     pub(crate) json: bool,
     #[command(flatten)]

@@ -5,6 +5,7 @@ mod command;
 mod device;
 mod dtype;
 mod failure;
+mod figures;
 mod interrupt;
 mod progress;
 mod ranks;

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::args::{LoadArgs, Reading, Rule, Together};
 use crate::device::DeviceArg;
 use crate::failure::Failure;
+use crate::figures::Figures;
 use crate::reading;
 use crate::text::{self, Align, HEADING, RESULT, Table, counted, styled, visible};
 
@@ -136,79 +137,38 @@ fn is_echo(error: &Error) -> bool {
 #[derive(Serialize, Deserialize)]
 struct Rank {
     rank: u32,
-    tensors: usize,
-    /// Bytes of the loaded shards, padding and conversions in.
-    bytes: u64,
-    /// Bytes of the files that it keeps, read, sent to and received from other ranks.
+    #[serde(flatten)]
+    figures: Figures,
+    /// Bytes of the files that it keeps, sent to and received from other ranks.
     kept: u64,
     read: u64,
     sent: u64,
     received: u64,
-    seconds: f64,
-    resident_bytes: Option<u64>,
-    engine: String,
-    engine_asked: String,
-    engine_reason: String,
-    device: String,
-    workers: usize,
-    block_bytes: u64,
-    stages: Vec<Stage>,
-}
-
-#[derive(Serialize, Deserialize)]
-struct Stage {
-    name: String,
-    seconds: f64,
-    bytes: u64,
 }
 
 impl Rank {
     fn of(tensors: &Tensors) -> Self {
-        let report = tensors.report();
-        let rank = report.rank;
-        let stage = |stage: &fst::Stage| Stage {
-            name: stage.name.to_owned(),
-            seconds: stage.seconds,
-            bytes: stage.bytes,
-        };
+        let figures = Figures::of(tensors);
+        let rank = tensors.report().rank;
         Self {
             rank: rank.map_or(0, |rank| rank.rank),
-            tensors: report.tensors,
-            bytes: report.bytes,
-            kept: rank.map_or(report.bytes, |rank| rank.kept_bytes),
-            read: report.bytes_read,
+            kept: rank.map_or(figures.bytes, |rank| rank.kept_bytes),
+            read: figures.bytes_read,
             sent: rank.map_or(0, |rank| rank.sent_bytes),
             received: rank.map_or(0, |rank| rank.received_bytes),
-            seconds: report.seconds,
-            resident_bytes: report.resident_bytes,
-            engine: report.engine.used.as_str().to_owned(),
-            engine_asked: report.engine.asked.as_str().to_owned(),
-            engine_reason: report.engine.reason.clone(),
-            device: report.device.to_string(),
-            workers: report.workers,
-            block_bytes: report.block_bytes,
-            stages: report.stages.iter().map(stage).collect(),
+            figures,
         }
     }
 }
 
-/// The load of all ranks: sums of what they did, the time and stages of the slowest.
+/// The load of all ranks.
 #[derive(Serialize)]
 struct Report<'r> {
-    tensors: usize,
-    bytes: u64,
-    seconds: f64,
-    gb_per_s: f64,
-    engine: &'r str,
-    device: &'r str,
-    stages: serde_json::Map<String, serde_json::Value>,
-    engine_asked: &'r str,
-    engine_reason: &'r str,
-    resident_bytes: Option<u64>,
-    workers: usize,
-    block_bytes: u64,
+    #[serde(flatten)]
+    figures: Figures,
     world: usize,
     preset: &'static str,
+    /// Bytes of the selected tensors in the files.
     checkpoint_bytes: u64,
     kept: u64,
     read: u64,
@@ -322,38 +282,17 @@ fn print(
     preset: &Preset,
     ranks: &[Rank],
 ) -> Result<(), Failure> {
-    let Some(slowest) = ranks.iter().max_by(|a, b| a.seconds.total_cmp(&b.seconds)) else {
+    let Some(figures) = Figures::of_all(ranks.iter().map(|rank| &rank.figures)) else {
         return Ok(());
     };
+    let selected = reading::selected(checkpoint, &args.reading.select)
+        .map_err(|error| reading::failure(paths, checkpoint, &error))?;
     let sum = |of: fn(&Rank) -> u64| ranks.iter().map(of).sum::<u64>();
-    let stages = slowest.stages.iter().map(|stage| {
-        let figures = serde_json::json!({ "seconds": stage.seconds, "bytes": stage.bytes });
-        (stage.name.clone(), figures)
-    });
-    let bytes = sum(|rank| rank.bytes);
-    let mut devices: Vec<&str> = Vec::new();
-    for rank in ranks {
-        if !devices.contains(&rank.device.as_str()) {
-            devices.push(&rank.device);
-        }
-    }
-    let devices = devices.join(",");
     let report = Report {
-        tensors: ranks.iter().map(|rank| rank.tensors).sum(),
-        bytes,
-        seconds: slowest.seconds,
-        gb_per_s: bytes as f64 / slowest.seconds / 1e9,
-        engine: &slowest.engine,
-        device: &devices,
-        stages: stages.collect(),
-        engine_asked: &slowest.engine_asked,
-        engine_reason: &slowest.engine_reason,
-        resident_bytes: slowest.resident_bytes,
-        workers: slowest.workers,
-        block_bytes: slowest.block_bytes,
+        figures,
         world: ranks.len(),
         preset: preset.name(),
-        checkpoint_bytes: checkpoint.byte_len(),
+        checkpoint_bytes: selected.iter().map(|tensor| tensor.byte_len()).sum(),
         kept: sum(|rank| rank.kept),
         read: sum(|rank| rank.read),
         sent: sum(|rank| rank.sent),
@@ -370,14 +309,15 @@ fn render(report: &Report<'_>, paths: &[PathBuf]) -> String {
     let paths: Vec<String> =
         paths.iter().map(|path| visible(&path.display().to_string())).collect();
     let mut out = format!("{}\n", styled(HEADING, paths.join(" ")));
+    let all = &report.figures;
     out += &format!(
         "  {} by {} (preset {}) to {} in {}: {}\n\n",
         text::bytes(report.checkpoint_bytes),
         counted(report.world as u64, "rank"),
         report.preset,
-        report.device,
-        text::seconds(report.seconds),
-        styled(RESULT, text::rate(report.checkpoint_bytes as f64 / report.seconds / 1e9))
+        all.device,
+        text::seconds(all.seconds),
+        styled(RESULT, text::rate(report.checkpoint_bytes as f64 / all.seconds / 1e9))
     );
     let mut table = Table::new(&[Align::Right; 7]);
     let heads = ["rank", "tensors", "keeps", "read", "sent", "received", "time"];
@@ -388,11 +328,11 @@ fn render(report: &Report<'_>, paths: &[PathBuf]) -> String {
     };
     for rank in report.ranks {
         let bytes = [rank.kept, rank.read, rank.sent, rank.received];
-        table.row(cells(rank.rank.to_string(), rank.tensors, bytes, rank.seconds));
+        table.row(cells(rank.rank.to_string(), rank.figures.tensors, bytes, rank.figures.seconds));
     }
     let bytes = [report.kept, report.read, report.sent, report.received];
-    table.row(cells("all".to_owned(), report.tensors, bytes, report.seconds));
+    table.row(cells("all".to_owned(), all.tensors, bytes, all.seconds));
     out += &table.render();
-    out += &format!("\n  engine {}: {}\n", report.engine, report.engine_reason);
+    out += &format!("\n  engine {}: {}\n", all.engine, visible(&all.engine_reason));
     out
 }

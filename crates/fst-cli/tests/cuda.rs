@@ -82,6 +82,52 @@ fn loads_to_a_device_report_it_and_leave_nothing() {
 }
 
 #[test]
+fn loads_to_a_device_tell_how_cached_files_got_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = synth(dir.path());
+    let load = |extra: &[&str], environment: &[(&str, &str)]| {
+        let args = [&["load", &model, "--device", "cuda:0"], extra].concat();
+        let (output, left) = fst_in(&args, dir.path(), environment);
+        assert_eq!(left.faults(), [""; 0]);
+        output
+    };
+    // Just written: all of it is in the page cache.
+    for (way, took, other) in [
+        ("registered", "registered_bytes", "staged_bytes"),
+        ("staged", "staged_bytes", "registered_bytes"),
+        ("auto", "staged_bytes", "registered_bytes"),
+    ] {
+        let report = json(&load(&["--json", "--cached-copy", way], &[]));
+        let copy = &report["device_copy"];
+        assert_eq!(copy["asked"], way);
+        assert_eq!((&copy[took], &copy[other]), (&report["bytes_read"], &0.into()), "{copy}");
+        assert!(!copy["reason"].as_str().unwrap().is_empty() && copy["refused"].is_null());
+        assert!(copy["staged_gb_per_s"].is_null(), "{copy}");
+    }
+    let copy = json(&load(&["--json", "--cached-copy", "measured"], &[]))["device_copy"].clone();
+    for rate in ["registered_gb_per_s", "staged_gb_per_s"] {
+        assert!(copy[rate].as_f64().unwrap() > 0.0, "{copy}");
+    }
+    let text = |extra: &[&str], environment: &[(&str, &str)]| {
+        let output = load(extra, environment);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let out = text(&[], &[]);
+    assert!(out.contains(" through pinned memory (too little is cached to measure)"), "{out}");
+    let out = text(&["--cached-copy", "registered"], &[]);
+    let told = " straight out of the page cache (registered mappings were asked for)";
+    assert!(out.contains(told), "{out}");
+
+    let (output, _) = fst(&["load", &model, "--json"], dir.path());
+    assert!(json(&output)["device_copy"].is_null());
+    let (output, _) = fst(&["load", &model, "--cached-copy", "staged"], dir.path());
+    assert_eq!(output.status.code(), Some(2));
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(stderr.contains("give --device cuda:N"), "{stderr}");
+}
+
+#[test]
 fn the_doctor_sees_devices() {
     let dir = tempfile::tempdir().unwrap();
     let (output, _) = fst(&["doctor", "--json"], dir.path());
@@ -108,6 +154,12 @@ fn ranks_keep_their_shards_on_devices() {
         assert_eq!(on("sum", device), host);
         let report = on("load", device);
         let ranks = report["ranks"].as_array().unwrap();
+        for (key, value) in
+            json(&fst(&["load", &model, "--json"], dir.path()).0).as_object().unwrap()
+        {
+            assert_eq!(report[key].is_object(), value.is_object(), "{key}");
+            assert!(report.get(key).is_some() && ranks.iter().all(|rank| rank.get(key).is_some()));
+        }
         let found: Vec<&str> = ranks.iter().map(|rank| rank["device"].as_str().unwrap()).collect();
         assert_eq!(found, devices);
         assert_eq!(report["device"], if device == "cuda" { "cuda:0,cuda:1" } else { device });

@@ -7,10 +7,10 @@ use fst::{Checkpoint, Error, LoadReport, Loader, Stage, Tensors};
 use fst_cli::models::Model;
 use fst_cli::synth::{Recipe, SynthError, Watch};
 use rustix::fs::{Advice, fadvise};
-use serde::ser::{Serialize, SerializeMap, Serializer};
 
 use crate::args::LoadArgs;
 use crate::failure::Failure;
+use crate::figures::{CopyFigures, Figures};
 use crate::interrupt::{self, TemporaryFolder};
 use crate::progress::Progress;
 use crate::ranks;
@@ -23,47 +23,6 @@ use crate::timeline;
 const DEMO_MODEL: &str = "llama-2-7b";
 const DEMO_LAYERS: usize = 1;
 const DEMO_FILES: usize = 2;
-
-#[derive(serde::Serialize)]
-struct Report<'r> {
-    tensors: usize,
-    bytes: u64,
-    seconds: f64,
-    gb_per_s: f64,
-    engine: &'static str,
-    device: String,
-    stages: Stages<'r>,
-    engine_asked: &'static str,
-    engine_reason: &'r str,
-    /// Bytes wanted from the files, and read from them with the gaps that were read over.
-    bytes_asked: u64,
-    bytes_read: u64,
-    /// Bytes of the files in the page cache before; null where the system does not tell.
-    resident_bytes: Option<u64>,
-    /// Bytes of the files that were used.
-    file_bytes: u64,
-    workers: usize,
-    depth: usize,
-    block_bytes: u64,
-}
-
-/// The stages as an object in the order in which they happened.
-struct Stages<'r>(&'r [Stage]);
-
-impl Serialize for Stages<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        #[derive(serde::Serialize)]
-        struct Figures {
-            seconds: f64,
-            bytes: u64,
-        }
-        let mut map = serializer.serialize_map(Some(self.0.len()))?;
-        for &Stage { name, seconds, bytes, .. } in self.0 {
-            map.serialize_entry(name, &Figures { seconds, bytes })?;
-        }
-        map.end()
-    }
-}
 
 pub(crate) fn run(args: &LoadArgs) -> Result<(), Failure> {
     if !args.paths.is_empty() {
@@ -103,6 +62,13 @@ fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
     if let Some(path) = &args.verify {
         loader = loader.verify(sums::read(path)?);
     }
+    if let Some(way) = args.cached_copy {
+        if !args.reading.device().is_cuda() {
+            let what = "--cached-copy is about the way to a GPU: give --device cuda:N";
+            return Err(Failure::usage(what));
+        }
+        loader = loader.cached_copy(way);
+    }
     loader = loader.trace(args.trace.is_some() || args.plot.is_some());
     if let Some(world) = args.ranks.world {
         return ranks::load_here(args, paths, &checkpoint, &loader, world);
@@ -116,10 +82,14 @@ fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
         bar.set_length(progress.bytes_total);
         bar.set_position(progress.bytes_done);
     });
-    let tensors = if args.map { map(&loader, &checkpoint) } else { loader.load(&checkpoint) };
+    let tensors = match args.map {
+        true => map(&loader, &checkpoint),
+        false => loader.load(&checkpoint),
+    };
     let tensors = tensors.map_err(|error| reading::failure(paths, &checkpoint, &error))?;
     drop(progress);
     let report = tensors.report();
+    let figures = Figures::of(&tensors);
     if let Some(path) = &args.trace {
         timeline::write_trace(report, path)?;
     }
@@ -127,9 +97,9 @@ fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
         timeline::write_plot(report, path)?;
     }
     if args.json {
-        return text::print_json(&Report::of(report)).map_err(Failure::output);
+        return text::print_json(&figures).map_err(Failure::output);
     }
-    let mut out = render(report, paths);
+    let mut out = render(args, report, &figures, paths);
     for (path, what) in
         [(&args.trace, "Timeline, for https://ui.perfetto.dev"), (&args.plot, "Throughput")]
     {
@@ -154,55 +124,20 @@ fn map(loader: &Loader, checkpoint: &Checkpoint) -> Result<Tensors, Error> {
     Ok(tensors)
 }
 
-impl<'r> Report<'r> {
-    fn of(report: &'r LoadReport) -> Self {
-        Self {
-            tensors: report.tensors,
-            bytes: report.bytes,
-            seconds: report.seconds,
-            gb_per_s: report.gb_per_s(),
-            engine: report.engine.used.as_str(),
-            device: report.device.to_string(),
-            stages: Stages(&report.stages),
-            engine_asked: report.engine.asked.as_str(),
-            engine_reason: &report.engine.reason,
-            bytes_asked: report.bytes_asked,
-            bytes_read: report.bytes_read,
-            resident_bytes: report.resident_bytes,
-            file_bytes: report.file_bytes,
-            workers: report.workers,
-            depth: report.depth,
-            block_bytes: report.block_bytes,
-        }
-    }
-}
-
-fn render(report: &LoadReport, paths: &[PathBuf]) -> String {
+fn render(args: &LoadArgs, report: &LoadReport, figures: &Figures, paths: &[PathBuf]) -> String {
     let paths: Vec<String> =
         paths.iter().map(|path| visible(&path.display().to_string())).collect();
     let mut out = format!("{}\n", styled(HEADING, paths.join(" ")));
-    let (tensors, bytes) = (counted(report.tensors as u64, "tensor"), text::bytes(report.bytes));
-    out += &match mapping_time(report) {
-        None => format!(
-            "  {tensors}, {bytes} on {} in {}: {}\n\n",
-            report.device,
-            text::seconds(report.seconds),
-            styled(RESULT, text::rate(report.gb_per_s()))
-        ),
-        // No byte was moved, so that there is no rate to speak of.
-        Some(mapped) => format!(
-            "  {tensors}, {bytes} mapped in {}, all in memory after {}\n\n",
-            text::seconds(mapped),
-            styled(RESULT, text::seconds(report.seconds)),
-        ),
-    };
+    out += &format!("  {}\n\n", headline(args, report, figures));
     let mut facts = Table::new(&[Align::Left, Align::Left]);
-    facts.row(["engine".into(), format!("{}: {}", report.engine.used, report.engine.reason)]);
+    let reason = visible(&report.engine.reason);
+    facts.row(["engine".into(), format!("{}: {reason}", report.engine.used)]);
     if report.workers > 0 {
+        let rest = if figures.mapped_bytes > 0 { "what is not mapped: " } else { "" };
         facts.row([
             "reading".into(),
             format!(
-                "{}, up to {} in flight, of up to {} each",
+                "{rest}{}, up to {} in flight, of up to {} each",
                 counted(report.workers as u64, "thread"),
                 counted(report.depth as u64, "request"),
                 text::bytes(report.block_bytes),
@@ -213,8 +148,63 @@ fn render(report: &LoadReport, paths: &[PathBuf]) -> String {
     if let Some(resident) = report.resident_bytes {
         facts.row(["cached".into(), share(resident, report.file_bytes)]);
     }
+    if let Some(copy) = &figures.device_copy {
+        facts.row(["copied".into(), copied(copy)]);
+    }
     out += &facts.render();
     out += &stage_tables(report);
+    out
+}
+
+/// What is there now, and how long that took.
+fn headline(args: &LoadArgs, report: &LoadReport, figures: &Figures) -> String {
+    let (tensors, bytes) = (counted(report.tensors as u64, "tensor"), text::bytes(report.bytes));
+    let took = text::seconds(report.seconds);
+    if !args.map {
+        let rate = styled(RESULT, text::rate(report.gb_per_s()));
+        return format!("{tensors}, {bytes} on {} in {took}: {rate}", report.device);
+    }
+    // What is mapped is not moved, so that the whole has no rate to speak of.
+    let took = styled(RESULT, took);
+    match (mapping_time(report), figures.mapped_bytes) {
+        (Some(mapped), _) => format!(
+            "{tensors}, {bytes} mapped in {}, all in memory after {took}",
+            text::seconds(mapped)
+        ),
+        (None, 0) => {
+            format!(
+                "{tensors}, {bytes} in memory after {took}: none could be mapped, all were read"
+            )
+        }
+        (None, mapped) => format!(
+            "{tensors}, {bytes} in memory after {took}: {} mapped, {} could not be and were read",
+            text::bytes(mapped),
+            text::bytes(report.bytes - mapped)
+        ),
+    }
+}
+
+/// Which way bytes took to a device, and why.
+fn copied(copy: &CopyFigures) -> String {
+    let ways: Vec<String> = [
+        (copy.registered_bytes, "straight out of the page cache"),
+        (copy.staged_bytes, "through pinned memory"),
+    ]
+    .into_iter()
+    .filter(|(bytes, _)| *bytes > 0)
+    .map(|(bytes, way)| format!("{} {way}", text::bytes(bytes)))
+    .collect();
+    let mut out = match ways.is_empty() {
+        true => "nothing".to_owned(),
+        false => ways.join(", "),
+    };
+    out += &format!(" ({})", visible(&copy.reason));
+    if let Some((registered, staged)) = copy.registered_gb_per_s.zip(copy.staged_gb_per_s) {
+        out += &format!(": {} against {}", text::rate(registered), text::rate(staged));
+    }
+    if let Some(refused) = &copy.refused {
+        out += &format!("; the driver refused to register the files: {}", visible(refused));
+    }
     out
 }
 

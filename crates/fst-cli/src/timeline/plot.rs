@@ -56,12 +56,11 @@ pub(crate) fn svg(report: &LoadReport) -> Result<String, Box<dyn Error>> {
     let top = lines.iter().flat_map(|(_, rates)| rates).copied().fold(0.0, f64::max).max(1e-6);
     let area = SVGBackend::with_string(&mut out, SIZE).into_drawing_area();
     area.fill(&WHITE)?;
-    let title = format!(
-        "{} in {}: {}",
-        text::bytes(report.bytes),
-        text::seconds(report.seconds),
-        text::rate(report.gb_per_s())
-    );
+    let mut title = format!("{} in {}", text::bytes(report.bytes), text::seconds(report.seconds));
+    // What is mapped is not moved.
+    if report.stage("map").is_none() {
+        title += &format!(": {}", text::rate(report.gb_per_s()));
+    }
     let mut chart = ChartBuilder::on(&area)
         .caption(title, ("sans-serif", 18))
         .margin(14)

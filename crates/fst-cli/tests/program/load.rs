@@ -35,6 +35,62 @@ fn json_has_what_scripts_rely_on() {
     }
 }
 
+/// Keys that a load's JSON has, whatever is loaded.
+fn keys(json: &serde_json::Value) -> BTreeSet<&str> {
+    for key in ["tensors", "bytes", "seconds", "gb_per_s"] {
+        assert!(json[key].is_number(), "{key}: {json}");
+    }
+    for key in ["engine", "device"] {
+        assert!(json[key].is_string(), "{key}: {json}");
+    }
+    for (name, stage) in json["stages"].as_object().unwrap() {
+        assert!(stage["seconds"].is_number() && stage["bytes"].is_u64(), "{name}: {stage}");
+    }
+    assert!(json["stages"]["open"].is_object(), "{json}");
+    json.as_object().unwrap().keys().map(String::as_str).collect()
+}
+
+#[test]
+fn all_loads_have_one_shape_in_json() {
+    let folder = Folder::new();
+    let path = folder.synth("c", &["--model", "llama-2-7b", "--layers", "1", "--shrink", "32"]);
+    let path = path.to_str().unwrap();
+    let sums = folder.join("sums.json");
+    let sums = sums.to_str().unwrap();
+    assert_eq!(run(["sum", path, "-o", sums]).status, 0);
+    let plain = run(["load", path, "--json"]).json();
+    for extra in [
+        &["--map"][..],
+        &["--map", "--dtype", "F32"],
+        &["--verify", sums],
+        &["--select", "*norm*", "--dtype", "F32"],
+    ] {
+        let json = run([&["load", path, "--json"], extra].concat()).json();
+        assert_eq!(keys(&json), keys(&plain), "{extra:?}");
+    }
+    let select = ["--select", "*.0.*"];
+    for extra in [&[][..], &["--dtype", "F32"], &select] {
+        let json = run([&["load", path, "--world", "2", "--json"], extra].concat()).json();
+        assert!(keys(&json).is_superset(&keys(&plain)), "{extra:?}");
+        let ranks = json["ranks"].as_array().unwrap();
+        for rank in ranks {
+            assert!(keys(rank).is_superset(&keys(&plain)), "{extra:?}: {rank}");
+        }
+        for key in ["tensors", "bytes", "bytes_read", "bytes_asked"] {
+            let sum: u64 = ranks.iter().map(|rank| rank[key].as_u64().unwrap()).sum();
+            assert_eq!(json[key], sum, "{key}");
+        }
+        let slowest = ranks.iter().find(|rank| rank["seconds"] == json["seconds"]).unwrap();
+        assert_eq!(json["stages"], slowest["stages"]);
+        let rate = json["bytes"].as_f64().unwrap() / json["seconds"].as_f64().unwrap() / 1e9;
+        assert!((json["gb_per_s"].as_f64().unwrap() / rate - 1.0).abs() < 1e-6, "{json}");
+    }
+    // What ranks share of a selection is that selection.
+    let some = run([&["inspect", path, "--json"], &select[..]].concat()).json();
+    let json = run([&["load", path, "--world", "2", "--json"], &select[..]].concat()).json();
+    assert_eq!(json["checkpoint_bytes"], some["total"]["bytes"]);
+}
+
 #[test]
 fn select_loads_what_matches_and_no_more() {
     let folder = Folder::new();
@@ -102,9 +158,25 @@ fn map_brings_everything_in_without_reading() {
     }
     // No byte was moved, and no rate is that of storage.
     assert!(!text.stdout.contains("GB/s"), "{}", text.stdout);
-    // What is read has a rate.
-    let text = run(["load", path, "--map", "--dtype", "F64"]);
-    assert!(text.stdout.contains("GB/s"), "{}", text.stdout);
+    // What is read has a rate, the whole has none.
+    let text = run(["load", path, "--map", "--dtype", "F64"]).stdout;
+    let headline = text.lines().nth(1).unwrap();
+    assert!(headline.ends_with("none could be mapped, all were read"), "{text}");
+    assert!(text.contains("GB/s") && !headline.contains("GB/s"), "{text}");
+    // Columns of a tensor are no run of bytes: that one is read.
+    let slice = "lm_head.weight:1:0..3";
+    let json = run(["load", path, "--map", "--slice", slice, "--json"]).json();
+    let read = run(["load", path, "--slice", slice, "--select", "lm_head.weight", "--json"]).json();
+    let mapped = json["mapped_bytes"].as_u64().unwrap();
+    assert!(mapped > 0);
+    assert_eq!(json["bytes"].as_u64().unwrap(), mapped + read["bytes"].as_u64().unwrap());
+    let text = run(["load", path, "--map", "--slice", slice]).stdout;
+    let headline = text.lines().nth(1).unwrap();
+    assert!(headline.contains(" mapped, ") && headline.ends_with(" were read"), "{text}");
+    assert!(!headline.contains("GB/s"), "{text}");
+    if text.contains("in flight") {
+        assert!(text.contains("reading  what is not mapped: "), "{text}");
+    }
 }
 
 #[test]

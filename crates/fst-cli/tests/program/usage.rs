@@ -27,6 +27,8 @@ fn wrong_usage_is_status_2() {
         &["sum", "x", "--dtype", "I8"],
         &["load", "x", "--plot", "drawing.png"],
         &["load", "x", "--deadline", "5"],
+        &["load", "x", "--device", "cuda:0", "--cached-copy", "direct"],
+        &["load", "x", "--device", "cuda", "--world", "2", "--cached-copy", "staged"],
         &["sum", "x", "--deadline", "5"],
         &["load", "x", "--world", "2", "--deadline", "0"],
         &["load", "x", "--dist", "nccl", "--verify", "sums.json"],
