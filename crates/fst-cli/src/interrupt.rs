@@ -2,9 +2,13 @@
 //! folders are removed either way.
 
 use std::path::{Path, PathBuf};
-use std::process;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Mutex, MutexGuard};
+use std::time::Duration;
+use std::{process, thread};
+
+use crate::failure::Failure;
 
 /// Set by the first ctrl-C.
 static STOP: AtomicBool = AtomicBool::new(false);
@@ -54,6 +58,33 @@ pub(crate) fn on_stop(cancel: impl Fn() + Send + 'static) {
         cancel();
     }
     actions.cancel.push(Box::new(cancel));
+}
+
+/// How soon a ctrl-C is noticed while work goes on that cannot be stopped.
+const NOTICED: Duration = Duration::from_millis(20);
+
+/// Does `work` on a thread of its own, and leaves it to itself at the first ctrl-C: for what nothing
+/// can stop and what the end of the program may cut off anywhere.
+pub(crate) fn unless_stopped<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Failure> {
+    let (send, receive) = channel();
+    let worker = thread::Builder::new().name("fst-work".to_owned()).spawn(move || {
+        // Nobody waits for it once the user has asked to stop.
+        let _ = send.send(work());
+    });
+    let worker = worker.map_err(Failure::of)?;
+    loop {
+        match receive.recv_timeout(NOTICED) {
+            Ok(done) => return Ok(done),
+            Err(RecvTimeoutError::Timeout) if requested() => return Err(Failure::Interrupted),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => match worker.join() {
+                Err(panic) => std::panic::resume_unwind(panic),
+                Ok(()) => return Err(Failure::Interrupted),
+            },
+        }
+    }
 }
 
 /// A temporary folder that is removed when it goes out of scope, and at a second ctrl-C.

@@ -83,7 +83,7 @@ fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
         bar.set_position(progress.bytes_done);
     });
     let tensors = match args.map {
-        true => map(&loader, &checkpoint),
+        true => map(&loader, &checkpoint)?,
         false => loader.load(&checkpoint),
     };
     let tensors = tensors.map_err(|error| reading::failure(paths, &checkpoint, &error))?;
@@ -113,15 +113,18 @@ fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
 
 /// Maps the checkpoint and brings all of it into memory, so that the time is that of tensors ready
 /// for use.
-fn map(loader: &Loader, checkpoint: &Checkpoint) -> Result<Tensors, Error> {
+fn map(loader: &Loader, checkpoint: &Checkpoint) -> Result<Result<Tensors, Error>, Failure> {
     // All is brought in at once here: there is nothing to be ahead of.
-    let loader = loader.clone().read_ahead(false);
-    // SAFETY: this program looks at mapped bytes only to sum them, and who asks for `--map` was
-    // told to leave the files alone. Otherwise pages are brought in by the kernel, which answers
-    // with an error where a read would be a signal.
-    let mut tensors = unsafe { loader.map(checkpoint) }?;
-    tensors.populate()?;
-    Ok(tensors)
+    let (loader, checkpoint) = (loader.clone().read_ahead(false), checkpoint.clone());
+    // Nothing that is mapped can be half done: a load that is stopped is left to itself.
+    interrupt::unless_stopped(move || {
+        // SAFETY: this program looks at mapped bytes only to sum them, and who asks for `--map` was
+        // told to leave the files alone. Otherwise pages are brought in by the kernel, which answers
+        // with an error where a read would be a signal.
+        let mut tensors = unsafe { loader.map(&checkpoint) }?;
+        tensors.populate()?;
+        Ok(tensors)
+    })
 }
 
 fn render(args: &LoadArgs, report: &LoadReport, figures: &Figures, paths: &[PathBuf]) -> String {

@@ -179,6 +179,46 @@ fn map_brings_everything_in_without_reading() {
     }
 }
 
+/// Pages come in by calls that nothing can end: nobody waits for them.
+#[test]
+fn ctrl_c_ends_a_mapping() {
+    let folder = Folder::new();
+    let path = folder.join("large.safetensors");
+    // A hole: half a minute's work, and nothing on the drive.
+    let len = 64u64 << 30;
+    let header = format!(r#"{{"a":{{"dtype":"U8","shape":[{len}],"data_offsets":[0,{len}]}}}}"#);
+    crate::fixture::write_raw(&path, &header, &[]);
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.set_len(8 + header.len() as u64 + len).unwrap();
+    let child = fst(["load", path.to_str().unwrap(), "--map"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let status = format!("/proc/{}/status", child.id());
+    let deadline = Instant::now() + Duration::from_secs(20);
+    // Some pages have come.
+    let came = || {
+        let status = std::fs::read_to_string(&status).unwrap_or_default();
+        let resident = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+            line.trim().strip_suffix(" kB")?.parse::<u64>().ok()
+        };
+        resident("RssFile:").max(resident("RssShmem:")).is_some_and(|kb| kb > 64 << 10)
+    };
+    while !came() {
+        assert!(Instant::now() < deadline, "nothing was mapped");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    let stopped = Instant::now();
+    let output = child.wait_with_output().unwrap();
+    assert!(stopped.elapsed() < Duration::from_secs(2), "{:?}", stopped.elapsed());
+    assert_eq!(output.status.code(), Some(130));
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), "cancelled\n");
+}
+
 #[test]
 fn text_reports_size_rate_engine_and_stages() {
     let folder = Folder::new();
