@@ -25,9 +25,12 @@ const DEMO_LAYERS: usize = 1;
 const DEMO_FILES: usize = 2;
 
 pub(crate) fn run(args: &LoadArgs) -> Result<(), Failure> {
+    refuse(args)?;
     if !args.paths.is_empty() {
         return load(args, &args.paths);
     }
+    // Before a gigabyte is made for a device that is not there.
+    args.reading.device().open()?;
     let folder = TemporaryFolder::new().map_err(|error| {
         let what = format!("no place for the demonstration: {error}");
         Failure::at(&std::env::temp_dir(), what)
@@ -42,7 +45,8 @@ pub(crate) fn run(args: &LoadArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
+/// Refuses options that make no sense together.
+fn refuse(args: &LoadArgs) -> Result<(), Failure> {
     if args.ranks.world.is_none() && args.ranks.dist.is_none() {
         args.ranks.rule.without_ranks()?;
         args.ranks.together.without_ranks()?;
@@ -51,6 +55,14 @@ fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
                     check the files, or compare what fst sum says with the same --world or --dist";
         return Err(Failure::usage(what));
     }
+    if args.cached_copy.is_some() && !args.reading.device().is_cuda() {
+        let what = "--cached-copy is about the way to a GPU: give --device cuda:N";
+        return Err(Failure::usage(what));
+    }
+    Ok(())
+}
+
+fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
     let checkpoint = reading::open(paths)?;
     let mut loader = reading::loader(&args.reading)?;
     if let Some(dtype) = args.dtype {
@@ -63,10 +75,6 @@ fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
         loader = loader.verify(sums::read(path)?);
     }
     if let Some(way) = args.cached_copy {
-        if !args.reading.device().is_cuda() {
-            let what = "--cached-copy is about the way to a GPU: give --device cuda:N";
-            return Err(Failure::usage(what));
-        }
         loader = loader.cached_copy(way);
     }
     loader = loader.trace(args.trace.is_some() || args.plot.is_some());

@@ -367,16 +367,25 @@ fn ctrl_c_ends_the_demonstration_and_cleans_up() {
 }
 
 #[test]
-fn options_about_a_checkpoint_are_refused_before_a_demonstration_is_made() {
+fn what_makes_no_sense_is_refused_before_a_demonstration_is_made() {
     let folder = Folder::new();
-    for option in [["--select", "*norm*"], ["--slice", "lm_head.weight:0:0..1"]] {
+    for (option, status, named) in [
+        (["--select", "*norm*"], 2, "PATH"),
+        (["--slice", "lm_head.weight:0:0..1"], 2, "PATH"),
+        (["--verify", "sums.json"], 2, "PATH"),
+        (["--preset", "llama"], 2, "--preset is for several ranks"),
+        (["--deadline", "5"], 2, "--deadline is for several ranks"),
+        (["--cached-copy", "staged"], 2, "give --device cuda:N"),
+        // No machine has as many.
+        (["--device", "cuda:4000"], 1, "cuda:4000: "),
+    ] {
         // Anything made would be made there.
         let output = fst([&["load"], &option[..]].concat())
             .env("TMPDIR", folder.join("nowhere"))
             .output()
             .unwrap();
         let told = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(2), "{told}");
-        assert!(told.contains("PATH"), "{told}");
+        assert_eq!(output.status.code(), Some(status), "{told}");
+        assert!(told.contains(named), "{told}");
     }
 }
