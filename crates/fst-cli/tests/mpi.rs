@@ -105,6 +105,13 @@ fn loads_over_mpi_move_what_the_plan_says() {
     for world in [2, 4] {
         let plan = run(["plan", path, "--world", &world.to_string(), "--json"]).json();
         let load = json(&finish(start(world, &["load", path, "--dist", "mpi", "--json"])));
+        // What travelled is what it was: stages are an object, as they are of threads.
+        let threads = run(["load", path, "--world", &world.to_string(), "--json"]).json();
+        for (load, threads) in [(&load, &threads), (&load["ranks"][1], &threads["ranks"][1])] {
+            let keys = |of: &Value| of.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+            assert_eq!(keys(load), keys(threads));
+            assert!(load["stages"]["read"]["seconds"].is_number(), "{load}");
+        }
         for rank in 0..world {
             for key in ["rank", "kept", "sent", "received"] {
                 assert_eq!(load["ranks"][rank][key], plan["ranks"][rank][key], "{key}");
@@ -189,6 +196,31 @@ fn a_rank_killed_in_mid_load_ends_all_and_is_named() {
             assert!(gone, "rank {rank} outlived rank {killed}");
         }
     }
+}
+
+/// A rank that neither comes nor goes is waited for as long as was said, not for the usual two minutes.
+#[test]
+fn a_rank_that_stands_still_is_waited_for_until_the_deadline() {
+    let folder = Folder::new();
+    let path = folder.synth("llama", &["--model", "llama-2-7b", "--layers", "2", "--shrink", "2"]);
+    let path = path.to_str().unwrap();
+    let args = ["load", path, "--dist", "mpi", "--preset", "llama", "--deadline", "3"];
+    let mut job = start(2, &args);
+    let mpirun = job.id();
+    let still = wait_for("ranks", &mut job, || process_of(mpirun, 1));
+    // It has begun to load: before that, it is MPI itself that waits for its ranks.
+    wait_for("tensors", &mut job, || (memory_of(still)? > 64 << 20).then_some(()));
+    kill_process(still, Signal::STOP).unwrap();
+    let stopped = Instant::now();
+    let other = process_of(mpirun, 0).unwrap();
+    wait_for("end of the other rank", &mut job, || {
+        process_of(mpirun, 0).is_none_or(|now| now != other).then_some(())
+    });
+    let took = stopped.elapsed().as_secs_f64();
+    let _ = kill_process(still, Signal::CONT);
+    let output = finish(job);
+    assert!((2.0..20.0).contains(&took), "{took} s: {output:?}");
+    assert!(!output.status.success() && output.stdout.is_empty(), "{output:?}");
 }
 
 /// Ranks that are given two checkpoints, or one that is not there, are refused; all end.
