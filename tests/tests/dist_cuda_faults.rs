@@ -291,18 +291,50 @@ fn cancelling_one_rank_ends_all() {
 }
 
 #[test]
-fn groups_that_do_not_reach_a_device_say_so() {
+fn groups_that_do_not_reach_a_device_are_refused_at_the_start() {
     let folder = tempfile::tempdir().unwrap();
     model(folder.path());
-    let _sim = simulated(WORLD.into(), MEMORY);
+    let sim = simulated(WORLD.into(), MEMORY);
     let devices = devices(WORLD);
     let open = |_| Checkpoint::open(folder.path()).unwrap();
-    let host = local(fst::LocalGroup::host(WORLD));
-    let told = failures(host, &devices, &loader(), open);
-    assert!(told.iter().all(|error| error.contains("host memory only")), "{told:?}");
+    // Files that are gone: whoever looked at one would say so.
+    let gone = |_| {
+        let folder = tempfile::tempdir().unwrap();
+        model(folder.path());
+        Checkpoint::open(folder.path()).unwrap()
+    };
+    let unreached = |result: &Result<(), Error>, by: u32| match result {
+        Err(Error::Dist(DistError::Unreached { rank, device })) => {
+            *rank == by && *device == devices[by as usize]
+        }
+        _ => false,
+    };
+    let host = || local(fst::LocalGroup::host(WORLD));
+    let results = outcomes(host(), &devices, &loader(), gone);
+    for (rank, result) in (0..).zip(&results) {
+        let told = matches!(result, Err(Error::Dist(DistError::Group(_))));
+        assert!(told || unreached(result, rank), "{results:?}");
+    }
+    assert!((0..).zip(&results).any(|(rank, result)| unreached(result, rank)), "{results:?}");
+    let told = failures(host(), &devices, &loader(), gone);
+    assert!(told.iter().all(|error| error.contains("local_groups")), "{told:?}");
+
+    // One rank's only; the others learn of it.
     let others = in_process(&[devices[0].clone(), devices[0].clone(), devices[1].clone()]);
-    let told = failures(others, &devices, &loader(), open);
-    assert!(told.iter().all(|error| error.contains("was not made for both")), "{told:?}");
+    let results = outcomes(others, &devices, &loader(), open);
+    assert!(unreached(&results[2], 2), "{results:?}");
+    for result in &results[..2] {
+        let error = result.as_ref().unwrap_err().to_string();
+        assert!(error.starts_with("rank 2 failed: ") && error.contains("cuda:2"), "{error}");
+    }
+    assert_eq!(sim.report().copied_bytes, 0);
+
+    // NCCL knows devices only.
+    let nccl = Nccl::load(&sim);
+    let on_host = vec![Device::host(); WORLD as usize];
+    let told = failures(nccl.join(&devices, LONG), &on_host, &loader(), gone);
+    let words = "does not reach host; load to the group's device";
+    assert!(told.iter().all(|error| error.contains(words)), "{told:?}");
     let error = fst::dist::NcclStream::new(&Device::host()).unwrap_err().to_string();
     assert!(error.contains("needs a CUDA device, not host"), "{error}");
 }

@@ -453,6 +453,15 @@ pub enum ExchangeError {
         /// Rank and world size of the group.
         group: (u32, u32),
     },
+    /// The group does not reach the memory that is to be loaded into.
+    #[error("rank {rank}: its group does not reach memory of {space:?}")]
+    #[non_exhaustive]
+    Unreached {
+        /// This rank.
+        rank: u32,
+        /// The memory's space.
+        space: Space,
+    },
     /// Not one piece of memory for each output.
     #[error("{found} outputs given, the plan has {expected}")]
     #[non_exhaustive]

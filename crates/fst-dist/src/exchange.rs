@@ -18,6 +18,7 @@ use trading::Trading;
 use crate::backend::{Backend, HostBackend, Reader};
 use crate::error::ExchangeError;
 use crate::group::Group;
+use crate::memory::Space;
 use crate::rank::RankPlan;
 
 /// The memory of one output.
@@ -85,7 +86,7 @@ pub unsafe fn load(
     backend: &dyn Backend,
     outputs: &[Region],
 ) -> Result<ExchangeReport, ExchangeError> {
-    let result = check(view, group, outputs)
+    let result = check(view, group, backend.space(), outputs)
         .and_then(|()| agree(view, group))
         .and_then(|()| run(view, group, backend, outputs))
         // Done is when all are: a rank that fails late fails everybody.
@@ -98,11 +99,19 @@ pub unsafe fn load(
     result
 }
 
-fn check(view: &RankPlan<'_>, group: &dyn Group, outputs: &[Region]) -> Result<(), ExchangeError> {
+fn check(
+    view: &RankPlan<'_>,
+    group: &dyn Group,
+    space: Space,
+    outputs: &[Region],
+) -> Result<(), ExchangeError> {
     let plan = (view.rank(), view.plan().world());
     let found = (group.rank(), group.world_size());
     if plan != found {
         return Err(ExchangeError::World { plan, group: found });
+    }
+    if !group.reaches(space) {
+        return Err(ExchangeError::Unreached { rank: view.rank(), space });
     }
     if outputs.len() != view.outputs().len() {
         let (expected, found) = (view.outputs().len(), outputs.len());

@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use cases::{Case, case};
 use fst_dist::group::HostCopier;
 use fst_dist::{
-    Cause, Choice, ExchangeError, ExchangeReport, Links, LocalGroup, Plan, Planner, ReadInto,
-    Reader, Shard, Storage, TensorDesc, Topology, load_host,
+    Backend, Cause, Choice, CopyAt, ExchangeError, ExchangeReport, Links, LocalGroup, Plan,
+    Planner, ReadAt, ReadInto, Reader, Region, Shard, Space, Staging, Storage, TensorDesc,
+    Topology, load_host,
 };
 use proptest::prelude::*;
 
@@ -243,4 +244,59 @@ fn outputs_of_the_wrong_size_fail_all_ranks() {
     });
     assert!(results[1].starts_with("output rows: "), "{results:?}");
     assert_eq!(results[0], format!("rank 1 failed: {}", results[1]));
+}
+
+/// Memory of a device that must not be asked for anything.
+struct Elsewhere;
+
+// SAFETY: it does nothing.
+unsafe impl Backend for Elsewhere {
+    fn space(&self) -> Space {
+        Space::Device(3)
+    }
+
+    fn stage(&self, _: u64) -> Result<Staging, Cause> {
+        panic!("staging");
+    }
+
+    unsafe fn read(&self, _: &[ReadAt]) -> Result<(), (usize, Cause)> {
+        panic!("read");
+    }
+
+    unsafe fn copy(&self, _: &[CopyAt]) -> Result<(), Cause> {
+        panic!("copy");
+    }
+
+    unsafe fn zero(&self, _: u64, _: u64) -> Result<(), Cause> {
+        panic!("zero");
+    }
+}
+
+#[test]
+fn memory_that_the_group_does_not_reach_is_refused_on_all_ranks_before_anything_is_read() {
+    let (tensors, plan) = mixed(2);
+    let files = Files::new(&tensors);
+    let mut groups = LocalGroup::host(2);
+    let (there, here) = (groups.remove(1), groups.remove(0));
+    let other = std::thread::scope(|scope| {
+        let host = scope.spawn(|| {
+            let view = plan.rank(0);
+            let mut outputs: Vec<Vec<u8>> =
+                view.outputs().iter().map(|o| vec![0; o.bytes as usize]).collect();
+            let mut slices: Vec<&mut [u8]> = outputs.iter_mut().map(|o| &mut o[..]).collect();
+            load_host(&view, &here, &files, &mut slices).unwrap_err().to_string()
+        });
+        let view = plan.rank(1);
+        let regions: Vec<Region> =
+            view.outputs().iter().map(|o| Region { addr: 0, len: o.bytes }).collect();
+        // SAFETY: the regions are not touched.
+        let error = unsafe { fst_dist::load(&view, &there, &Elsewhere, &regions) }.unwrap_err();
+        let space = Space::Device(3);
+        assert!(
+            matches!(error, ExchangeError::Unreached { rank: 1, space: s, .. } if s == space),
+            "{error}"
+        );
+        host.join().unwrap()
+    });
+    assert_eq!(other, "rank 1 failed: rank 1: its group does not reach memory of Device(3)");
 }

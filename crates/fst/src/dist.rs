@@ -263,6 +263,9 @@ impl Loader {
 
     fn load_rank_unguarded(&self, checkpoint: &Checkpoint, group: &dyn Group) -> Result<Tensors> {
         let device = self.target().clone();
+        if !group.reaches(memory::space(&device)) {
+            return Err(DistError::Unreached { rank: group.rank(), device }.into());
+        }
         if self.read.engine == Engine::Gds && !device.is_host() {
             let reason = "ranks read through pinned host memory".to_owned();
             return Err(Error::Engine { engine: Engine::Gds, device, reason });

@@ -17,6 +17,9 @@ pub type CopyError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Copies between the memories of a process's ranks.
 pub trait Copier: Send + Sync {
+    /// Whether copies can begin and end in memory of `space`.
+    fn reaches(&self, space: Space) -> bool;
+
     /// Copies `src` to `dst`, which are equally long, and returns when that is done.
     ///
     /// # Errors
@@ -47,6 +50,10 @@ struct NotHost {
 }
 
 impl Copier for HostCopier {
+    fn reaches(&self, space: Space) -> bool {
+        space == Space::Host
+    }
+
     fn copy(&self, src: Src<'_>, mut dst: Dst<'_>) -> Result<(), CopyError> {
         match src.host() {
             Some(bytes) if dst.fill_host(bytes) => Ok(()),
@@ -353,6 +360,10 @@ impl Control for LocalGroup {
 }
 
 impl Group for LocalGroup {
+    fn reaches(&self, space: Space) -> bool {
+        self.shared.copier.reaches(space)
+    }
+
     fn exchange(&self, batch: Vec<Op<'_>>) -> Result<(), GroupError> {
         check_peers(&batch, self.rank, self.world)?;
         /// Posts must not outlive the borrow of their bytes, however this call ends.
@@ -415,6 +426,10 @@ mod tests {
     struct Refuses(Vec<usize>);
 
     impl Copier for Refuses {
+        fn reaches(&self, _: Space) -> bool {
+            true
+        }
+
         fn copy(&self, _: Src<'_>, _: Dst<'_>) -> Result<(), CopyError> {
             Err("no".into())
         }

@@ -24,7 +24,7 @@ pub use nccl::{DeviceStream, Nccl, NcclGroup, UniqueId};
 pub use tcp::TcpControl;
 
 use crate::error::GroupError;
-use crate::memory::{Dst, Src};
+use crate::memory::{Dst, Space, Src};
 
 /// One transfer of a batch.
 #[derive(Debug)]
@@ -102,6 +102,10 @@ pub trait Control: Send + Sync + fmt::Debug {
 /// Between two ranks messages arrive in the order in which they were sent. A group is a handle of one
 /// rank, and one thread at a time exchanges; [`abort`](Control::abort) may come from any.
 pub trait Group: Control {
+    /// Whether transfers can begin and end in memory of `space`. A load whose memory the group does
+    /// not reach is refused before anything is read.
+    fn reaches(&self, space: Space) -> bool;
+
     /// Carries out a batch, all transfers at the same time; returns when this rank's memory is free to
     /// use again and what it receives has arrived. Ranks that broadcast or receive broadcasts
     /// list these in the same order.

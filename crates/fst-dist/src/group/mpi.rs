@@ -440,6 +440,11 @@ impl Control for MpiGroup {
 }
 
 impl Group for MpiGroup {
+    /// The host's only, whatever the library could do.
+    fn reaches(&self, space: Space) -> bool {
+        space == Space::Host
+    }
+
     fn exchange(&self, batch: Vec<Op<'_>>) -> Result<(), GroupError> {
         check_peers(&batch, self.rank, self.world)?;
         // By peer, in order: MPI keeps the order of messages between two ranks.

@@ -549,15 +549,19 @@ impl Control for NcclGroup {
 }
 
 impl Group for NcclGroup {
+    /// That of the stream's device only.
+    fn reaches(&self, space: Space) -> bool {
+        space == Space::Device(self.stream.ordinal())
+    }
+
     fn exchange(&self, batch: Vec<Op<'_>>) -> Result<(), GroupError> {
         check_peers(&batch, self.rank(), self.world_size())?;
-        let here = Space::Device(self.stream.ordinal());
         for op in &batch {
             let space = match op {
                 Op::Send { data, .. } | Op::Broadcast { data } => data.space(),
                 Op::Recv { into, .. } | Op::BroadcastFrom { into, .. } => into.space(),
             };
-            if space != here {
+            if !self.reaches(space) {
                 return Err(GroupError::Memory { space });
             }
         }

@@ -53,6 +53,20 @@ pub enum DistError {
         /// Its type.
         found: Dtype,
     },
+    /// The group does not reach the memory of the loader's device.
+    #[error(
+        "rank {rank}: its group does not reach {device}; {}",
+        match .device.is_host() {
+            true => "load to the group's device, or use LocalGroup or MpiGroup",
+            false => "make the group for this device: local_groups, or nccl_group with one process a rank",
+        }
+    )]
+    Unreached {
+        /// The rank.
+        rank: u32,
+        /// Its loader's device.
+        device: Device,
+    },
     /// NCCL moves bytes between CUDA devices.
     #[error("a group over NCCL needs a CUDA device, not {device}")]
     NotCuda {

@@ -181,6 +181,10 @@ fn transfer<'d>(src: &Src<'_>, dst: &Dst<'_>, from: Option<&'d CudaDevice>) -> T
 }
 
 impl Copier for DeviceCopier {
+    fn reaches(&self, space: Space) -> bool {
+        space == Space::Host || self.of(space).is_some()
+    }
+
     fn copy(&self, src: Src<'_>, dst: Dst<'_>) -> Result<(), CopyError> {
         self.copy_all(vec![(src, dst)]).map_err(|(_, error)| error)
     }

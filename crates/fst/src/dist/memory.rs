@@ -1,6 +1,6 @@
 //! A rank's memory, wherever it is: on the host or on a CUDA device.
 
-use fst_dist::{Backend, RankPlan, Region};
+use fst_dist::{Backend, RankPlan, Region, Space};
 use fst_io::ReadStats;
 
 use super::cuda::{CudaRank, Sizes, Sources};
@@ -11,6 +11,11 @@ use crate::device::Device;
 use crate::error::Result;
 use crate::options::Item;
 use crate::tensor::Tensor;
+
+/// The memory of a device, as groups know it.
+pub(super) fn space(device: &Device) -> Space {
+    device.as_cuda().map_or(Space::Host, |cuda| Space::Device(cuda.ordinal() as u32))
+}
 
 /// A rank's shards, to be filled by the exchange.
 #[derive(Debug)]
