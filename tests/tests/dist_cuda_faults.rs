@@ -14,6 +14,7 @@ use dist_support::{Join, LONG, load_in, local, synth};
 use fst::dist::local_groups_with;
 use fst::{
     CancelToken, Checkpoint, Device, DeviceError, DistError, Dtype, Error, Loader, Preset, Shard,
+    Topology,
 };
 
 const WORLD: u32 = 3;
@@ -242,11 +243,14 @@ fn too_little_memory_is_told_before_anything_is_read() {
     let folder = tempfile::tempdir().unwrap();
     model(folder.path());
     let open = || Checkpoint::open(folder.path()).unwrap();
-    let needed = open().byte_len() / u64::from(WORLD);
+    let plan = loader().topology(Topology::one_node(WORLD)).plan(&open()).unwrap();
+    let needed = plan.loads().iter().map(|load| load.kept).max().unwrap();
+    let staging = plan.staging_bytes();
+    assert!(staging > 0);
     // Not even the shards; shards, but no staging; shards and staging, but not what they become.
     for (memory, loader) in [
         (needed / 2, loader()),
-        (needed + STAGING / 2, loader()),
+        (needed + staging / 2, loader()),
         (needed * 2, loader().staging(1 << 20).dtype(Dtype::F64)),
     ] {
         let sim = simulated(WORLD.into(), memory);

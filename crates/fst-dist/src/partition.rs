@@ -45,6 +45,9 @@ pub(crate) struct Span {
     /// Bytes and requests of each, were it to read its part directly.
     pub(crate) read: u64,
     pub(crate) requests: u64,
+    /// Bytes of the longest piece of a file that such a read takes through a block, as rows with the
+    /// gaps between them; 0 if all goes straight to its place.
+    pub(crate) staged: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -84,6 +87,17 @@ impl Class {
         self.profile.get(index).map_or(0, |span| span.kept)
     }
 
+    /// The longest piece that any rank would read through a block, were it to read directly.
+    pub(crate) fn staged(&self) -> u64 {
+        self.profile.iter().map(|span| span.staged).max().unwrap_or(0)
+    }
+
+    /// The same of one rank.
+    pub(crate) fn staged_by(&self, rank: u32) -> u64 {
+        let index = self.profile.partition_point(|span| span.end <= rank);
+        self.profile.get(index).map_or(0, |span| span.staged)
+    }
+
     fn reads(&self) -> (u64, u64) {
         let (mut start, mut bytes, mut requests) = (0, 0, 0);
         for span in &self.profile {
@@ -101,7 +115,7 @@ fn profile(resolved: &Resolved, gap: u64) -> Vec<Span> {
     let (rows, row) = (resolved.outer, resolved.row_bytes());
     let mut start = 0;
     for end in resolved.runs() {
-        let mut span = Span { end, kept: 0, read: 0, requests: 0 };
+        let mut span = Span { end, kept: 0, read: 0, requests: 0, staged: 0 };
         resolved.ranges(start, |range| {
             let len = resolved.bytes_along(range.end - range.start);
             if len == 0 || rows == 0 {
@@ -111,6 +125,9 @@ fn profile(resolved: &Resolved, gap: u64) -> Vec<Span> {
             let (read, requests) = direct_cost(rows, row, len, gap);
             span.read += read;
             span.requests += requests;
+            if rows > 1 && row - len <= gap {
+                span.staged = span.staged.max((rows - 1) * row + len);
+            }
         });
         start = end;
         spans.push(span);

@@ -119,7 +119,10 @@ impl Planner {
             let of_way = order.iter().copied().filter(|&index| choice(index) == way).collect();
             Line::new(kind, of_way, &tensors, teams)
         });
-        let lines = lines.into_iter().filter(|line| line.total() > 0).collect();
+        let lines: Vec<Line> = lines.into_iter().filter(|line| line.total() > 0).collect();
+        let segment = lines.iter().map(Line::longest_segment).max().unwrap_or(0);
+        let direct = classes.iter().filter(|class| class.choice == Choice::Direct);
+        let buffers = buffers.bounded(segment, direct.map(Class::staged).max().unwrap_or(0));
 
         let topology = self.topology.clone();
         let mut plan = Plan {
@@ -319,6 +322,19 @@ impl Plan {
     #[must_use]
     pub fn buffers(&self) -> Buffers {
         self.buffers
+    }
+
+    /// Bytes of staging memory that a rank needs at most: less than the budget where
+    /// there is little to load, and none where all ranks read their parts straight to their places.
+    /// See also [`RankPlan::staging_bytes`].
+    #[must_use]
+    pub fn staging_bytes(&self) -> u64 {
+        let direct = self.classes.iter().filter(|class| class.choice == Choice::Direct);
+        match direct.map(Class::staged).max() {
+            _ if !self.lines.is_empty() => self.buffers.total(),
+            Some(staged) if staged > 0 => self.buffers.read_bytes(),
+            _ => 0,
+        }
     }
 
     /// The coalescing gap: the most bytes between two pieces that a direct read drops.

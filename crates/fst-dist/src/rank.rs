@@ -86,8 +86,11 @@ impl<'a> RankPlan<'a> {
     #[must_use]
     pub fn staging_bytes(&self) -> u64 {
         let buffers = self.plan.buffers();
-        let exchanges = self.rounds().next().is_some();
-        if exchanges { buffers.total() } else { buffers.read_bytes() }
+        if self.rounds().next().is_some() {
+            return buffers.total();
+        }
+        let mut direct = self.plan.classes.iter().filter(|class| class.choice == Choice::Direct);
+        if direct.any(|class| class.staged_by(self.rank) > 0) { buffers.read_bytes() } else { 0 }
     }
 
     fn add_output(&mut self, name: &'a str, members: &[u32]) {

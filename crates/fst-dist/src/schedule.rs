@@ -149,6 +149,12 @@ impl Line {
         at(round)..at(round + 1)
     }
 
+    /// Bytes of the longest segment.
+    pub(crate) fn longest_segment(&self) -> u64 {
+        let borders = self.teams.iter().flat_map(|team| team.borders.windows(2));
+        borders.map(|pair| pair[1] - pair[0]).max().unwrap_or(0)
+    }
+
     /// Rounds until every member of `team` has read its segment.
     pub(crate) fn rounds(&self, team: &Team, block: u64) -> u64 {
         let rounds = |pair: &[u64]| (pair[1] - pair[0]).div_ceil(step(block));
@@ -174,6 +180,8 @@ pub struct Buffers {
     /// Blocks that arrive at a time and cannot go straight to their place; also the number of
     /// peers that a rank sends to and receives from in one step.
     pub receive_blocks: u32,
+    /// The most bytes that a rank reads straight to their place at a time, while no block is free.
+    pub direct: u64,
 }
 
 /// Units are between these sizes, if the budget allows.
@@ -197,7 +205,19 @@ impl Buffers {
             return Err(BLOCK.start * parts(1));
         }
         let receive_blocks = receive as u32;
-        Ok(Self { block, read_blocks, pack: block * copies, receive_blocks })
+        let (pack, direct) = (block * copies, block * 4);
+        Ok(Self { block, read_blocks, pack, receive_blocks, direct })
+    }
+
+    /// Blocks that are no longer than what passes through them: segments of `segment` bytes at most,
+    /// and pieces of `staged` bytes at most that are read for the rank itself.
+    pub(crate) fn bounded(mut self, segment: u64, staged: u64) -> Self {
+        let unit = if segment > 0 { segment.saturating_add(2 * ALIGN) } else { 0 };
+        let block = unit.max(staged).max(BLOCK.start).checked_next_multiple_of(ALIGN);
+        let block = block.map_or(self.block, |block| block.min(self.block));
+        self.pack = self.pack / self.block * block;
+        self.block = block;
+        self
     }
 
     /// Bytes of the blocks that units are read into.

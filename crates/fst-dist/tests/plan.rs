@@ -116,6 +116,20 @@ fn check(case: &Case) {
         told.requests = load.requests;
         assert_eq!(load, told, "rank {rank}");
         assert!(replay.largest_unit <= plan.buffers().block);
+        let view = plan.rank(rank);
+        let exchanges = view.rounds().next().is_some();
+        // Rows that are read with the gaps between them pass through a block, if they fit one.
+        let staged = view
+            .direct_reads()
+            .flat_map(|read| read.copies)
+            .any(|copy| copy.count > 1 && copy.src_stride - copy.len <= plan.coalesce_gap());
+        let staging = view.staging_bytes();
+        assert!(staging <= plan.staging_bytes() && plan.staging_bytes() <= case.budget);
+        match exchanges {
+            true => assert_eq!(staging, plan.buffers().total()),
+            false if staged => assert_eq!(staging, plan.buffers().block * 2),
+            false => assert!(staging == 0 || staging == plan.buffers().block * 2),
+        }
         let place = case.topology.places()[rank as usize];
         assert!(place.storage.is_some() || load.read() == 0, "rank {rank} cannot read");
     }
@@ -193,6 +207,35 @@ fn the_digest_tells_all_that_ranks_must_agree_on() {
     others.sort_by_key(|digest| *digest.as_bytes());
     others.dedup();
     assert_eq!(others.len(), count);
+}
+
+#[test]
+fn staging_is_no_more_than_the_plan_needs() {
+    let planner = Planner::new(Topology::one_node(4));
+    let whole: u64 = some_tensors().iter().map(TensorDesc::byte_len).sum();
+    let staging = |shard: fn(&TensorDesc) -> Shard, scale: u64| {
+        let scaled = some_tensors().into_iter().map(|tensor| TensorDesc {
+            shape: vec![tensor.shape[0] * scale, 32],
+            file_range: tensor.file_range.start * scale..tensor.file_range.end * scale,
+            ..tensor
+        });
+        let plan = planner.plan(scaled.collect::<Vec<_>>(), shard).unwrap();
+        (plan.staging_bytes(), plan.buffers())
+    };
+    // Read once, and at most half the bytes in a block of any of the buffers.
+    let (bytes, buffers) = staging(|_| Shard::replicate(), 100);
+    assert!(bytes > whole && bytes < whole * 200, "{bytes}");
+    assert!(buffers.block >= whole * 100 / 4 && buffers.block < whole * 100 / 2, "{buffers:?}");
+    // Blocks have a least size.
+    for shard in [|_: &TensorDesc| Shard::replicate(), |_: &TensorDesc| Shard::split(1)] {
+        let (bytes, _) = staging(shard, 1);
+        assert!(bytes <= 1 << 20, "{bytes}");
+    }
+    // Parts that lie in one piece go straight to their places.
+    assert_eq!(staging(|_| Shard::split(0), 10_000).0, 0);
+    // Much to load takes the budget.
+    let (bytes, _) = staging(|_| Shard::replicate(), 10_000);
+    assert!(bytes > 150 << 20 && bytes <= 256 << 20, "{bytes}");
 }
 
 #[test]

@@ -223,7 +223,8 @@ impl Loader {
         self
     }
 
-    /// Bytes of staging memory that a rank uses for the exchange, 256 MiB unless set.
+    /// The most bytes of staging memory that a rank uses for the exchange, 256 MiB unless set. It takes
+    /// no more than the plan needs.
     #[must_use]
     pub fn staging(mut self, bytes: u64) -> Self {
         self.ranks.staging = Some(bytes);

@@ -22,7 +22,7 @@ struct Report {
     preset: &'static str,
     digest: String,
     planning_seconds: f64,
-    /// Staging of each rank.
+    /// Staging of each rank, at most.
     staging_bytes: u64,
     predicted: Predicted,
     /// The same load in simpler ways.
@@ -153,7 +153,7 @@ fn report(plan: &Plan, nodes: u32, preset: &'static str, planning_seconds: f64) 
         preset,
         digest: plan.digest().to_string(),
         planning_seconds,
-        staging_bytes: plan.buffers().total(),
+        staging_bytes: plan.staging_bytes(),
         predicted: plan.predict().into(),
         alternatives: Alternatives {
             each_reads_its_own: plan.predict_each_reads_own().into(),
@@ -249,7 +249,8 @@ fn render(report: &Report, plan: &Plan, args: &PlanArgs) -> String {
     }
     out += &table.render();
     let staging = text::bytes(report.staging_bytes);
-    out += &format!("\n  staging of each rank: {staging}; digest {}\n", &report.digest[..16]);
+    out +=
+        &format!("\n  staging of each rank: {staging} at most; digest {}\n", &report.digest[..16]);
     out
 }
 

@@ -101,7 +101,7 @@ impl Reading<'_> {
     fn direct(&mut self, own: &mut DirectQueue, block: Option<u64>) -> Result<bool, ExchangeError> {
         let plan = self.view.plan();
         let mut ranges = Vec::new();
-        let limit = plan.buffers().block * 4;
+        let limit = plan.buffers().direct;
         let mut bytes = 0;
         while let Some(mut job) = own.list.pop() {
             let desc = &plan.tensors()[job.tensor as usize];

@@ -84,8 +84,8 @@ impl<'a> RankMemory<'a> {
             return Ok(Self::Host(HostRank::new(reader)));
         };
         let load = view.plan().loads().get(view.rank() as usize).copied().unwrap_or_default();
-        // The exchange reads a block at a time, or a few for the rank itself.
-        let read = load.read().min(view.plan().buffers().block * 4);
+        // The exchange reads a block at a time, or more for the rank itself.
+        let read = load.read().min(view.plan().buffers().direct);
         let sizes = Sizes { staging: view.staging_bytes(), read, neighbours };
         Ok(Self::Cuda(CudaRank::new(device, sources, sizes)?))
     }
