@@ -274,6 +274,56 @@ fn too_little_memory_is_told_before_anything_is_read() {
 }
 
 #[test]
+fn ranks_that_share_a_device_have_room_together_or_nothing_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    model(folder.path());
+    let open = || Checkpoint::open(folder.path()).unwrap();
+    let plan = loader().topology(Topology::one_node(WORLD)).plan(&open()).unwrap();
+    let kept: u64 = plan.loads().iter().map(|load| load.kept).sum();
+    let rank = plan.loads().iter().map(|load| load.kept).max().unwrap() + plan.staging_bytes();
+    // Two ranks more than fill the first device, though each alone has room.
+    for (count, memory, crowded) in
+        [(1, rank * 2, &[0, 1, 2][..]), (2, rank + rank / 2, &[0, 2]), (1, rank * 4, &[])]
+    {
+        let sim = simulated(count, memory);
+        let devices = devices(count as u32);
+        let results = load_in(
+            in_process(&devices),
+            |rank| loader().device(devices[rank as usize].clone()),
+            |_| open(),
+        );
+        if crowded.is_empty() {
+            assert!(results.iter().all(Result::is_ok), "{results:?}");
+            continue;
+        }
+        let mut told = 0;
+        for result in results {
+            let error = result.unwrap_err();
+            let text = error.to_string();
+            assert!(text.contains("out of memory on cuda:0: "), "{text}");
+            let Error::Dist(DistError::Crowded { ranks, needed, free, largest, bytes, .. }) = error
+            else {
+                assert!(matches!(error, Error::Dist(DistError::Group(_))), "{text}");
+                continue;
+            };
+            told += 1;
+            assert_eq!((&ranks[..], free), (crowded, memory));
+            assert!(needed > free && needed < rank * (ranks.len() as u64 + 1), "{needed}");
+            assert!(count > 1 || needed >= kept, "{needed} for {kept}");
+            let shards = (0..WORLD).map(|rank| plan.rank(rank));
+            let shards = shards.flat_map(|view| {
+                let shards = view.outputs().iter().map(|o| (o.bytes, o.name.to_owned()));
+                shards.collect::<Vec<_>>()
+            });
+            assert!(shards.clone().any(|shard| shard == (bytes, largest.clone())), "{largest}");
+            assert_eq!(Some(bytes), shards.map(|(bytes, _)| bytes).max());
+        }
+        assert!(told > 0);
+        assert_eq!((sim.calls("cuMemAlloc_v2@0"), sim.report().copied_bytes), (0, 0));
+    }
+}
+
+#[test]
 fn cancelling_one_rank_ends_all() {
     let folder = tempfile::tempdir().unwrap();
     model(folder.path());

@@ -106,6 +106,16 @@ impl CudaDevice {
         &self.inner.pci_bus_id
     }
 
+    /// The identity of the device, or of the part of one that is a device of its own (MIG): no other
+    /// device has it, on any machine.
+    pub fn uuid(&self) -> Result<[u8; 16]> {
+        let mut uuid = sys::CUuuid { bytes: [0; 16] };
+        // SAFETY: the driver is initialised and the device is open; a valid out pointer.
+        let result = unsafe { sys::cuDeviceGetUuid_v2(&mut uuid, self.inner.device) };
+        self.check(result, "cuDeviceGetUuid")?;
+        Ok(uuid.bytes.map(|byte| byte as u8))
+    }
+
     /// The NUMA node that the device hangs on, where the system knows.
     pub fn numa_node(&self) -> Option<u32> {
         self.inner.numa_node

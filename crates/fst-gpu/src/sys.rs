@@ -29,6 +29,7 @@ const NEEDED: &[&str] = &[
     "cuDeviceGetName",
     "cuDeviceGetAttribute",
     "cuDeviceGetPCIBusId",
+    "cuDeviceGetUuid_v2",
     "cuDeviceTotalMem_v2",
     "cuDevicePrimaryCtxRetain",
     "cuDevicePrimaryCtxRelease_v2",

@@ -48,6 +48,7 @@ mod layout;
 mod memory;
 mod outputs;
 mod reader;
+mod room;
 
 use std::fmt;
 use std::sync::Arc;
@@ -182,7 +183,7 @@ impl Loader {
     /// [`LocalGroup::host`] host memory, [`local_groups`] and [`nccl_group`] the devices that they are
     /// made for. The exchange needs [staging](Self::staging) memory there beside the shards, and the
     /// conversion one arena (1 GiB, or the largest shard if that is larger). A device that has no room
-    /// for them is told of before anything is read.
+    /// for them, or for all ranks that share it, is told of before anything is read.
     #[must_use]
     pub fn group(mut self, group: Arc<dyn Group>) -> Self {
         self.ranks.group = Some(group);
@@ -284,7 +285,7 @@ impl Loader {
         let fingerprint = fingerprint::of(&items, &files)?;
         let plan = self.ranks.plan(&items, fingerprint)?;
         let view = plan.rank(group.rank());
-        let outputs = Outputs::new(self.target(), &view, &items)?;
+        let outputs = Outputs::new(self.target(), &view, &items, group)?;
         report.push("plan", began.elapsed(), 0);
 
         let began = Instant::now();

@@ -22,8 +22,8 @@ const STREAMS: usize = 2;
 /// Blocks of the pinned ring: these at least, and all ranks of a machine together about as many.
 const BLOCKS: Range<u64> = 4..64;
 
-/// Alignment of staging memory.
-const STAGE_ALIGN: u64 = 4096;
+/// Alignment of staging memory, which takes as many bytes more.
+pub(super) const STAGE_ALIGN: u64 = 4096;
 
 /// What a rank's memory and reads are made for.
 #[derive(Debug, Clone, Copy)]

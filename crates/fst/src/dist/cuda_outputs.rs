@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use fst_dist::{Output, RankPlan, Region};
+use fst_dist::{Group, Output, RankPlan, Region};
 use fst_gpu::kernel::{Kernel, StridedJob};
 use fst_gpu::{CudaDevice, DEVICE_ALIGN, DeviceArena, Transfer, Transfers};
 
 use super::layout::{Place, arrived, check_dtypes, lay_out};
+use super::room;
 use crate::cuda::CudaMemory;
 use crate::error::{DeviceError, Error, Result};
 use crate::loader::ARENA;
@@ -24,12 +25,14 @@ pub(super) struct CudaOutputs {
 
 impl CudaOutputs {
     /// Reserves the memory for what the rank keeps of `items`. Refuses, before anything is reserved,
-    /// what the device has no room for together with `staging` bytes, or while arenas are converted.
+    /// what the device has no room for together with `staging` bytes, or while arenas are converted,
+    /// by this rank alone or by all of `group` that share it.
     pub(super) fn new(
         view: &RankPlan<'_>,
         items: &[Item],
         device: &CudaDevice,
         staging: u64,
+        group: &dyn Group,
     ) -> Result<Self> {
         check_dtypes(view, items)?;
         let (lens, places) = lay_out(view, ARENA, |_, end| end.next_multiple_of(DEVICE_ALIGN));
@@ -38,6 +41,7 @@ impl CudaOutputs {
         let told = |source| too_large(source, view);
         let most = peak(view, items, &lens, &places, staging);
         DeviceArena::check_fits(device, most).map_err(told)?;
+        room::claim(group, device, most, largest(view))?;
         let arenas: Vec<DeviceArena> = lens
             .iter()
             .map(|&len| DeviceArena::new(device, len).map_err(told))
@@ -123,12 +127,17 @@ fn peak(view: &RankPlan<'_>, items: &[Item], lens: &[u64], places: &[Place], sta
 
 /// Says which shard is the largest of those that do not fit.
 fn too_large(source: fst_gpu::Error, view: &RankPlan<'_>) -> Error {
-    let largest = view.outputs().iter().max_by_key(|output| output.bytes);
-    match (source, largest) {
-        (source @ fst_gpu::Error::OutOfMemory { .. }, Some(output)) => {
-            let (largest, bytes) = (output.name.to_owned(), output.bytes);
+    match (source, largest(view)) {
+        (source @ fst_gpu::Error::OutOfMemory { .. }, Some((largest, bytes))) => {
+            let largest = largest.to_owned();
             DeviceError::TooLarge { source, largest, bytes }.into()
         }
         (source, _) => DeviceError::Cuda(source).into(),
     }
+}
+
+/// Name and bytes of the largest shard.
+fn largest<'v>(view: &'v RankPlan<'_>) -> Option<(&'v str, u64)> {
+    let largest = view.outputs().iter().max_by_key(|output| output.bytes)?;
+    Some((largest.name, largest.bytes))
 }

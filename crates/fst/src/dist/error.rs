@@ -67,6 +67,26 @@ pub enum DistError {
         /// Its loader's device.
         device: Device,
     },
+    /// Ranks that share a device need more of its memory together than is free.
+    #[error(
+        "out of memory on {device}: {needed} bytes needed by ranks {} together, {free} free; the \
+         largest tensor is {largest:?} with {bytes} bytes",
+        .ranks.iter().map(u32::to_string).collect::<Vec<_>>().join(", ")
+    )]
+    Crowded {
+        /// The device, by the number that it has for this rank.
+        device: Device,
+        /// The ranks on it.
+        ranks: Vec<u32>,
+        /// Bytes that they need together.
+        needed: u64,
+        /// Bytes free.
+        free: u64,
+        /// Name of the largest tensor that one of them keeps.
+        largest: String,
+        /// Its bytes.
+        bytes: u64,
+    },
     /// NCCL moves bytes between CUDA devices.
     #[error("a group over NCCL needs a CUDA device, not {device}")]
     NotCuda {

@@ -1,12 +1,13 @@
 //! A rank's memory, wherever it is: on the host or on a CUDA device.
 
-use fst_dist::{Backend, RankPlan, Region, Space};
+use fst_dist::{Backend, Group, RankPlan, Region, Space};
 use fst_io::ReadStats;
 
-use super::cuda::{CudaRank, Sizes, Sources};
+use super::cuda::{CudaRank, STAGE_ALIGN, Sizes, Sources};
 use super::cuda_outputs::CudaOutputs;
 use super::outputs::HostOutputs;
 use super::reader::{FileReader, HostRank};
+use super::room;
 use crate::device::Device;
 use crate::error::Result;
 use crate::options::Item;
@@ -25,14 +26,20 @@ pub(super) enum Outputs {
 }
 
 impl Outputs {
-    /// Reserves the memory for what the rank keeps of `items`.
-    pub(super) fn new(device: &Device, view: &RankPlan<'_>, items: &[Item]) -> Result<Self> {
-        Ok(match device.as_cuda() {
-            None => Self::Host(HostOutputs::new(view, items)?),
-            Some(device) => {
-                Self::Cuda(CudaOutputs::new(view, items, device, view.staging_bytes())?)
-            }
-        })
+    /// Reserves the memory for what the rank keeps of `items`, once all ranks of the group know that
+    /// there is room for them.
+    pub(super) fn new(
+        device: &Device,
+        view: &RankPlan<'_>,
+        items: &[Item],
+        group: &dyn Group,
+    ) -> Result<Self> {
+        let Some(device) = device.as_cuda() else {
+            room::claim_nothing(group)?;
+            return Ok(Self::Host(HostOutputs::new(view, items)?));
+        };
+        let staging = view.staging_bytes() + STAGE_ALIGN;
+        Ok(Self::Cuda(CudaOutputs::new(view, items, device, staging, group)?))
     }
 
     /// The memory of each output, apart from each other.
