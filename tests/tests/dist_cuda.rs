@@ -146,6 +146,29 @@ fn nothing_is_read_twice_and_nobody_receives_what_it_drops() {
 }
 
 #[test]
+fn pinned_memory_is_kept_for_later_loads_when_asked() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model");
+    synth(&path, "gpt2", |recipe| recipe.layers(1).shrink(12));
+    let all = official(&path);
+    let sim = simulated(2);
+    let devices = devices(2, 2);
+    let pinned = || sim.calls("cuMemHostRegister_v2") + sim.calls("cuMemHostAlloc");
+    let load = |loader: &Loader| {
+        let results = load(in_process(&devices), &devices, loader, &path);
+        assert_shards(results, &devices, |_| all.clone(), "replicated");
+        (pinned(), sim.report().pinned_ranges)
+    };
+    let (once, left) = load(&Loader::new());
+    assert!(once > 0 && left == 0, "given back by default");
+    let keeping = Loader::new().keep_pinned(true);
+    assert_eq!(load(&keeping), (once * 2, once));
+    assert_eq!(load(&keeping), (once * 2, once), "used again");
+    assert!(fst::gpu::release_kept() > 0);
+    assert_eq!(sim.report().pinned_ranges, 0);
+}
+
+#[test]
 fn shards_are_converted_on_their_device() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model");

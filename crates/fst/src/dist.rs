@@ -301,7 +301,8 @@ impl Loader {
         let options = self.rank_reads(&report.engine, neighbours);
         let gap = plan.coalesce_gap();
         let sources = Sources { files: &files, number: &number, options, gap, watch: &watch };
-        let memory = RankMemory::new(self.target(), &view, sources, neighbours)?;
+        let keep = self.device_options.keep_pinned;
+        let memory = RankMemory::new(self.target(), &view, sources, neighbours, keep)?;
         let exchanged = self.watched(&watch, &progress, || {
             self.cancelling(group, || {
                 // SAFETY: the regions are the outputs' own, apart from each other, and nothing

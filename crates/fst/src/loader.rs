@@ -140,9 +140,8 @@ impl Loader {
     }
 
     /// Whether the pinned memory of a load to a device stays pinned for later loads of the process,
-    /// which then start with it; by default, and by loads of a [group](Self::group), it is given
-    /// back. At most 256 MiB stay, until
-    /// [`fst::gpu::release_kept`](fst_gpu::release_kept).
+    /// which then start with it; by default it is given back. At most 256 MiB stay, of all ranks of
+    /// the process together, until [`fst::gpu::release_kept`](fst_gpu::release_kept).
     #[must_use]
     pub fn keep_pinned(mut self, keep: bool) -> Self {
         self.device_options.keep_pinned = keep;

@@ -6,8 +6,8 @@ use std::sync::Mutex;
 
 use fst_dist::{Backend, Cause, CopyAt, ReadAt, Space, Staging};
 use fst_gpu::{
-    CopyOp, CudaDevice, DeviceArena, Landing, Pipeline, PipelineOptions, PipelineSink, RingOptions,
-    Transfer, Transfers,
+    Afterwards, CopyOp, CudaDevice, DeviceArena, Landing, Pipeline, PipelineOptions, PipelineSink,
+    RingOptions, Transfer, Transfers,
 };
 use fst_io::plan::{Block, Limits, ReadPlan};
 use fst_io::{Extent, ReadOptions, ReadStats, SourceFile};
@@ -34,6 +34,8 @@ pub(super) struct Sizes {
     pub(super) read: u64,
     /// Ranks that share this machine, this one included.
     pub(super) neighbours: u64,
+    /// Whether pinned memory stays for later loads.
+    pub(super) keep_pinned: bool,
 }
 
 impl Sizes {
@@ -44,7 +46,8 @@ impl Sizes {
         let wanted = self.read.div_ceil(ring.block_bytes as u64) + 2;
         let share = BLOCKS.end / self.neighbours.max(1);
         let blocks = wanted.min(share).clamp(BLOCKS.start, BLOCKS.end);
-        RingOptions { blocks: blocks as usize, ..ring }
+        let afterwards = if self.keep_pinned { Afterwards::Keep } else { ring.afterwards };
+        RingOptions { blocks: blocks as usize, afterwards, ..ring }
     }
 }
 
@@ -257,7 +260,8 @@ mod tests {
     #[test]
     fn rings_are_shared_by_the_ranks_of_a_machine() {
         let blocks = |read: u64, neighbours| {
-            Sizes { staging: 0, read: read << 20, neighbours }.ring().blocks
+            let read = read << 20;
+            Sizes { staging: 0, read, neighbours, keep_pinned: false }.ring().blocks
         };
         assert_eq!(blocks(0, 1), 4);
         assert_eq!(blocks(40, 1), 12);

@@ -78,12 +78,14 @@ pub(super) enum RankMemory<'a> {
 }
 
 impl<'a> RankMemory<'a> {
-    /// The memory of the rank of `view`, one of `neighbours` on its machine.
+    /// The memory of the rank of `view`, one of `neighbours` on its machine. With `keep_pinned`, what is
+    /// pinned on the way to a device stays for later loads.
     pub(super) fn new(
         device: &Device,
         view: &RankPlan<'_>,
         sources: Sources<'a>,
         neighbours: u64,
+        keep_pinned: bool,
     ) -> Result<Self> {
         let Some(device) = device.as_cuda() else {
             let Sources { files, number, options, gap, watch } = sources;
@@ -93,7 +95,7 @@ impl<'a> RankMemory<'a> {
         let load = view.plan().loads().get(view.rank() as usize).copied().unwrap_or_default();
         // The exchange reads a block at a time, or more for the rank itself.
         let read = load.read().min(view.plan().buffers().direct);
-        let sizes = Sizes { staging: view.staging_bytes(), read, neighbours };
+        let sizes = Sizes { staging: view.staging_bytes(), read, neighbours, keep_pinned };
         Ok(Self::Cuda(CudaRank::new(device, sources, sizes)?))
     }
 
