@@ -284,14 +284,18 @@ pub(crate) struct PlanArgs {
     /// Each node has the checkpoint on storage of its own, rather than all on shared storage
     #[arg(long)]
     pub(crate) local_storage: bool,
+    /// Measure the rates that are not given: read up to 1 GB of the checkpoint on this machine, and
+    /// copy between ranks in its memory
+    #[arg(long)]
+    pub(crate) measure: bool,
     /// Rate of a storage, for all its ranks together
-    #[arg(long, value_name = "GB/S")]
+    #[arg(long, value_name = "GB/S", allow_hyphen_values = true)]
     pub(crate) storage_gb_s: Option<f64>,
     /// Rate of a rank's link to others of its node, each way
-    #[arg(long, value_name = "GB/S")]
+    #[arg(long, value_name = "GB/S", allow_hyphen_values = true)]
     pub(crate) link_gb_s: Option<f64>,
     /// Rate of a rank's link to other nodes, each way
-    #[arg(long, value_name = "GB/S")]
+    #[arg(long, value_name = "GB/S", allow_hyphen_values = true)]
     pub(crate) net_gb_s: Option<f64>,
     /// Print one JSON document instead of text
     #[arg(long)]

@@ -45,6 +45,7 @@ mod error;
 mod fingerprint;
 mod groups;
 mod layout;
+mod measure;
 mod memory;
 mod outputs;
 mod reader;
@@ -61,6 +62,7 @@ use fst_io::{Engine, ReadOptions, ResolvedEngine, SourceFile};
 pub use error::DistError;
 pub use fst_dist::*;
 pub use groups::{NcclStream, local_groups, local_groups_with, nccl_group};
+pub use measure::MeasuredRates;
 
 use crate::error::{Error, Result};
 use crate::host::{Watch, locate, open_files};

@@ -1,7 +1,7 @@
 //! `fst plan`: what each rank of several would read, send and receive, and how long that should take.
 
-use fst::dist::{Choice, Prediction, RankLoad};
-use fst::{Loader, Plan, Storage, Topology};
+use fst::dist::{Choice, MeasuredRates, Prediction, RankLoad};
+use fst::{Checkpoint, Loader, Plan, Storage, Topology};
 use serde::Serialize;
 
 use crate::args::PlanArgs;
@@ -13,6 +13,36 @@ use crate::text::{self, Align, FAINT, HEADING, RESULT, Table, counted, styled, v
 /// Ranks that the table lists one by one; of more, the ends.
 const LISTED: usize = 16;
 
+/// The most that is read to measure a rate.
+const MEASURED_BYTES: u64 = 1_000_000_000;
+
+/// The rates of a plan, and where they are from.
+#[derive(Serialize)]
+struct Rates {
+    storage: Rate,
+    node_link: Rate,
+    net_link: Rate,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    measured: Option<Measured>,
+}
+
+#[derive(Serialize)]
+struct Rate {
+    gb_per_s: f64,
+    /// `given`, `measured` or `default`.
+    source: &'static str,
+}
+
+/// How rates were measured.
+#[derive(Serialize)]
+struct Measured {
+    engine: &'static str,
+    read_bytes: u64,
+    /// Share of the files' bytes that the page cache held.
+    resident: Option<f64>,
+    copy_ranks: u32,
+}
+
 #[derive(Serialize)]
 struct Report {
     tensors: usize,
@@ -22,6 +52,7 @@ struct Report {
     preset: &'static str,
     digest: String,
     planning_seconds: f64,
+    rates: Rates,
     /// Staging of each rank, at most.
     staging_bytes: u64,
     predicted: Predicted,
@@ -96,9 +127,11 @@ impl Figures {
 }
 
 pub(crate) fn run(args: &PlanArgs) -> Result<(), Failure> {
-    let topology = topology(args)?;
+    check(args)?;
     let checkpoint = reading::open(&args.paths)?;
     let preset = ranks::preset(&checkpoint, &args.rule, &args.paths)?;
+    let measured = measure(args, &checkpoint)?;
+    let topology = topology(args, measured.as_ref());
     let name = preset.name();
     let began = std::time::Instant::now();
     let plan = reading::select(Loader::new(), &args.select)
@@ -106,14 +139,17 @@ pub(crate) fn run(args: &PlanArgs) -> Result<(), Failure> {
         .preset(preset)
         .plan(&checkpoint)
         .map_err(|error| reading::failure(&args.paths, &checkpoint, &error))?;
-    let report = report(&plan, args.nodes, name, began.elapsed().as_secs_f64());
+    let planning_seconds = began.elapsed().as_secs_f64();
+    let rates = rates(args, plan.topology(), measured.as_ref());
+    let report = report(&plan, args.nodes, name, planning_seconds, rates);
     if args.json {
         return text::print_json(&report).map_err(Failure::output);
     }
-    text::print(&render(&report, &plan, args)).map_err(Failure::output)
+    text::print(&render(&report, args)).map_err(Failure::output)
 }
 
-fn topology(args: &PlanArgs) -> Result<Topology, Failure> {
+/// Refuses numbers of nodes and rates that make no sense.
+fn check(args: &PlanArgs) -> Result<(), Failure> {
     let (world, nodes) = (args.world, args.nodes);
     if !world.is_multiple_of(nodes) {
         return Err(Failure::usage(format!("--world {world} is no multiple of --nodes {nodes}")));
@@ -123,25 +159,77 @@ fn topology(args: &PlanArgs) -> Result<Topology, Failure> {
         ("--link-gb-s", args.link_gb_s),
         ("--net-gb-s", args.net_gb_s),
     ] {
-        if let Some(rate) = rate.filter(|rate| !rate.is_finite() || *rate <= 0.0) {
-            return Err(Failure::usage(format!("{flag} {rate}: a rate is above zero")));
+        let sound = |rate: f64| rate > 0.0 && (rate * 1e9).is_normal();
+        if let Some(rate) = rate.filter(|rate| !sound(*rate)) {
+            let what = "a rate is a number of GB/s above zero";
+            return Err(Failure::usage(format!("{flag} {rate}: {what}")));
         }
     }
-    let per_node = world / nodes;
+    Ok(())
+}
+
+/// What is measured, if anything is wanted that is not given.
+fn measure(args: &PlanArgs, checkpoint: &Checkpoint) -> Result<Option<MeasuredRates>, Failure> {
+    if !args.measure || (args.storage_gb_s.is_some() && args.link_gb_s.is_some()) {
+        return Ok(None);
+    }
+    MeasuredRates::measure(checkpoint, MEASURED_BYTES, args.world / args.nodes)
+        .map(Some)
+        .map_err(|error| reading::failure(&args.paths, checkpoint, &error))
+}
+
+/// The ranks' places; given rates go before measured ones.
+fn topology(args: &PlanArgs, measured: Option<&MeasuredRates>) -> Topology {
+    let per_node = args.world / args.nodes;
     let mut topology = match args.local_storage {
-        true => Topology::local_storage(nodes, per_node),
-        false => Topology::shared_storage(nodes, per_node),
+        true => Topology::local_storage(args.nodes, per_node),
+        false => Topology::shared_storage(args.nodes, per_node),
     };
+    if let Some(measured) = measured {
+        topology = measured.apply(topology);
+    }
     if let Some(rate) = args.storage_gb_s {
         topology = topology.with_storage(Storage::with_rate(rate * 1e9));
     }
     let mut links = topology.links();
     links.node_bytes_per_s = args.link_gb_s.map_or(links.node_bytes_per_s, |rate| rate * 1e9);
     links.net_bytes_per_s = args.net_gb_s.map_or(links.net_bytes_per_s, |rate| rate * 1e9);
-    Ok(topology.with_links(links))
+    topology.with_links(links)
 }
 
-fn report(plan: &Plan, nodes: u32, preset: &'static str, planning_seconds: f64) -> Report {
+/// The rates of `topology`, with their sources.
+fn rates(args: &PlanArgs, topology: &Topology, measured: Option<&MeasuredRates>) -> Rates {
+    let rate = |bytes_per_s: f64, given: Option<f64>, measured: bool| {
+        let source = match given {
+            Some(_) => "given",
+            None if measured => "measured",
+            None => "default",
+        };
+        Rate { gb_per_s: bytes_per_s / 1e9, source }
+    };
+    let storage = topology.storages().first().map_or(0.0, |storage| storage.bytes_per_s);
+    let read = measured.is_some_and(|measured| measured.read_bytes > 0);
+    let links = topology.links();
+    Rates {
+        storage: rate(storage, args.storage_gb_s, read),
+        node_link: rate(links.node_bytes_per_s, args.link_gb_s, measured.is_some()),
+        net_link: rate(links.net_bytes_per_s, args.net_gb_s, false),
+        measured: measured.map(|measured| Measured {
+            engine: measured.engine.as_str(),
+            read_bytes: measured.read_bytes,
+            resident: measured.resident,
+            copy_ranks: measured.copy_ranks,
+        }),
+    }
+}
+
+fn report(
+    plan: &Plan,
+    nodes: u32,
+    preset: &'static str,
+    planning_seconds: f64,
+    rates: Rates,
+) -> Report {
     let ranks: Vec<Figures> =
         (0..).zip(plan.loads()).map(|(rank, load)| Figures::of(Some(rank), load)).collect();
     let totals = ranks.iter().fold(Figures::default(), Figures::add);
@@ -153,6 +241,7 @@ fn report(plan: &Plan, nodes: u32, preset: &'static str, planning_seconds: f64) 
         preset,
         digest: plan.digest().to_string(),
         planning_seconds,
+        rates,
         staging_bytes: plan.staging_bytes(),
         predicted: plan.predict().into(),
         alternatives: Alternatives {
@@ -199,7 +288,7 @@ fn meaning(choice: &str) -> &'static str {
     }
 }
 
-fn render(report: &Report, plan: &Plan, args: &PlanArgs) -> String {
+fn render(report: &Report, args: &PlanArgs) -> String {
     let paths: Vec<String> =
         args.paths.iter().map(|path| visible(&path.display().to_string())).collect();
     let mut out = format!("{}\n", styled(HEADING, paths.join(" ")));
@@ -213,14 +302,19 @@ fn render(report: &Report, plan: &Plan, args: &PlanArgs) -> String {
         styled(RESULT, text::seconds(report.predicted.seconds)),
         report.predicted.bound
     );
+    let rate = |rate: &Rate| format!("{} ({})", text::rate(rate.gb_per_s), rate.source);
     let rates = format!(
         "  at {} per storage, {} per link in a node, {} between nodes; planned in {}",
-        text::rate(plan.topology().storages().first().map_or(0.0, |s| s.bytes_per_s) / 1e9),
-        text::rate(plan.topology().links().node_bytes_per_s / 1e9),
-        text::rate(plan.topology().links().net_bytes_per_s / 1e9),
+        rate(&report.rates.storage),
+        rate(&report.rates.node_link),
+        rate(&report.rates.net_link),
         text::seconds(report.planning_seconds)
     );
-    out += &format!("{}\n\n", styled(FAINT, rates));
+    out += &format!("{}\n", styled(FAINT, rates));
+    if let Some(measured) = &report.rates.measured {
+        out += &format!("{}\n", styled(FAINT, how(&report.rates, measured)));
+    }
+    out += "\n";
     out += &rank_table(report).render();
 
     out += &format!("\n{}\n", styled(HEADING, "Ways"));
@@ -252,6 +346,23 @@ fn render(report: &Report, plan: &Plan, args: &PlanArgs) -> String {
     out +=
         &format!("\n  staging of each rank: {staging} at most; digest {}\n", &report.digest[..16]);
     out
+}
+
+/// How rates were measured, for people.
+fn how(rates: &Rates, measured: &Measured) -> String {
+    let mut ways = Vec::new();
+    if rates.storage.source == "measured" {
+        let resident = measured.resident.map_or(String::new(), |resident| {
+            format!(", {:.0}% of the files in the page cache", resident * 100.0)
+        });
+        let (bytes, engine) = (text::bytes(measured.read_bytes), measured.engine);
+        ways.push(format!("storage by one reader of {bytes} ({engine}{resident})"));
+    }
+    if rates.node_link.source == "measured" {
+        let ranks = counted(u64::from(measured.copy_ranks), "rank");
+        ways.push(format!("links by copies between {ranks} in host memory"));
+    }
+    format!("  measured: {}", ways.join(", "))
 }
 
 fn rank_table(report: &Report) -> Table {

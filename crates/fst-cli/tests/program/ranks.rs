@@ -98,6 +98,66 @@ fn plans_tell_what_loads_then_do() {
 }
 
 #[test]
+fn plans_tell_which_rates_were_measured_and_which_given() {
+    let folder = Folder::new();
+    let path = folder.synth("llama", &LLAMA);
+    let path = path.to_str().unwrap();
+    let plan =
+        |more: &[&str]| run([&["plan", path, "--world", "4", "--json"], more].concat()).json();
+    let rates = |plan: &Value| {
+        ["storage", "node_link", "net_link"].map(|link| {
+            let rate = &plan["rates"][link];
+            assert!(rate["gb_per_s"].as_f64().unwrap() > 0.0, "{link}: {rate}");
+            rate["source"].as_str().unwrap().to_owned()
+        })
+    };
+    let default = plan(&[]);
+    assert_eq!(rates(&default), ["default"; 3]);
+    assert_eq!(default["rates"].get("measured"), None);
+    let measured = plan(&["--measure"]);
+    assert_eq!(rates(&measured), ["measured", "measured", "default"]);
+    let how = &measured["rates"]["measured"];
+    assert_eq!((&how["read_bytes"], &how["copy_ranks"]), (&measured["bytes"], &json!(4)));
+    // The prediction is made with what was measured: reading cannot be faster than the storage.
+    let storage = measured["rates"]["storage"]["gb_per_s"].as_f64().unwrap() * 1e9;
+    let least = measured["bytes"].as_f64().unwrap() / storage;
+    let predicted = measured["predicted"]["storage_seconds"].as_f64().unwrap();
+    assert!((least * 0.999..least * 1.5).contains(&predicted), "{predicted}, at least {least}");
+    let link = measured["rates"]["node_link"]["gb_per_s"].as_f64().unwrap();
+    assert!((0.01..1000.0).contains(&link), "{link}");
+    let given = plan(&["--measure", "--storage-gb-s", "3.5", "--net-gb-s", "7"]);
+    assert_eq!(rates(&given), ["given", "measured", "given"]);
+    assert_eq!(given["rates"]["storage"]["gb_per_s"], json!(3.5));
+    let given = plan(&["--measure", "--storage-gb-s", "3.5", "--link-gb-s", "7"]);
+    assert_eq!(rates(&given), ["given", "given", "default"]);
+
+    let text = run(["plan", path, "--world", "4", "--measure", "--net-gb-s", "7"]);
+    for part in [
+        "GB/s (measured) per storage",
+        "GB/s (measured) per link",
+        "7.00 GB/s (given) between nodes",
+        "measured: storage by one reader of",
+        "links by copies between 4 ranks in host memory",
+    ] {
+        assert!(text.stdout.contains(part), "{part}: {}", text.stdout);
+    }
+}
+
+#[test]
+fn rates_that_are_none_are_wrong_usage() {
+    for flag in ["--storage-gb-s", "--link-gb-s", "--net-gb-s"] {
+        for rate in ["-1", "0", "-0", "NaN", "inf", "-inf", "1e300", "1e-320"] {
+            let run = run(["plan", "nowhere", "--world", "4", flag, rate]);
+            assert_eq!((run.status, run.stdout.as_str()), (2, ""), "{rate}: {}", run.stderr);
+            let words = "a rate is a number of GB/s above zero";
+            assert!(run.stderr.contains(flag) && run.stderr.contains(words), "{}", run.stderr);
+        }
+        let run = run(["plan", "nowhere", "--world", "4", flag, "fast"]);
+        assert_eq!((run.status, run.stderr.contains(flag)), (2, true), "{}", run.stderr);
+    }
+}
+
+#[test]
 fn what_cannot_be_done_is_said() {
     let folder = Folder::new();
     let path = folder.synth("llama", &LLAMA);
@@ -110,7 +170,6 @@ fn what_cannot_be_done_is_said() {
         &["sum", path, "--world", "2", "--slice", "lm_head.weight:0:0..1"],
         &["plan", path],
         &["plan", path, "--world", "4", "--nodes", "3"],
-        &["plan", path, "--world", "4", "--storage-gb-s", "-1"],
     ] {
         let run = run(args);
         assert_eq!((run.status, run.stdout.as_str()), (2, ""), "{args:?}: {}", run.stderr);
