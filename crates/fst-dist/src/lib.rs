@@ -70,6 +70,7 @@
 //! It does not open checkpoints, own tensors or know I/O engines: the facade `fst` brings these together.
 
 mod backend;
+mod coverage;
 mod error;
 mod exchange;
 pub mod group;
@@ -86,6 +87,7 @@ mod tensor;
 mod topology;
 
 pub use backend::{Backend, Cause, CopyAt, HostBackend, ReadAt, ReadInto, Reader, Staging};
+pub use coverage::Coverage;
 pub use error::{ExchangeError, GroupError, PlanError, ShardError};
 pub use exchange::{ExchangeReport, Region, load, load_host};
 pub use group::{Group, LocalGroup};

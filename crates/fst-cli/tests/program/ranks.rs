@@ -116,6 +116,9 @@ fn plans_tell_which_rates_were_measured_and_which_given() {
     assert_eq!(default["rates"].get("measured"), None);
     let measured = plan(&["--measure"]);
     assert_eq!(rates(&measured), ["measured", "measured", "default"]);
+    for link in ["storage", "node_link"] {
+        assert_ne!(measured["rates"][link]["gb_per_s"], default["rates"][link]["gb_per_s"]);
+    }
     let how = &measured["rates"]["measured"];
     assert_eq!((&how["read_bytes"], &how["copy_ranks"]), (&measured["bytes"], &json!(4)));
     // The prediction is made with what was measured: reading cannot be faster than the storage.
@@ -140,6 +143,28 @@ fn plans_tell_which_rates_were_measured_and_which_given() {
         "links by copies between 4 ranks in host memory",
     ] {
         assert!(text.stdout.contains(part), "{part}: {}", text.stdout);
+    }
+}
+
+#[test]
+fn plans_warn_of_presets_that_do_not_fit() {
+    let folder = Folder::new();
+    let path = folder.synth("llama", &LLAMA);
+    let path = path.to_str().unwrap();
+    let plan = |preset: &str, world: &str| {
+        let run = run(["plan", path, "--world", world, "--preset", preset, "--json"]);
+        assert_eq!(run.status, 0, "{}", run.stderr);
+        run.stderr
+    };
+    for preset in ["llama", "moe", "auto"] {
+        assert_eq!(plan(preset, "4"), "", "{preset}");
+    }
+    for preset in ["gpt2", "falcon", "bloom"] {
+        let warning = plan(preset, "4");
+        let start = format!("warning: {path}: preset {preset} cuts ");
+        assert!(warning.starts_with(&start) && warning.lines().count() == 1, "{warning}");
+        // There is nothing to cut.
+        assert_eq!(plan(preset, "1"), "");
     }
 }
 
