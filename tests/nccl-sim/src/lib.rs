@@ -1,5 +1,5 @@
-//! A simulated NCCL for tests on machines without GPUs: ranks are threads of one process, device
-//! memory is host memory.
+//! A simulated NCCL for tests on machines without GPUs: ranks are threads of one process, or processes
+//! of one machine (see `processes.rs`), device memory is host memory.
 //!
 //! Like the real one it promises little. Work runs when the stream it was given to is asked whether it
 //! is done ([`fst_sim_nccl_stream_done`]), never earlier, and only once the peer has posted its half: a
@@ -10,11 +10,13 @@
 //! What a careful caller never does is counted: using a communicator after its end, ending it with work
 //! pending, sizes that differ, leaving a group open.
 
+mod processes;
 mod world;
 
 use std::cell::RefCell;
 use std::ffi::{c_char, c_int, c_void};
 
+use processes::Processes;
 use world::{Op, Work, with_world};
 
 const SUCCESS: c_int = 0;
@@ -74,8 +76,11 @@ pub unsafe extern "C" fn ncclGetUniqueId(id: *mut UniqueId) -> c_int {
         return code;
     }
     let number = with_world(|world| world.fresh_id());
-    let mut bytes = [0x5A; 128];
+    let mut bytes = [0; 128];
     bytes[..8].copy_from_slice(&number.to_le_bytes());
+    if Processes::announce(&mut bytes, number).is_none() {
+        bytes[8..].fill(0xFF);
+    }
     // SAFETY: by contract.
     unsafe { *id = UniqueId(bytes) };
     SUCCESS
@@ -105,7 +110,8 @@ pub unsafe extern "C" fn ncclCommInitRankConfig(
     }
     meet_driver();
     let number = id.0.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
-    let made = with_world(|world| world.join(number, rank as u32, ranks as u32));
+    let processes = Processes::join(&id.0, rank as u32);
+    let made = with_world(|world| world.join(number, rank as u32, ranks as u32, processes));
     // SAFETY: by contract.
     unsafe { *comm = made as *mut c_void };
     IN_PROGRESS

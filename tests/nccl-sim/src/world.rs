@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::ffi::c_int;
 use std::sync::{Mutex, PoisonError};
 
+use crate::processes::Processes;
 use crate::{IN_PROGRESS, INVALID_ARGUMENT, SUCCESS};
 
 /// One half of a transfer.
@@ -43,6 +44,8 @@ struct Comm {
     /// Questions to be answered with "in progress" before work begins to count.
     delay: u32,
     ended: bool,
+    /// Where the other ranks are, if they are processes.
+    processes: Option<Processes>,
 }
 
 #[derive(Debug, Default)]
@@ -81,9 +84,16 @@ impl World {
     }
 
     /// A handle is the communicator's number, from 1.
-    pub(crate) fn join(&mut self, id: u64, rank: u32, ranks: u32) -> usize {
+    pub(crate) fn join(
+        &mut self,
+        id: u64,
+        rank: u32,
+        ranks: u32,
+        processes: Option<Processes>,
+    ) -> usize {
         let (pending, counts) = (Vec::new(), HashMap::new());
-        self.comms.push(Comm { id, rank, ranks, pending, counts, delay: 3, ended: false });
+        let (delay, ended) = (3, false);
+        self.comms.push(Comm { id, rank, ranks, pending, counts, delay, ended, processes });
         self.comms.len()
     }
 
@@ -106,7 +116,10 @@ impl World {
             return IN_PROGRESS;
         }
         let (id, ranks) = (comm.id, comm.ranks as usize);
-        let here = self.comms.iter().filter(|comm| comm.id == id).count();
+        let here = match &comm.processes {
+            Some(processes) => processes.here(comm.ranks),
+            None => self.comms.iter().filter(|comm| comm.id == id).count(),
+        };
         if here < ranks { IN_PROGRESS } else { SUCCESS }
     }
 
@@ -153,8 +166,8 @@ impl World {
             let pending = std::mem::take(&mut self.comms[index].pending);
             let (own, mut left): (Vec<Work>, Vec<Work>) =
                 pending.into_iter().partition(|work| work.stream == stream);
-            for work in own {
-                if !self.run(index, &work) {
+            for mut work in own {
+                if !self.run(index, &mut work) {
                     left.push(work);
                 }
             }
@@ -166,7 +179,19 @@ impl World {
 
     /// Receives copy from the posted other half and note that there; a sender is done once that is
     /// noted by all it sends to.
-    fn run(&mut self, index: usize, work: &Work) -> bool {
+    fn run(&mut self, index: usize, work: &mut Work) -> bool {
+        if let Some(processes) = self.comms[index].processes.clone() {
+            let Comm { rank, ranks, .. } = self.comms[index];
+            let memory = match work.len {
+                0 => &mut [][..],
+                // SAFETY: the caller lends its memory until its stream is done, which is being asked.
+                _ => unsafe { std::slice::from_raw_parts_mut(work.addr as *mut u8, work.len) },
+            };
+            let (half, sent) = ((work.op, work.number), &mut work.copied);
+            let moved = processes.run((rank, ranks), half, memory, sent);
+            self.violations += u32::from(moved.is_none());
+            return moved.unwrap_or(false);
+        }
         let (id, rank, ranks) =
             (self.comms[index].id, self.comms[index].rank, self.comms[index].ranks);
         let (source, receivers) = match work.op {
