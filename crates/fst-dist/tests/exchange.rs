@@ -188,7 +188,7 @@ fn a_fault_of_any_rank_reaches_all() {
             };
             let deadline = if kind == "stall" { Duration::from_millis(100) } else { LONG };
             let outcomes = load(|_| plan.clone(), world, reader, deadline);
-            assert!(start.elapsed() < Duration::from_secs(5));
+            assert!(start.elapsed() < LONG / 2);
             for (rank, (_, result)) in (0u32..).zip(outcomes) {
                 let error = result.unwrap_err().to_string();
                 let told = match kind {

@@ -61,7 +61,7 @@ fn an_abort_ends_every_wait_with_rank_and_cause() {
         });
         let expected = format!("rank {failing} failed: out of paper");
         assert_eq!(results, vec![Some(expected); 4]);
-        assert!(start.elapsed() < Duration::from_secs(5));
+        assert!(start.elapsed() < Duration::from_secs(60));
     }
 }
 
@@ -84,9 +84,11 @@ fn a_panic_and_a_departure_are_noticed() {
 
 #[test]
 fn a_silent_rank_meets_the_deadline() {
-    let deadline = Duration::from_millis(100);
-    let done = std::sync::Barrier::new(3);
+    let deadline = Duration::from_secs(1);
+    let (ready, done) = (std::sync::Barrier::new(3), std::sync::Barrier::new(3));
     let results = on_ranks(LocalGroup::with(3, HostCopier, deadline), |group| {
+        // A thread that starts late is silent, too.
+        ready.wait();
         let result = match group.rank() {
             2 => Ok(()),
             _ => group.barrier(),

@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::process::{Command, ExitCode, Output};
 use std::time::{Duration, Instant};
 
@@ -24,7 +25,7 @@ fn main() -> ExitCode {
     if args.iter().any(|arg| arg == "--list") {
         return ExitCode::SUCCESS;
     }
-    let folder = std::env::temp_dir().join(format!("fst-mpi-{}", std::process::id()));
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("mpi");
     std::fs::create_dir_all(&folder).unwrap();
     let path = folder.join("data");
     std::fs::write(&path, bytes(0..6_000_000)).unwrap();
@@ -128,7 +129,11 @@ fn act(scene: &str, path: &str) -> ExitCode {
     let result = match scene {
         "battery" => conformance::run(&group).map_err(|failure| failure.to_string()),
         "silent" if rank == 1 => {
-            std::thread::sleep(Duration::from_millis(800));
+            // Until it hears that the others have given up.
+            let start = Instant::now();
+            while group.failure().is_none() && start.elapsed() < Duration::from_secs(60) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
             group.barrier().map_err(|error| error.to_string())
         }
         "silent" => group.barrier().map_err(|error| error.to_string()),

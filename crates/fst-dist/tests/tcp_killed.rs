@@ -2,12 +2,14 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod port;
+
 use std::io::{BufRead, BufReader, Read};
-use std::net::TcpListener;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use fst_dist::group::{Control, LaunchEnv, TcpControl};
+use port::Port;
 
 const WORLD: u32 = 3;
 
@@ -25,7 +27,8 @@ fn main() -> ExitCode {
     for killed in 0..WORLD {
         // Waiting in a gathering that the others do not come to, and in the midst of many.
         for scene in ["wait", "busy"] {
-            let mut ranks = launch(scene, killed);
+            let port = Port::new();
+            let mut ranks = launch(scene, killed, port.number());
             // All have met.
             for rank in &mut ranks {
                 let mut line = String::new();
@@ -40,7 +43,7 @@ fn main() -> ExitCode {
             ranks[killed as usize].kill().unwrap();
             for (rank, mut child) in (0u32..).zip(ranks) {
                 while child.try_wait().unwrap().is_none() {
-                    if start.elapsed() > Duration::from_secs(10) {
+                    if start.elapsed() > Duration::from_secs(60) {
                         child.kill().unwrap();
                         panic!("{scene}: rank {rank} hangs after rank {killed} was killed");
                     }
@@ -58,8 +61,7 @@ fn main() -> ExitCode {
 }
 
 /// Starts every rank as torchrun would.
-fn launch(scene: &str, killed: u32) -> Vec<Child> {
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+fn launch(scene: &str, killed: u32, port: u16) -> Vec<Child> {
     let start = |rank: u32| {
         Command::new(std::env::current_exe().unwrap())
             .args(["--rank", scene, &killed.to_string()])
