@@ -1,8 +1,10 @@
 //! Runs the program, and makes the checkpoints it is run on.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -47,6 +49,29 @@ impl Run {
 /// Runs the program to its end.
 pub(crate) fn run<I: IntoIterator<Item: AsRef<std::ffi::OsStr>>>(args: I) -> Run {
     Run::of(fst(args).output().unwrap())
+}
+
+/// Presses ctrl-C once the program is under way. One that was over by then is started again: only what
+/// it does when it is interrupted in the midst of its work is of interest.
+pub(crate) fn interrupted(
+    mut program: impl FnMut() -> Command,
+    is_under_way: impl Fn(&Child) -> bool,
+) -> Output {
+    let mut once = || {
+        let mut command = program();
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !is_under_way(&child) && child.try_wait().unwrap().is_none() {
+            assert!(Instant::now() < deadline, "nothing was done");
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        if child.try_wait().unwrap().is_none() {
+            kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+        }
+        let output = child.wait_with_output().unwrap();
+        (!output.status.success()).then_some(output)
+    };
+    (0..20).find_map(|_| once()).expect("a run that heeds it")
 }
 
 /// A folder for checkpoints, removed at the end of the test.

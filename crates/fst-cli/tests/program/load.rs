@@ -1,10 +1,10 @@
 //! `fst load`: what it reports, and the demonstration.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::process::Stdio;
+use std::process::Child;
 use std::time::{Duration, Instant};
 
-use crate::fixture::{Folder, fst, names_in, run};
+use crate::fixture::{Folder, fst, interrupted, names_in, run};
 
 #[test]
 fn json_has_what_scripts_rely_on() {
@@ -190,31 +190,25 @@ fn ctrl_c_ends_a_mapping() {
     crate::fixture::write_raw(&path, &header, &[]);
     let file = std::fs::File::options().write(true).open(&path).unwrap();
     file.set_len(8 + header.len() as u64 + len).unwrap();
-    let child = fst(["load", path.to_str().unwrap(), "--map"])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let status = format!("/proc/{}/status", child.id());
-    let deadline = Instant::now() + Duration::from_secs(20);
     // Some pages have come.
-    let came = || {
-        let status = std::fs::read_to_string(&status).unwrap_or_default();
+    let came = |child: &Child| {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
         let resident = |name: &str| {
             let line = status.lines().find_map(|line| line.strip_prefix(name))?;
             line.trim().strip_suffix(" kB")?.parse::<u64>().ok()
         };
         resident("RssFile:").max(resident("RssShmem:")).is_some_and(|kb| kb > 64 << 10)
     };
-    while !came() {
-        assert!(Instant::now() < deadline, "nothing was mapped");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    let pid = rustix::process::Pid::from_child(&child);
-    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
-    let stopped = Instant::now();
-    let output = child.wait_with_output().unwrap();
-    assert!(stopped.elapsed() < Duration::from_secs(2), "{:?}", stopped.elapsed());
+    let stopped = std::cell::Cell::new(Instant::now());
+    let output = interrupted(
+        || fst(["load", path.to_str().unwrap(), "--map"]),
+        |child| {
+            stopped.set(Instant::now());
+            came(child)
+        },
+    );
+    let took = stopped.get().elapsed();
+    assert!(took < Duration::from_secs(10), "{took:?}");
     assert_eq!(output.status.code(), Some(130));
     assert_eq!(String::from_utf8(output.stderr).unwrap(), "cancelled\n");
 }
@@ -347,20 +341,12 @@ fn ctrl_c_ends_the_demonstration_and_cleans_up() {
     let folder = Folder::new();
     let temporary = folder.join("tmp");
     std::fs::create_dir(&temporary).unwrap();
-    let child = fst(["load"])
-        .env("TMPDIR", &temporary)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while names_in(&temporary).is_empty() {
-        assert!(Instant::now() < deadline, "nothing was written");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    let pid = rustix::process::Pid::from_child(&child);
-    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
-    let output = child.wait_with_output().unwrap();
+    let demonstration = || {
+        let mut command = fst(["load"]);
+        command.env("TMPDIR", &temporary);
+        command
+    };
+    let output = interrupted(demonstration, |_| !names_in(&temporary).is_empty());
     assert_eq!(output.status.code(), Some(130));
     assert_eq!(String::from_utf8(output.stderr).unwrap(), "cancelled\n");
     assert!(names_in(&temporary).is_empty(), "{:?}", names_in(&temporary));

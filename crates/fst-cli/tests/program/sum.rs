@@ -4,13 +4,12 @@ use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::Path;
 use std::process::Stdio;
-use std::time::{Duration, Instant};
 
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::fixture::{Folder, fst, names_in, run};
+use crate::fixture::{Folder, fst, interrupted, names_in, run};
 
 const ENGINES: [&str; 4] = ["auto", "uring", "pread", "mmap"];
 
@@ -139,24 +138,16 @@ fn the_bar_of_a_selection_knows_its_end() {
 fn ctrl_c_ends_a_sum() {
     let folder = Folder::new();
     let path = folder.synth("c", &["--model", "llama-2-7b", "--layers", "1", "--shrink", "2"]);
-    let child = fst(["sum", path.to_str().unwrap()])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let pid = rustix::process::Pid::from_child(&child);
-    let status = format!("/proc/{}/status", child.id());
-    let deadline = Instant::now() + Duration::from_secs(20);
-    // Tensors have come.
-    while std::fs::read_to_string(&status).unwrap().lines().all(|line| {
-        let own = line.strip_prefix("RssAnon:").and_then(|text| text.trim().strip_suffix(" kB"));
-        own.is_none_or(|kb| kb.parse::<u64>().unwrap() < 10_000)
-    }) {
-        assert!(Instant::now() < deadline, "nothing was read");
-        std::thread::sleep(Duration::from_micros(200));
-    }
-    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
-    let output = child.wait_with_output().unwrap();
+    let output = interrupted(
+        || fst(["sum", path.to_str().unwrap()]),
+        |child| {
+            // Tensors have come.
+            let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+            let own = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+            own.and_then(|text| text.trim().strip_suffix(" kB"))
+                .is_some_and(|kb| kb.parse::<u64>().unwrap() >= 10_000)
+        },
+    );
     assert_eq!(output.status.code(), Some(130), "{output:?}");
     assert_eq!((output.stdout, output.stderr), (Vec::new(), b"cancelled\n".to_vec()));
 }
