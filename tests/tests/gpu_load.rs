@@ -8,10 +8,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod gpu_support;
+mod stream_support;
 
 use fst::{Device, DeviceError, Dtype, Engine, Error, Loader};
 use fst_tests::{crowded_checkpoint, misaligned_checkpoint};
 use gpu_support::{MEMORY, assert_same, assert_same_bytes, machine, open, simulated_or_skip};
+use stream_support::arrival;
 
 #[test]
 fn whole_checkpoints_arrive_through_every_engine() {
@@ -241,7 +243,7 @@ fn cufile_loads_what_the_pipeline_loads() {
     drop(held);
     sim.fail("cuFileRead", 2, 5010);
     let mut stream = loader.stream(&checkpoint).unwrap();
-    let error = stream.find_map(Result::err).unwrap();
+    let error = std::iter::from_fn(|| arrival(&mut stream)).find_map(Result::err).unwrap();
     assert!(matches!(error, Error::Device(_)), "{error}");
     drop(stream);
     let host = Loader::new().engine(Engine::Gds).load(&checkpoint);
@@ -261,7 +263,7 @@ fn cufile_streams_more_than_its_slots_hold() {
     let sim = simulated_or_skip!(1, MEMORY);
     fst::gpu::cufile::CuFile::open_at(sim.path()).unwrap();
     let loader = Loader::new().device(Device::cuda(0).unwrap()).engine(Engine::Gds);
-    let loader = loader.memory_budget(12 << 20).stall_timeout(std::time::Duration::from_secs(2));
+    let loader = loader.memory_budget(12 << 20).stall_timeout(std::time::Duration::from_secs(60));
     let mut count = 0;
     for tensor in loader.stream(&checkpoint).unwrap() {
         // Memory comes back as soon as it is looked at: whoever waits, waits for reads alone.
@@ -349,7 +351,7 @@ fn torn_tensors_and_views_count_against_a_streams_budget() {
         .memory_budget(budget)
         .stall_timeout(std::time::Duration::from_millis(100));
     let mut stream = loader.stream(&checkpoint).unwrap();
-    let first = stream.next().unwrap().unwrap();
+    let first = arrival(&mut stream).unwrap().unwrap();
     assert_eq!(first.name(), "a");
     assert_same_bytes(&first, &host);
     assert_eq!(stream.peak_bytes(), sizes[0]);
@@ -359,7 +361,7 @@ fn torn_tensors_and_views_count_against_a_streams_budget() {
     drop(first);
     assert!(matches!(stream.next(), Some(Err(Error::Stalled { .. }))), "the view holds it up");
     drop(view);
-    let second = stream.next().unwrap().unwrap();
+    let second = arrival(&mut stream).unwrap().unwrap();
     assert_same_bytes(&second, &host);
     assert!(stream.next().is_none());
     // In order, what came early waits for its turn.

@@ -152,7 +152,7 @@ mod tests {
             });
             assert!(ended.recv_timeout(Duration::from_millis(50)).is_err(), "nothing is free");
             assert!(scratch.lost(block, first).is_none());
-            let closed = ended.recv_timeout(Duration::from_secs(10));
+            let closed = ended.recv_timeout(Duration::from_secs(60));
             // Whatever came of it, the thread ends.
             scratch.abandoned(block, second);
             assert!(closed.expect("the reader still waits").unwrap());
