@@ -138,9 +138,10 @@ mod tests {
     fn peak_rss_sees_touched_memory() {
         reset_peak_rss();
         let before = status_bytes("VmHWM:").unwrap();
-        let block = std::hint::black_box(vec![1u8; 64 << 20]);
+        let block = std::hint::black_box(vec![1u8; 256 << 20]);
         let after = status_bytes("VmHWM:").unwrap();
-        assert!(after >= before + (60 << 20), "{before} {after} {}", block.len());
+        // Other tests may give memory back meanwhile.
+        assert!(after >= before + (128 << 20), "{before} {after} {}", block.len());
     }
 
     #[test]

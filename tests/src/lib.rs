@@ -6,6 +6,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use memmap2::Mmap;
 use safetensors::tensor::{Dtype, TensorView};
 
 /// A tensor to write: its name, type of elements and shape.
@@ -77,6 +78,20 @@ pub fn crowded_checkpoint(dir: &Path) -> Vec<PathBuf> {
     paths.push(dir.join("c.safetensors"));
     write(&paths[2], &specs);
     paths
+}
+
+/// Keeps files in the page cache as long as the mappings live, as far as this process may lock
+/// memory.
+#[must_use]
+pub fn hold_in_cache(paths: &[PathBuf]) -> Vec<Mmap> {
+    let hold = |path: &PathBuf| {
+        let file = fs::File::open(path).unwrap();
+        // SAFETY: nobody looks at the bytes.
+        let map = unsafe { Mmap::map(&file) }.unwrap();
+        let _ = map.lock();
+        map
+    };
+    paths.iter().map(hold).collect()
 }
 
 /// A file that no writer of today makes and every reader must take: the header's length is odd, so

@@ -11,13 +11,15 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use fst::{CachedCopy, Device, Dtype, Loader};
-use fst_tests::crowded_checkpoint;
+use fst_tests::{crowded_checkpoint, hold_in_cache};
 use gpu_support::{MEMORY, assert_same, machine, open, simulated_or_skip};
 
 #[test]
 fn cached_files_travel_straight_out_of_the_page_cache() {
     let dir = tempfile::tempdir().unwrap();
-    let checkpoint = open(&crowded_checkpoint(dir.path()));
+    let paths = crowded_checkpoint(dir.path());
+    let _held = hold_in_cache(&paths);
+    let checkpoint = open(&paths);
     for dtype in [None, Some(Dtype::F32)] {
         let mut loader = Loader::new().slice("huge", 1, 3..1500);
         if let Some(dtype) = dtype {
@@ -34,7 +36,7 @@ fn cached_files_travel_straight_out_of_the_page_cache() {
             println!("this driver refuses to register file mappings: {refused}");
             return;
         }
-        // Just written: all of it is in the page cache.
+        // All of it is in the page cache.
         assert_eq!(copy.registered_bytes, report.bytes_read, "{copy:?}");
         assert_eq!((copy.staged_bytes, &copy.refused), (0, &None));
         assert_eq!(report.bytes_asked, host.report().bytes_asked);
@@ -56,7 +58,9 @@ fn cached_files_travel_straight_out_of_the_page_cache() {
 #[test]
 fn a_refused_registration_is_staged_and_told() {
     let dir = tempfile::tempdir().unwrap();
-    let checkpoint = open(&crowded_checkpoint(dir.path()));
+    let paths = crowded_checkpoint(dir.path());
+    let _held = hold_in_cache(&paths);
+    let checkpoint = open(&paths);
     let host = Loader::new().load(&checkpoint).unwrap();
     {
         let sim = simulated_or_skip!(1, MEMORY);
@@ -72,6 +76,7 @@ fn a_refused_registration_is_staged_and_told() {
     // A refusal in the midst of a load: what was registered stays, the rest is staged.
     let path = dir.path().join("long.safetensors");
     fst_tests::write(&path, &[("long", safetensors::Dtype::U8, vec![40 << 20])]);
+    let _held = hold_in_cache(std::slice::from_ref(&path));
     let checkpoint = open(&[path]);
     let host = Loader::new().load(&checkpoint).unwrap();
     let sim = simulated_or_skip!(1, MEMORY);
@@ -92,6 +97,7 @@ fn both_ways_are_measured_on_blocks_of_the_load() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("long.safetensors");
     fst_tests::write(&path, &[("long", safetensors::Dtype::U8, vec![40 << 20])]);
+    let _held = hold_in_cache(std::slice::from_ref(&path));
     let checkpoint = open(&[path]);
     let host = Loader::new().load(&checkpoint).unwrap();
     let _sim = machine();

@@ -244,7 +244,11 @@ mod tests {
         fs::write(&path, bytes).unwrap();
         let file = SourceFile::open(&path, None).unwrap();
         // SAFETY: nobody else knows the file; tests that truncate it read nothing afterwards.
-        (dir, Arc::new(unsafe { Mapping::new(&file) }.unwrap()))
+        let map = unsafe { Mapping::new(&file) }.unwrap();
+        // Pages that are brought in are not taken away again, where memory may be locked.
+        // SAFETY: the call touches no byte of the mapping.
+        unsafe { libc::mlock2(map.as_ptr().cast(), map.len(), libc::MLOCK_ONFAULT) };
+        (dir, Arc::new(map))
     }
 
     /// Pages of the range that this process has mapped, by `pagemap`.

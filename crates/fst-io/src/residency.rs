@@ -67,6 +67,9 @@ mod tests {
     fn what_was_just_written_is_resident_and_both_ways_agree() {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&vec![7; 1 << 20]).unwrap();
+        // SAFETY: nobody looks at the bytes. Where they may be locked, they stay in memory.
+        let map = unsafe { MmapOptions::new().map(&file) }.unwrap();
+        let _ = map.lock();
         assert_eq!(resident_bytes(&file, 0, 1 << 20).unwrap(), 1 << 20);
         assert_eq!(by_mincore(&file, 0, 1 << 20).unwrap(), 1 << 20);
         assert_eq!(by_mincore(&file, 4096, 8192).unwrap(), 8192);
@@ -96,12 +99,15 @@ mod tests {
         let mut file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         file.write_all(&vec![7; 1 << 20]).unwrap();
         file.sync_all().unwrap();
-        // SAFETY: advice on an open file touches no memory of this process.
-        let dropped =
-            unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
-        assert_eq!(dropped, 0);
-        let left = by_mincore(&file, 0, 1 << 20).unwrap();
-        assert_eq!(resident_bytes(&file, 0, 1 << 20).unwrap(), left);
-        assert!(left < 1 << 20, "{left} bytes still cached");
+        // The kernel may keep pages that it is busy with, or drop more between the two questions.
+        let seen = (0..50).any(|_| {
+            // SAFETY: advice on an open file touches no memory of this process.
+            let dropped =
+                unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+            assert_eq!(dropped, 0);
+            let left = by_mincore(&file, 0, 1 << 20).unwrap();
+            left < 1 << 20 && resident_bytes(&file, 0, 1 << 20).unwrap() == left
+        });
+        assert!(seen, "still cached, or one way to ask says so");
     }
 }
