@@ -318,16 +318,21 @@ fn a_ring_that_fails_in_mid_read_ends_it_and_frees_nothing() {
         let error = fst_io::read(files, plan, &sink, options, &Control::new()).unwrap_err();
         assert!(matches!(error, Error::Ring { .. }), "{error}");
     });
-    sabotaged(&path, |files, plan, options| {
-        let take = |_: &Block, _: &[u8]| Ok(());
-        let sink = Scratch::new(plan, 16, &|_, _| Ok(true), &take).unwrap();
-        let sink = Sabotage::of(sink, 20, libc::EPERM);
-        let error = fst_io::read(files, plan, &sink, options, &Control::new()).unwrap_err();
-        assert!(matches!(error, Error::Ring { .. }), "{error}");
-        let places = std::mem::take(&mut *sink.places.lock().unwrap());
-        drop(sink);
-        assert!(!places.is_empty() && places.iter().all(|place| is_mapped(*place)));
+    let met = (0..50).any(|_| {
+        let mut places = Vec::new();
+        sabotaged(&path, |files, plan, options| {
+            let take = |_: &Block, _: &[u8]| Ok(());
+            let sink = Scratch::new(plan, 16, &|_, _| Ok(true), &take).unwrap();
+            let sink = Sabotage::of(sink, 20, libc::EPERM);
+            let error = fst_io::read(files, plan, &sink, options, &Control::new()).unwrap_err();
+            assert!(matches!(error, Error::Ring { .. }), "{error}");
+            places = std::mem::take(&mut *sink.places.lock().unwrap());
+        });
+        assert!(places.iter().all(|place| is_mapped(*place)), "the kernel may write to it");
+        // With older kernels, all may have arrived by then.
+        !places.is_empty()
     });
+    assert!(met, "no block was under way");
 }
 
 #[test]

@@ -71,6 +71,8 @@ mod tests {
     fn the_kernel_module_is_found() {
         let absent = || CuFileError::NotFound { looked_for: vec![], reason: String::new() };
         let root = std::env::temp_dir().join(format!("fst-gds-{}", std::process::id()));
+        // What a process with this id left when it was killed.
+        let _ = std::fs::remove_dir_all(&root);
         let proc = root.join("proc/driver/nvidia-fs");
         let status = GdsStatus::with(Err(absent()), &root);
         assert!(!status.nvidia_fs);

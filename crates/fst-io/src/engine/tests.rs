@@ -152,6 +152,8 @@ fn a_kernel_that_stays_short_of_resources_ends_the_read() {
             engine: Engine::Uring,
             cache: CachePolicy::Direct,
             workers: Some(1),
+            // Most blocks are still to be asked for when the kernel refuses, however quick it was.
+            depth: Some(4),
             ..ReadOptions::default()
         };
         let landed = AtomicU64::new(0);
