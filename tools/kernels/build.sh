@@ -22,7 +22,8 @@ case "${1-}" in
 *) echo "usage: $0 [--check]" >&2; exit 2 ;;
 esac
 
-[ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+# What an interrupted run left of one is no environment.
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || python3 -m venv "$venv"
 "$venv/bin/pip" install --quiet --disable-pip-version-check "$NVRTC" "$NVCC"
 
 new=$(mktemp -d)
