@@ -3,26 +3,18 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::Scope;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::folder::{self, Choice};
 use crate::index::{Index, MAX_INDEX_LEN};
 use crate::names::NameTable;
-use crate::{Decoded, Dtype, Error, Header, HeaderDecoder, HeaderTensor};
-
-/// Most threads that read headers at once. Those that wait for storage may outnumber the cores.
-const MAX_READERS: usize = 8;
-
-/// A header that took longer to read was waited for: it did not come from the page cache.
-const A_WAIT: Duration = Duration::from_micros(500);
+use crate::reading::{self, AbandonOnDrop, HeaderReads};
+use crate::{Dtype, Error, Header, HeaderTensor};
 
 /// The tensors of a checkpoint and the files that hold them. Headers only: no file stays open.
 ///
@@ -80,15 +72,8 @@ impl Checkpoint {
         P: AsRef<Path>,
     {
         let began = Instant::now();
-        let mut sources = Vec::new();
         let mut indices = Vec::new();
-        for path in paths {
-            add_sources(path.as_ref(), &mut sources, &mut indices)?;
-        }
-        if sources.is_empty() {
-            return Err(Error::NoPaths);
-        }
-        let shards = read_shards(&sources, &indices)?;
+        let shards = read_shards(paths, &mut indices)?;
         let mut checkpoint = Checkpoint::assemble(shards)?;
         for index in &indices {
             checkpoint.check_index(index)?;
@@ -225,9 +210,9 @@ impl fmt::Debug for Checkpoint {
 
 /// One file of a checkpoint.
 pub struct Shard {
-    path: PathBuf,
-    file_metadata: std::fs::Metadata,
-    header: Header,
+    pub(crate) path: PathBuf,
+    pub(crate) file_metadata: std::fs::Metadata,
+    pub(crate) header: Header,
 }
 
 impl Shard {
@@ -363,26 +348,68 @@ impl fmt::Debug for TensorInfo {
 
 /// A file to open, and the index that named it.
 struct Source {
-    path: PathBuf,
+    /// Its number among the files that are read.
+    number: usize,
     index: Option<NamedBy>,
 }
 
-/// Where in `indices` and its files a source comes from.
+/// Where in the indices and their files a source comes from.
 struct NamedBy {
     index: usize,
     file: usize,
 }
 
-/// An index whose files are the sources from `first_shard` on.
+/// An index whose files are the shards from `first_shard` on.
 struct IndexSource {
     path: PathBuf,
     index: Index,
     first_shard: usize,
 }
 
-/// Adds the files that `path` stands for.
+/// Reads the headers of all files that `paths` stand for. Of several errors, the one of the first
+/// file is returned.
+fn read_shards<P: AsRef<Path>>(
+    paths: impl IntoIterator<Item = P>,
+    indices: &mut Vec<IndexSource>,
+) -> Result<Vec<Shard>, Error> {
+    let reads = HeaderReads::default();
+    let sources = std::thread::scope(|scope| {
+        // The scope waits for its threads, whatever becomes of this closure.
+        let _abandon = AbandonOnDrop(&reads);
+        let mut sources = Vec::new();
+        for path in paths {
+            add_sources(path.as_ref(), &reads, || reads.help(scope), &mut sources, indices)?;
+        }
+        if sources.is_empty() {
+            return Err(Error::NoPaths);
+        }
+        reads.finish(scope);
+        Ok(sources)
+    })?;
+    let mut results = reads.into_results();
+    let shard = |source: Source| {
+        // Sources have numbers of their own: each is taken once.
+        let result = std::mem::replace(&mut results[source.number], Err(Error::NoPaths));
+        result.map_err(|error| match (error, source.index) {
+            (Error::Open { path, source: cause }, Some(by))
+                if cause.kind() == io::ErrorKind::NotFound =>
+            {
+                let IndexSource { path: index, index: Index { files, .. }, .. } =
+                    &indices[by.index];
+                let tensor = files[by.file].1.clone();
+                Error::MissingShard { index: index.clone(), shard: path, tensor }
+            }
+            (error, _) => error,
+        })
+    };
+    sources.into_iter().map(shard).collect()
+}
+
+/// Adds the files that `path` stands for, and has their headers read.
 fn add_sources(
     path: &Path,
+    reads: &HeaderReads,
+    help: impl Fn(),
     sources: &mut Vec<Source>,
     indices: &mut Vec<IndexSource>,
 ) -> Result<(), Error> {
@@ -397,15 +424,25 @@ fn add_sources(
     };
     match choice {
         Choice::Files(files) => {
-            sources.extend(files.into_iter().map(|path| Source { path, index: None }));
+            sources.extend(
+                files.into_iter().map(|path| Source { number: reads.add(path), index: None }),
+            );
         }
         Choice::Index(path) => {
-            let index = Index::parse(read_index(&path)?, &path)?;
             let folder = path.parent().map_or(Cow::Owned(PathBuf::new()), Cow::Borrowed);
+            // Read from here on, while the rest of the index is.
+            let mut begun = BTreeMap::new();
+            let index = Index::parse(read_index(&path)?, &path, |file| {
+                begun.entry(file.to_owned()).or_insert_with(|| {
+                    let number = reads.add(folder.join(file));
+                    help();
+                    number
+                });
+            })?;
             let first_shard = sources.len();
-            sources.extend(index.files.iter().enumerate().map(|(file, (name, _))| Source {
-                path: folder.join(name),
-                index: Some(NamedBy { index: indices.len(), file }),
+            sources.extend(index.files.iter().enumerate().map(|(file, (name, _))| {
+                let number = begun.remove(name).unwrap_or_else(|| reads.add(folder.join(name)));
+                Source { number, index: Some(NamedBy { index: indices.len(), file }) }
             }));
             indices.push(IndexSource { path, index, first_shard });
         }
@@ -419,154 +456,13 @@ fn is_index(path: &Path) -> bool {
     name.ends_with(".index.json") || name == "index.json"
 }
 
-/// Opens a regular file. The check before opening keeps a named pipe from blocking for ever, the
-/// metadata is that of the file that was opened.
-fn open_file(path: &Path) -> Result<(File, std::fs::Metadata), Error> {
-    let open_error = |source| Error::Open { path: path.to_owned(), source };
-    let not_a_file = || Error::NotAFile { path: path.to_owned() };
-    if !std::fs::metadata(path).map_err(open_error)?.is_file() {
-        return Err(not_a_file());
-    }
-    let file = File::open(path).map_err(open_error)?;
-    let metadata = file.metadata().map_err(open_error)?;
-    if metadata.is_file() { Ok((file, metadata)) } else { Err(not_a_file()) }
-}
-
 fn read_index(path: &Path) -> Result<Vec<u8>, Error> {
-    let (file, metadata) = open_file(path)?;
+    let (file, metadata) = reading::open_file(path)?;
     let len = metadata.len();
     if len > MAX_INDEX_LEN {
         return Err(Error::IndexTooLarge { index: path.to_owned(), len, max: MAX_INDEX_LEN });
     }
     let mut bytes = Vec::new();
-    read_onto(&file, path, &mut bytes, 0..len)?;
+    reading::read_onto(&file, path, &mut bytes, 0..len)?;
     Ok(bytes)
-}
-
-/// Appends the bytes of `range`, which starts where `bytes` ends and the file was last read.
-///
-/// Not `read_exact_at` into a resized vector: zeroing megabytes first costs as much as copying them.
-fn read_onto(
-    mut file: &File,
-    path: &Path,
-    bytes: &mut Vec<u8>,
-    range: Range<u64>,
-) -> Result<(), Error> {
-    let len = range.end - range.start;
-    bytes.reserve_exact(len as usize);
-    let source = match file.by_ref().take(len).read_to_end(bytes) {
-        Ok(read) if read as u64 == len => return Ok(()),
-        Ok(_) => io::ErrorKind::UnexpectedEof.into(),
-        Err(source) => source,
-    };
-    Err(Error::Read { path: path.to_owned(), range, source })
-}
-
-/// Reads headers one after the other.
-#[derive(Default)]
-struct HeaderReader {
-    /// Memory for a header's text, kept for the next one: the first touch of memory costs as much as
-    /// copying into it does.
-    text: Vec<u8>,
-    /// How long opening and reading took, the last time.
-    waited: Duration,
-}
-
-impl HeaderReader {
-    fn read(&mut self, path: &Path) -> Result<Shard, Error> {
-        let began = Instant::now();
-        let (file, file_metadata) = open_file(path)?;
-        let header_error = |source| Error::Header { path: path.to_owned(), source };
-        let decoder = HeaderDecoder::new(file_metadata.len()).map_err(header_error)?;
-        self.text.clear();
-        let header = loop {
-            self.waited = began.elapsed();
-            match decoder.decode(&self.text).map_err(header_error)? {
-                Decoded::Need(range) => read_onto(&file, path, &mut self.text, range)?,
-                Decoded::Header(header) => break header,
-            }
-        };
-        Ok(Shard { path: path.to_owned(), file_metadata, header })
-    }
-}
-
-/// The files of a checkpoint, taken in order by the threads that read their headers.
-struct HeaderReads<'c> {
-    sources: &'c [Source],
-    indices: &'c [IndexSource],
-    next: AtomicUsize,
-    threads: AtomicUsize,
-    done: Vec<Mutex<Option<Result<Shard, Error>>>>,
-}
-
-impl HeaderReads<'_> {
-    /// Reads header after header, as every thread does.
-    fn work<'s>(&'s self, scope: &'s Scope<'s, '_>) {
-        let mut reader = HeaderReader::default();
-        loop {
-            let i = self.next.fetch_add(1, Ordering::Relaxed);
-            let Some((source, slot)) = self.sources.get(i).zip(self.done.get(i)) else { return };
-            let result = reader.read(&source.path).map_err(|error| self.missing(source, error));
-            if result.is_err() {
-                // Files after this one need not be read.
-                self.next.fetch_max(self.sources.len(), Ordering::Relaxed);
-            }
-            *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
-            if reader.waited > A_WAIT {
-                self.spawn(scope);
-            }
-        }
-    }
-
-    /// Adds a thread where there may be one more and something to do for it.
-    fn spawn<'s>(&'s self, scope: &'s Scope<'s, '_>) {
-        let left = self.sources.len().saturating_sub(self.next.load(Ordering::Relaxed));
-        if left == 0 || self.threads.fetch_add(1, Ordering::Relaxed) >= MAX_READERS {
-            return;
-        }
-        let builder = std::thread::Builder::new().name("fst-headers".to_owned());
-        // A machine out of threads reads with those it has; the caller's always works.
-        let _ = builder.spawn_scoped(scope, || self.work(scope));
-    }
-
-    /// Says which index named a file that is not there.
-    fn missing(&self, source: &Source, error: Error) -> Error {
-        match (error, &source.index) {
-            (Error::Open { path, source: cause }, Some(by))
-                if cause.kind() == io::ErrorKind::NotFound =>
-            {
-                let IndexSource { path: index, index: Index { files, .. }, .. } =
-                    &self.indices[by.index];
-                let tensor = files[by.file].1.clone();
-                Error::MissingShard { index: index.clone(), shard: path, tensor }
-            }
-            (error, _) => error,
-        }
-    }
-}
-
-/// Reads all headers, several at once where there are several. Of several errors, the one of the
-/// first file is returned.
-fn read_shards(sources: &[Source], indices: &[IndexSource]) -> Result<Vec<Shard>, Error> {
-    let reads = HeaderReads {
-        sources,
-        indices,
-        next: AtomicUsize::new(0),
-        threads: AtomicUsize::new(1),
-        done: sources.iter().map(|_| Mutex::new(None)).collect(),
-    };
-    std::thread::scope(|scope| {
-        // Headers in the page cache are work for the cores; more threads come where they wait.
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        for _ in 1..cores.min(sources.len()) {
-            reads.spawn(scope);
-        }
-        reads.work(scope);
-    });
-    // Sources are taken in order, so before the first unread one there is an error.
-    reads
-        .done
-        .into_iter()
-        .map_while(|slot| slot.into_inner().unwrap_or_else(PoisonError::into_inner))
-        .collect()
 }

@@ -56,13 +56,18 @@ impl Index {
         self.tensors.iter().map(|tensor| (tensor.name(&self.names), tensor.file as usize))
     }
 
-    /// Parses the contents of the index at `path`, which is used for messages only.
-    pub(crate) fn parse(bytes: Vec<u8>, path: &Path) -> Result<Index, Error> {
+    /// Parses the contents of the index at `path`, which is used for messages only. `found` is told of
+    /// files on the way; what it hears may be less than all, and more than in the end belongs.
+    pub(crate) fn parse(
+        bytes: Vec<u8>,
+        path: &Path,
+        found: impl FnMut(&Path),
+    ) -> Result<Index, Error> {
         let text = String::from_utf8(bytes).map_err(|error| Error::IndexNotUtf8 {
             index: path.to_owned(),
             offset: error.utf8_error().valid_up_to() as u64,
         })?;
-        let (names, mut tensors, files) = match plain_map(&text) {
+        let (names, mut tensors, files) = match plain_map(&text, found) {
             Some((tensors, entries)) => (None, tensors, entries),
             None => {
                 let mut map = WeightMap::default();
@@ -85,8 +90,8 @@ impl Index {
 }
 
 /// Reads a map of plain strings; `None` for any other index, be it sound or not. The names are those
-/// of the text.
-fn plain_map(text: &str) -> Option<(Vec<Named>, Vec<Cow<'_, str>>)> {
+/// of the text. Tells of each file that it finds.
+fn plain_map(text: &str, mut found: impl FnMut(&Path)) -> Option<(Vec<Named>, Vec<Cow<'_, str>>)> {
     // An entry of a large model has some 80 bytes.
     let mut tensors = Vec::with_capacity(text.len() / 70);
     let mut files = FileEntries::default();
@@ -107,7 +112,12 @@ fn plain_map(text: &str) -> Option<(Vec<Named>, Vec<Cow<'_, str>>)> {
                 let name = scanner.string()?;
                 scanner.expect(b':')?;
                 let file = scanner.string()?;
-                let file = files.place(Cow::Borrowed(scanner.text(file)));
+                let entry = scanner.text(file);
+                let known = files.entries.len();
+                let file = files.place(Cow::Borrowed(entry));
+                if file as usize == known {
+                    found(&plain_path(entry)?);
+                }
                 let (start, len) = (name.start as u32, name.len() as u32);
                 tensors.push(Named { start, len, file });
                 more = scanner.another(b'}')?;
@@ -333,10 +343,10 @@ mod tests {
         let json = br#"{"weight_map": {"x": "b", "y": "./a", "z": "b", "w": "a"}, "other": [1]}"#;
         // With an escape it takes the long way.
         let escaped = br#"{"weight_map": {"\u0078": "b", "y": ".\/a", "z": "b", "w": "a"}}"#;
-        assert!(plain_map(str::from_utf8(json).unwrap()).is_some());
-        assert!(plain_map(str::from_utf8(escaped).unwrap()).is_none());
+        assert!(plain_map(str::from_utf8(json).unwrap(), |_| ()).is_some());
+        assert!(plain_map(str::from_utf8(escaped).unwrap(), |_| ()).is_none());
         for json in [&json[..], escaped] {
-            let index = Index::parse(json.to_vec(), Path::new("i")).unwrap();
+            let index = Index::parse(json.to_vec(), Path::new("i"), |_| ()).unwrap();
             assert_eq!(index.files, [("a".into(), "y".to_owned()), ("b".into(), "x".to_owned())]);
             let tensors: Vec<_> = index.tensors().collect();
             assert_eq!(tensors, [("x", 1), ("y", 0), ("z", 1), ("w", 0)]);

@@ -41,6 +41,7 @@ mod header;
 mod index;
 mod json;
 mod names;
+mod reading;
 mod scan;
 mod slice;
 mod writer;
