@@ -37,13 +37,15 @@ fn cached_files_travel_straight_out_of_the_page_cache() {
             return;
         }
         // All of it is in the page cache.
-        assert_eq!(copy.registered_bytes, report.bytes_read, "{copy:?}");
-        assert_eq!((copy.staged_bytes, &copy.refused), (0, &None));
+        assert_eq!(copy.registered_bytes + copy.staged_bytes, report.bytes_read, "{copy:?}");
+        // Short runs are staged.
+        assert!(copy.registered_bytes > 0 && copy.staged_bytes > 0, "{copy:?}");
+        assert_eq!(copy.refused, None);
         assert_eq!(report.bytes_asked, host.report().bytes_asked);
         assert_eq!(report.stage("read.mapped").unwrap().bytes, copy.registered_bytes);
-        // The one block of a ring that nothing is staged in, and three files' windows.
+        // The ring for short runs, and the one file that has others.
         if let Some(sim) = &sim {
-            assert_eq!(sim.calls("cuMemHostRegister_v2"), 4);
+            assert_eq!(sim.calls("cuMemHostRegister_v2"), 2);
         }
         let staged = loader.clone().cached_copy(CachedCopy::Staged).load(&checkpoint).unwrap();
         let copy = staged.report().device_copy.clone().unwrap();

@@ -2,18 +2,22 @@
 //! registered, and what their blocks lead to is queued straight out of the page cache, with no
 //! pass through staging memory.
 //!
-//! Nobody touches the mappings on this side. Registration pins their pages or is refused, so that a
+//! Nobody touches the mappings on this side. Registration pins their pages or is refused, and only runs
+//! that are long enough to be left to the copy engine are taken from there (see [`short`]), so that a
 //! file that is truncated meanwhile ends the load with an error and not the process with a signal.
+
+mod short;
 
 use crate::buffer::registered::{HostAccess, RegisteredHost};
 use crate::error::Error;
-use crate::pipeline::{CopyOp, Pipeline};
+use crate::pipeline::{CopyOp, Done, Pipeline};
 use crate::sink::{Admit, Landing, Route};
 use fst_io::plan::Block;
 use fst_io::{Control, Error as ReadError, SourceFile};
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -42,8 +46,10 @@ impl Default for CachedOptions {
 #[derive(Debug, Default)]
 #[non_exhaustive]
 pub struct CachedStats {
-    /// Bytes of files that were copied, gaps between extents included.
+    /// Bytes of files that were copied out of mappings, gaps between extents included.
     pub bytes: u64,
+    /// Bytes of files in short runs, that were read into pinned memory and copied from there.
+    pub short_bytes: u64,
     /// Windows that were registered.
     pub windows: u64,
     /// Threads.
@@ -146,6 +152,7 @@ struct Job<'a> {
     /// Bytes that are registered now, or about to be.
     registered: Arc<AtomicU64>,
     bytes: AtomicU64,
+    short_bytes: AtomicU64,
     count: AtomicU64,
     left: Mutex<Vec<u32>>,
     refused: OnceLock<Error>,
@@ -154,7 +161,10 @@ struct Job<'a> {
 
 /// Copies `blocks` (in the order of the plan, of files that the page cache holds) to where `route`
 /// says, and returns when the copies are done. The first refusal to register ends the run, without
-/// an error: what is [left](CachedStats::left) then is for another way.
+/// an error: what is [left](CachedStats::left) then is for another way, though `route` may have been
+/// asked about it.
+///
+/// Short runs are read into blocks of the pipeline's ring, each thread with one at a time.
 ///
 /// # Errors
 ///
@@ -188,6 +198,7 @@ pub unsafe fn copy_cached<'a>(
         next: AtomicUsize::new(0),
         registered: Arc::default(),
         bytes: AtomicU64::new(0),
+        short_bytes: AtomicU64::new(0),
         count: AtomicU64::new(0),
         left: Mutex::default(),
         refused: OnceLock::new(),
@@ -226,6 +237,7 @@ pub unsafe fn copy_cached<'a>(
     left.sort_unstable();
     Ok(CachedStats {
         bytes: job.bytes.into_inner(),
+        short_bytes: job.short_bytes.into_inner(),
         windows: job.count.into_inner(),
         threads,
         left,
@@ -269,17 +281,8 @@ impl Job<'_> {
         }
         let start = first.offset / self.page * self.page;
         let bytes = last.need_end() - start;
-        let Some(share) = self.share(bytes)? else { return Ok(false) };
         // Before, since pages behind the end cannot be pinned; after, since pages that were cut off
         // in between may have been.
-        file.verify_unchanged()?;
-        let mapping = match self.register(file, start..last.need_end(), share) {
-            Ok(mapping) => mapping,
-            Err(error) => {
-                let _ = self.refused.set(error);
-                return Ok(false);
-            }
-        };
         file.verify_unchanged()?;
         let (mut ops, mut dones) = (Vec::new(), Vec::new());
         for block in blocks {
@@ -288,13 +291,43 @@ impl Job<'_> {
             ops.extend(of_block.into_iter().map(|op| op.shifted(block.offset - start)));
             dones.extend(done);
         }
-        let done = Box::new(move || dones.into_iter().for_each(|done| done()));
-        // SAFETY: the contract of `copy_cached`.
-        unsafe { self.pipeline.submit_registered(&mapping, &ops, Some(done)) }.map_err(sunk)?;
-        let needed = blocks.iter().map(|block| block.need).sum();
+        // What no block of the ring holds (nobody asks for such) is for another way.
+        let Ok((ops, clusters)) = short::part(&ops, self.pipeline.block_bytes() as u64) else {
+            return Ok(false);
+        };
+        let mapping = match ops.is_empty() {
+            true => None,
+            false => {
+                let Some(share) = self.share(bytes)? else { return Ok(false) };
+                match self.register(file, start..last.need_end(), share) {
+                    Ok(mapping) => Some(mapping),
+                    Err(error) => {
+                        let _ = self.refused.set(error);
+                        return Ok(false);
+                    }
+                }
+            }
+        };
+        file.verify_unchanged()?;
+        let short = clusters.iter().map(|cluster| cluster.len).sum();
+        let mut dones = shared(dones, usize::from(mapping.is_some()) + clusters.len());
+        if let Some(mapping) = &mapping {
+            // SAFETY: the contract of `copy_cached`.
+            unsafe { self.pipeline.submit_registered(mapping, &ops, dones.pop()) }.map_err(sunk)?;
+            self.count.fetch_add(1, Ordering::Relaxed);
+        }
+        for cluster in clusters {
+            let mut block = self.pipeline.acquire().map_err(sunk)?;
+            let into = block.as_mut_slice().get_mut(..cluster.len as usize).unwrap_or_default();
+            read_exact(file, into, start + cluster.start)?;
+            // SAFETY: as above.
+            unsafe { self.pipeline.submit_then(block, &cluster.ops, dones.pop()) }.map_err(sunk)?;
+        }
+        let needed: u64 = blocks.iter().map(|block| block.need).sum();
+        let short = if mapping.is_some() { needed.min(short) } else { needed };
         self.control.add_landed(needed);
-        self.bytes.fetch_add(needed, Ordering::Relaxed);
-        self.count.fetch_add(1, Ordering::Relaxed);
+        self.bytes.fetch_add(needed - short, Ordering::Relaxed);
+        self.short_bytes.fetch_add(short, Ordering::Relaxed);
         Ok(true)
     }
 
@@ -333,7 +366,73 @@ impl Job<'_> {
     }
 }
 
+/// Calls for so many submissions, the last of which makes all of `dones`.
+fn shared(dones: Vec<Done>, submissions: usize) -> Vec<Done> {
+    if submissions == 0 {
+        // There was nothing to copy.
+        dones.into_iter().for_each(|done| done());
+        return Vec::new();
+    }
+    let (left, dones) = (AtomicUsize::new(submissions), Mutex::new(dones));
+    let all = Arc::new((left, dones));
+    let one = || {
+        let all = Arc::clone(&all);
+        Box::new(move || {
+            if all.0.fetch_sub(1, Ordering::AcqRel) == 1 {
+                let dones = std::mem::take(&mut *all.1.lock().unwrap_or_else(|e| e.into_inner()));
+                dones.into_iter().for_each(|done| done());
+            }
+        }) as Done
+    };
+    (0..submissions).map(|_| one()).collect()
+}
+
+/// Reads bytes that the file had when it was opened.
+fn read_exact(file: &SourceFile, into: &mut [u8], offset: u64) -> Result<(), ReadError> {
+    let (needed, mut done) = (into.len(), 0);
+    while done < needed {
+        let at = offset + done as u64;
+        match file.buffered().read_at(&mut into[done..], at) {
+            Ok(0) => {
+                let (path, needed) = (file.path().to_owned(), offset + needed as u64);
+                return Err(ReadError::EarlyEnd { path, end: at, needed });
+            }
+            Ok(read) => done += read,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(source) => {
+                let (path, len) = (file.path().to_owned(), (needed - done) as u64);
+                return Err(ReadError::Read { path, offset: at, len, source });
+            }
+        }
+    }
+    Ok(())
+}
+
 impl CopyOp {
+    /// The same operation for a source that starts `by` bytes later.
+    #[must_use]
+    pub(crate) fn earlier(self, by: u64) -> Self {
+        match self {
+            Self::Linear { source, destination, len } => {
+                Self::Linear { source: source.saturating_sub(by), destination, len }
+            }
+            Self::Strided { source, source_pitch, destination, destination_pitch, width, rows } => {
+                Self::Strided {
+                    source: source.saturating_sub(by),
+                    source_pitch,
+                    destination,
+                    destination_pitch,
+                    width,
+                    rows,
+                }
+            }
+            Self::Transform { kernel, mut job } => {
+                job.src = job.src.saturating_sub(by);
+                Self::Transform { kernel, job }
+            }
+        }
+    }
+
     /// The same operation for a source that starts `by` bytes earlier.
     #[must_use]
     pub fn shifted(self, by: u64) -> Self {

@@ -10,10 +10,11 @@
 
 mod enqueue;
 mod jobs;
+mod tables;
 
 pub use enqueue::CopyOp;
-pub(crate) use enqueue::{From, copy_rows, enqueue_on_device};
-pub(crate) use jobs::TABLE_BYTES;
+pub(crate) use enqueue::{From, copy_rows, enqueue_on_device, joined, source_range};
+pub(crate) use tables::{TABLE_BYTES, Tables};
 
 use crate::buffer::device::DeviceArena;
 use crate::buffer::pinned::{PinnedBlock, PinnedRing, RingOptions, Shared};
@@ -88,6 +89,8 @@ struct LaneState {
     in_flight: VecDeque<InFlight>,
     /// Where bytes wait on the device for a kernel; made when first needed.
     scratch: Option<DeviceArena>,
+    /// The way there of tables for kernels; made when first needed.
+    tables: Option<Tables>,
 }
 
 #[derive(Default)]
@@ -574,6 +577,9 @@ impl Drop for Pipeline {
                     self.ring.shared().set_stuck();
                 }
                 state.in_flight.drain(..).for_each(|entry| give_up(entry.held));
+                if let Some(tables) = state.tables.take() {
+                    tables.leak();
+                }
             }
         }
     }

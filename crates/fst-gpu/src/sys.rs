@@ -268,7 +268,8 @@ pub(crate) fn has_batch() -> bool {
     DRIVER.get().is_some_and(|d| d.batch.is_some())
 }
 
-/// Queues many copies by one call. `Ok(false)`: the driver has no such call, nothing was queued.
+/// Queues many copies by one call. `Ok(false)`: the driver has no such call, or does not take these
+/// copies by it. They may then be queued one by one: to copy the same bytes twice does no harm.
 ///
 /// # Safety
 ///
@@ -303,8 +304,9 @@ pub(crate) unsafe fn copy_batch(
     };
     match number {
         0 => Ok(true),
-        // CUDA_ERROR_NOT_SUPPORTED
-        801 => Ok(false),
+        // CUDA_ERROR_INVALID_VALUE: some kind of memory that the call does not take, or our mistake;
+        // then the single copies say so. CUDA_ERROR_NOT_SUPPORTED.
+        1 | 801 => Ok(false),
         _ => Err(Error::Driver { call: "cuMemcpyBatchAsync", device, code: driver.code(number) }),
     }
 }

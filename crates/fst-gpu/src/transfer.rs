@@ -267,11 +267,15 @@ impl Runs {
 impl CudaDevice {
     /// Lets this device read `other`'s memory directly where the machine can; without, copies between
     /// the two go through the host. It stays so for the rest of the process. `false` where it cannot.
+    /// Its own memory a device always reads.
     ///
     /// # Errors
     ///
     /// The driver's.
     pub fn enable_peer_access(&self, other: &Self) -> Result<bool> {
+        if self == other {
+            return Ok(true);
+        }
         let number = |device: &Self| {
             let mut number = 0;
             // SAFETY: the driver is initialised; a valid out pointer.

@@ -27,6 +27,10 @@ use crate::transform::{Cut, TransformPlan, Work};
 /// one of them needs more.
 const TORN_MEMORY: u64 = 1 << 30;
 
+/// Pinned blocks for what is too short to be copied straight out of the page cache: as many as are pinned
+/// at once.
+const DIRECT_BLOCKS: usize = 4;
+
 /// One arena on a device, and the part of a memory budget that it takes.
 #[derive(Debug)]
 pub(crate) struct CudaMemory {

@@ -203,7 +203,7 @@ impl Sim {
 
     /// Changes a setting: `driver_version`, `read_only_register`, `batch_copies`, `patience`
     /// (queries answered "not ready" before one lets work run), `cufile_most` (bytes of a read),
-    /// `cufile_flags` (status flags of its driver).
+    /// `cufile_flags` (status flags of its driver), `cufile_p2p` (its flags for NVMe).
     /// False if there is none of that name.
     pub fn set(&self, name: &str, value: i64) -> bool {
         // SAFETY: a NUL-terminated string.

@@ -60,6 +60,7 @@ pub unsafe extern "C" fn fst_sim_set(name: *const c_char, value: i64) -> bool {
             "batch_copies" => w.batch_copies = value != 0,
             "cufile_most" => w.cufile_most = value as usize,
             "cufile_flags" => w.cufile_flags = value as u32,
+            "cufile_p2p" => w.cufile_p2p = value as u32,
             "patience" => w.patience = value as u32,
             _ => return false,
         }

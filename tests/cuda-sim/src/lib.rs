@@ -5,10 +5,12 @@
 //!
 //! * asynchronous work runs at the latest moment the API allows: when a synchronising call, or a
 //!   query that answers "complete", makes it observable, and not earlier;
-//! * a copy from pageable memory takes a snapshot at the call, one from pinned memory reads its
-//!   source when it runs, so a staging block that is reused too early shows as wrong bytes;
+//! * pageable memory that is copied may be read at the call or when the copy runs: a change in between is
+//!   a violation; pinned memory is read when the copy runs, so a staging block that is reused too early
+//!   shows as wrong bytes;
 //! * registering memory pins its pages: those behind the end of a mapped file are refused, and a copy
-//!   from a mapping whose file shrank afterwards is no signal;
+//!   from a mapping whose file shrank afterwards is no signal. Short copies straight out of a file's mapping
+//!   are violations: a driver may make them itself, and then they are one;
 //! * fresh device memory is filled with [`FRESH`], freed memory with [`POISON`] and kept aside;
 //! * freeing memory that queued work still refers to, double frees, foreign pointers, leaks and
 //!   work left pending are recorded as violations;

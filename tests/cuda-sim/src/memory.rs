@@ -118,6 +118,8 @@ struct Pinned {
     device: usize,
     /// Allocated by the driver rather than registered by the caller.
     allocated: bool,
+    /// A mapping of a file.
+    file: bool,
 }
 
 /// The pinned ranges of the process.
@@ -151,17 +153,23 @@ impl HostMemory {
             p.write_bytes(FRESH, len.max(1));
             p as u64
         };
-        self.ranges.insert(address, Pinned { len, device, allocated: true });
+        self.ranges.insert(address, Pinned { len, device, allocated: true, file: false });
         Some(address)
     }
 
     /// False when the range overlaps a pinned one.
-    pub(crate) fn register(&mut self, device: usize, address: u64, len: usize) -> bool {
+    pub(crate) fn register(&mut self, device: usize, address: u64, len: usize, file: bool) -> bool {
         if self.kind(address, len) != HostKind::Pageable {
             return false;
         }
-        self.ranges.insert(address, Pinned { len, device, allocated: false });
+        self.ranges.insert(address, Pinned { len, device, allocated: false, file });
         true
+    }
+
+    /// Whether an address lies in a mapping of a file that is registered.
+    pub(crate) fn is_file(&self, address: u64) -> bool {
+        let range = self.ranges.range(..=address).next_back();
+        range.is_some_and(|(&base, range)| range.file && address < base + range.len as u64)
     }
 
     /// Ends a pinned range that starts at `address`; its length, or `None` if there is none of

@@ -14,8 +14,9 @@ pub(crate) type HostKernel = unsafe extern "C" fn(*const u32, *const u32, *mut *
 pub(crate) enum Source {
     /// Device or pinned memory: read when the copy runs.
     Live(u64),
-    /// Pageable memory as it was at the call.
-    Snapshot(Vec<u8>),
+    /// Pageable memory, which may be read at the call or when the copy runs: it must not change in
+    /// between.
+    Snapshot { bytes: Vec<u8>, address: u64 },
 }
 
 /// Rows of bytes; a plain copy has one.
@@ -257,7 +258,16 @@ impl World {
                 }
                 let from = match &src {
                     Source::Live(address) => *address as *const u8,
-                    Source::Snapshot(bytes) => bytes.as_ptr(),
+                    Source::Snapshot { bytes, address } => {
+                        if read_pinned(*address, bytes.len()) != *bytes {
+                            self.violation(format!(
+                                "pageable memory at {address:#x} changed before the copy of its {} \
+                                 bytes ran",
+                                bytes.len()
+                            ));
+                        }
+                        bytes.as_ptr()
+                    }
                 };
                 let mut pinned = Vec::new();
                 let from = match &src {

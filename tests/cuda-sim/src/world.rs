@@ -4,7 +4,7 @@ use crate::codes::*;
 use crate::memory::{DeviceMemory, HostMemory};
 use crate::queue::Stream;
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// What a driver call comes to: a `CUresult` that is not success as the error.
@@ -72,6 +72,10 @@ pub(crate) struct World {
     pub(crate) cufile_most: usize,
     /// Status flags of cuFile's driver.
     pub(crate) cufile_flags: u32,
+    /// How NVMe drives and devices reach each other, as `CUfileP2PFlags_t`.
+    pub(crate) cufile_p2p: u32,
+    /// Peers that contexts may access: device, peer.
+    pub(crate) peers: HashSet<(usize, usize)>,
     pub(crate) kernel_libraries: Vec<libloading::Library>,
     pub(crate) faults: Vec<Fault>,
     pub(crate) calls: HashMap<&'static str, u64>,
@@ -240,9 +244,10 @@ impl World {
         state.context = 0;
         let legacy = state.legacy;
         let died = state.error.take().is_some();
+        self.peers.retain(|&(device, peer)| device != index && peer != index);
         if died {
             // What a dead context held goes with it, as the driver has it.
-            state.used = 0;
+            self.devices[index].used = 0;
             self.memory.forget(index);
             self.host.forget(index);
             self.modules.retain(|_, (device, _)| *device != index);
@@ -276,8 +281,12 @@ impl World {
         CONTEXTS.with_borrow(|stack| stack.last().copied()).filter(|&c| c != 0)
     }
 
-    pub(crate) fn push(&self, context: u64) {
+    pub(crate) fn push(&self, context: u64) -> Outcome {
+        if context == 0 || !self.devices.iter().any(|device| device.context == context) {
+            return Err(ERROR_INVALID_CONTEXT);
+        }
         CONTEXTS.with_borrow_mut(|stack| stack.push(context));
+        Ok(())
     }
 
     pub(crate) fn pop(&self) -> Result<u64, i32> {

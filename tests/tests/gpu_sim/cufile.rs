@@ -99,9 +99,14 @@ fn compatibility_mode_is_told_from_direct() {
     let mode = |root: &Path| GdsStatus::with(Ok(cufile), root).mode;
     assert_eq!(mode(root.path()), GdsMode::Compatibility);
     // Peer-to-peer by the kernel's own NVMe driver needs no nvidia-fs.
-    sim.set("cufile_flags", 1 << 11);
+    sim.set("cufile_p2p", 1);
     assert_eq!(mode(root.path()), GdsMode::Direct);
-    sim.set("cufile_flags", 0);
+    sim.set("cufile_p2p", 1 << 2);
+    assert_eq!(mode(root.path()), GdsMode::Compatibility);
+    sim.set("cufile_p2p", 0);
+    // The flag of older versions says nothing where there is a call to ask.
+    sim.set("cufile_flags", 1 << 11);
+    assert_eq!(mode(root.path()), GdsMode::Compatibility);
     std::fs::create_dir_all(root.path().join("proc/driver/nvidia-fs")).unwrap();
     assert_eq!(mode(root.path()), GdsMode::Direct);
 }

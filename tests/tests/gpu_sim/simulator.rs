@@ -21,8 +21,8 @@ fn read(arena: &DeviceArena) -> u8 {
 }
 
 #[test]
-fn pinned_sources_are_read_late_and_pageable_ones_at_the_call() {
-    let Some(_sim) = simulated(1, 1 << 20) else { return };
+fn pinned_sources_are_read_late_and_pageable_ones_may_not_change() {
+    let Some(mut sim) = simulated(1, 1 << 20) else { return };
     let device = CudaDevice::open(0).unwrap();
     let _current = device.make_current().unwrap();
     let (a, b) = (DeviceArena::new(&device, 1).unwrap(), DeviceArena::new(&device, 1).unwrap());
@@ -38,10 +38,16 @@ fn pinned_sources_are_read_late_and_pageable_ones_at_the_call() {
     to_device(a.address(), std::slice::from_ref(pinned), &stream);
     to_device(b.address(), &pageable, &stream);
     *pinned = 2;
-    pageable[0] = 2;
     assert_eq!([read(&a), read(&b)], [cuda_sim::FRESH; 2]);
     stream.synchronize().unwrap();
     assert_eq!([read(&a), read(&b)], [2, 1]);
+    assert_eq!(sim.report().violations, [] as [String; 0]);
+    to_device(b.address(), &pageable, &stream);
+    pageable[0] = 2;
+    stream.synchronize().unwrap();
+    let found = sim.report().violations.join("\n");
+    assert!(found.contains("changed before the copy"), "{found}");
+    sim.skip_check();
     // SAFETY: allocated above.
     ok(unsafe { sys::cuMemFreeHost(std::ptr::from_mut(pinned).cast()) });
 }
@@ -79,6 +85,51 @@ fn streams_are_ordered_by_events_only() {
     copy(&arenas[2]);
     second.synchronize().unwrap();
     assert_eq!([read(&arenas[1]), read(&arenas[2])], [5, 6]);
+}
+
+#[test]
+fn files_are_registered_for_reading_only_and_short_runs_of_them_are_not_copied() {
+    let Some(mut sim) = simulated(1, 1 << 20) else { return };
+    let device = CudaDevice::open(0).unwrap();
+    let arena = DeviceArena::new(&device, 64 << 10).unwrap();
+    let stream = Stream::new(&device).unwrap();
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(64 << 10).unwrap();
+    // SAFETY: nobody else has the file.
+    let map = unsafe { memmap2::Mmap::map(&file) }.unwrap();
+    let _current = device.make_current().unwrap();
+    let start = map.as_ptr().cast_mut().cast();
+    // SAFETY: the mapping lives until it is unregistered.
+    unsafe {
+        assert_eq!(sys::cuMemHostRegister_v2(start, map.len(), 0) as u32, 1);
+        ok(sys::cuMemHostRegister_v2(start, map.len(), sys::CU_MEMHOSTREGISTER_READ_ONLY));
+        assert_eq!(sys::cuMemHostRegister_v2(start, 1, 0) as u32, 1);
+    }
+    to_device(arena.address(), &map, &stream);
+    stream.synchronize().unwrap();
+    assert_eq!(sim.report().violations, [] as [String; 0]);
+    to_device(arena.address(), &map[1..], &stream);
+    stream.synchronize().unwrap();
+    let found = sim.report().violations.join("\n");
+    assert!(found.contains("straight out of a file's mapping"), "{found}");
+    sim.skip_check();
+    // SAFETY: registered above.
+    ok(unsafe { sys::cuMemHostUnregister(start) });
+}
+
+#[test]
+fn peers_are_enabled_once() {
+    let Some(_sim) = simulated(2, 1 << 20) else { return };
+    let (a, b) = (CudaDevice::open(0).unwrap(), CudaDevice::open(1).unwrap());
+    let enable = |from: &CudaDevice, to: &CudaDevice| {
+        let _current = from.make_current().unwrap();
+        // SAFETY: contexts are retained.
+        unsafe { sys::cuCtxEnablePeerAccess(to.context(), 0) as u32 }
+    };
+    assert!(a.enable_peer_access(&b).unwrap());
+    assert_eq!((enable(&a, &b), enable(&a, &a)), (704, 201));
+    assert!(a.enable_peer_access(&b).unwrap() && b.enable_peer_access(&a).unwrap());
+    assert!(a.enable_peer_access(&a).unwrap());
 }
 
 #[test]

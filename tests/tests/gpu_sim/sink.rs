@@ -24,10 +24,15 @@ pub(crate) struct Case {
 }
 
 pub(crate) fn case() -> Case {
+    case_of([1_500_123, 700_001], 200_000)
+}
+
+/// Files of these lengths, and extents of up to about `longest` bytes.
+pub(crate) fn case_of(lens: [usize; 2], longest: usize) -> Case {
     let folder = tempfile::tempdir().unwrap();
     let (mut paths, mut extents, mut places) = (Vec::new(), Vec::new(), Vec::new());
     let mut expected = Vec::new();
-    for (file, len) in [(0u32, 1_500_123usize), (1, 700_001)] {
+    for (file, len) in (0u32..).zip(lens) {
         let bytes = pattern(len, u64::from(file) + 1);
         let path = folder.path().join(format!("{file}.bin"));
         std::fs::write(&path, &bytes).unwrap();
@@ -42,7 +47,7 @@ pub(crate) fn case() -> Case {
             expected.extend_from_slice(&bytes[at..end]);
             at = end + step % 7;
             step = step * 3 + 1;
-            if step > 200_000 {
+            if step > longest {
                 step = 11;
             }
         }

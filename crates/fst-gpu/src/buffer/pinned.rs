@@ -84,7 +84,7 @@ enum Origin {
 }
 
 /// One pinned allocation.
-struct PinnedMemory {
+pub(crate) struct PinnedMemory {
     device: CudaDevice,
     /// `len` bytes, initialised, ours alone.
     start: NonNull<u8>,
@@ -113,6 +113,12 @@ impl PinnedMemory {
             }
             unmap(start, len);
         }
+        Self::allocate(device, len)
+    }
+
+    /// Memory of the driver's own: for little of it, and where it registers none.
+    pub(crate) fn allocate(device: &CudaDevice, len: usize) -> Result<Self> {
+        let _current = device.make_current()?;
         let mut start: *mut c_void = std::ptr::null_mut();
         // SAFETY: a context is current; a valid out pointer.
         let result = unsafe { sys::cuMemHostAlloc(&mut start, len, sys::CU_MEMHOSTALLOC_PORTABLE) };
@@ -133,8 +139,13 @@ impl PinnedMemory {
         Some(kept.swap_remove(at))
     }
 
+    /// Address of the first byte.
+    pub(crate) fn start(&self) -> NonNull<u8> {
+        self.start
+    }
+
     /// Gives up the memory without freeing it: a copy engine may still use it.
-    fn leak(self) {
+    pub(crate) fn leak(self) {
         let mut memory = std::mem::ManuallyDrop::new(self);
         // SAFETY: the device reference alone is dropped, once; the rest is never touched again.
         unsafe { std::ptr::drop_in_place(&mut memory.device) };

@@ -173,6 +173,8 @@ pub struct CuFile {
     buffer_deregister: unsafe extern "C" fn(*const c_void) -> Status,
     read: unsafe extern "C" fn(Handle, *mut c_void, usize, i64, i64) -> isize,
     version: Option<unsafe extern "C" fn(*mut c_int) -> Status>,
+    /// Since cuFile 1.16.
+    p2p_flags: Option<unsafe extern "C" fn(c_int, *mut c_uint) -> Status>,
     /// The pointers above lead into it.
     _library: ManuallyDrop<Library>,
 }
@@ -267,6 +269,8 @@ impl CuFile {
             read: symbol!("cuFileRead"),
             // SAFETY: the caller's contract.
             version: unsafe { library.get(b"cuFileGetVersion\0") }.ok().map(|f| *f),
+            // SAFETY: as above.
+            p2p_flags: unsafe { library.get(b"cuFileDriverGetP2PFlags\0") }.ok().map(|f| *f),
             _library: library,
         })
     }
@@ -290,6 +294,25 @@ impl CuFile {
         // SAFETY: room for every version's structure.
         check(unsafe { (self.properties)(&mut properties) }, "cuFileDriverGetProperties")?;
         Ok(properties)
+    }
+
+    /// Whether NVMe drives and the device reach each other through the kernel alone, without
+    /// `nvidia-fs`.
+    fn has_p2p(&self, properties: &Properties) -> bool {
+        /// `CU_FILE_NVME_SUPPORTED`
+        const NVME: c_int = 4;
+        /// `CU_FILE_P2P_FLAG_PCI_P2PDMA` and `CU_FILE_P2P_FLAG_C2C`
+        const MODES: c_uint = 1 << 0 | 1 << 3;
+        /// `CU_FILE_NVME_P2P_SUPPORTED`, to be looked at in older versions only.
+        const OLD_FLAG: c_uint = 1 << 11;
+        match self.p2p_flags {
+            Some(p2p_flags) => {
+                let mut flags = 0;
+                // SAFETY: a valid out pointer.
+                unsafe { p2p_flags(NVME, &mut flags) }.code == 0 && flags & MODES != 0
+            }
+            None => properties.status_flags & OLD_FLAG != 0,
+        }
     }
 
     /// Registers an open file; one opened with `O_DIRECT` can be read without the page cache.
@@ -349,12 +372,9 @@ impl GdsFile<'_> {
     /// Reads `len` bytes from `offset` of the file to `place` of the arena. Fewer come only where
     /// the file ends; the number that came.
     ///
-    /// The bytes are there when this returns. Work queued earlier on the same bytes of the arena
-    /// must be finished.
-    ///
     /// # Errors
     ///
-    /// [`CuFileError::Read`], [`CuFileError::Call`], or a range outside the arena.
+    /// As for [`read_needed`](Self::read_needed).
     pub fn read(
         &self,
         arena: &GdsArena,
@@ -362,11 +382,31 @@ impl GdsFile<'_> {
         offset: u64,
         len: u64,
     ) -> Result<u64, CuFileError> {
+        self.read_needed(arena, place, offset, len, len)
+    }
+
+    /// [`read`](Self::read), content with the first `needed` bytes: asks for whole `len`, as alignment
+    /// wants it, but not again for what may lie behind the end of the file.
+    ///
+    /// The bytes are there when this returns. Work queued earlier on the same bytes of the arena
+    /// must be finished.
+    ///
+    /// # Errors
+    ///
+    /// [`CuFileError::Read`], [`CuFileError::Call`], or a range outside the arena.
+    pub fn read_needed(
+        &self,
+        arena: &GdsArena,
+        place: u64,
+        offset: u64,
+        len: u64,
+        needed: u64,
+    ) -> Result<u64, CuFileError> {
         arena.arena.range(place, len)?;
         let _current = arena.arena.device().make_current()?;
         let base = arena.arena.address() as usize as *mut c_void;
         let mut done = 0;
-        while done < len {
+        while done < needed.min(len) {
             // SAFETY: a live handle, and a range of a live allocation, checked above.
             let got = unsafe {
                 (self.cufile.read)(

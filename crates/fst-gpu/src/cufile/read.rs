@@ -8,7 +8,7 @@
 use super::{CuFile, CuFileError, GdsArena, GdsFile};
 use crate::buffer::device::DeviceArena;
 use crate::device::CudaDevice;
-use crate::pipeline::{Done, TABLE_BYTES, enqueue_on_device};
+use crate::pipeline::{Done, TABLE_BYTES, Tables, enqueue_on_device};
 use crate::sink::{Admit, Landing, Route};
 use crate::stream::{Event, Stream};
 use fst_io::plan::{Block, ReadPlan};
@@ -35,6 +35,26 @@ impl Default for GdsOptions {
     fn default() -> Self {
         Self { workers: 16, slots: 2 }
     }
+}
+
+impl GdsOptions {
+    /// Bytes of device memory that a read of `blocks` blocks of at most `block` bytes takes for its
+    /// slots, beside the destinations.
+    #[must_use]
+    pub fn device_bytes(&self, blocks: usize, block: u64) -> u64 {
+        self.workers.clamp(1, blocks.max(1)) as u64 * worker_bytes(pitch(block), self.slots.max(1))
+    }
+}
+
+/// Bytes from slot to slot.
+fn pitch(block: u64) -> u64 {
+    block.next_multiple_of(SLOT_ALIGN) + SLOT_ALIGN
+}
+
+/// Bytes of a worker's device memory. Kernels may read a few bytes around their source: there is a
+/// margin before and behind. The table of jobs lies behind the slots.
+fn worker_bytes(pitch: u64, slots: usize) -> u64 {
+    2 * SLOT_ALIGN + pitch * slots as u64 + TABLE_BYTES
 }
 
 /// What a read through cuFile did.
@@ -201,21 +221,23 @@ impl Job<'_> {
 
     fn work(&self) -> Result<(u64, u64), GdsError> {
         let stream = Stream::new(self.device)?;
-        let pitch = self.plan.limits().block.next_multiple_of(SLOT_ALIGN) + SLOT_ALIGN;
-        // Kernels may read a few bytes around their source: a margin before and behind. The table of
-        // jobs lies behind the slots.
-        let slots_end = SLOT_ALIGN + pitch * self.slots as u64;
-        let arena = DeviceArena::new(self.device, slots_end + TABLE_BYTES)?;
+        let pitch = pitch(self.plan.limits().block);
+        let arena = DeviceArena::new(self.device, worker_bytes(pitch, self.slots))?;
+        let start = arena.address().next_multiple_of(SLOT_ALIGN) - arena.address() + SLOT_ALIGN;
         let registered = self.cufile.register_arena(&arena)?;
         let mut slots: Vec<Slot> = (0..self.slots as u64)
             .map(|i| {
-                let place = SLOT_ALIGN + i * pitch;
+                let place = start + i * pitch;
                 Ok(Slot { place, event: Event::new(self.device)?, busy: false, done: None })
             })
             .collect::<Result<_, crate::Error>>()?;
-        let result = self.run(&stream, &registered, &mut slots);
+        let mut tables = None;
+        let result = self.run(&stream, &registered, &mut slots, &mut tables);
         // Whatever happened, nothing may run on the slots when they are freed.
         let drained = stream.synchronize();
+        if let Some(tables) = tables.filter(|_| drained.is_err()) {
+            tables.leak();
+        }
         let totals = result?;
         drained?;
         for slot in &mut slots {
@@ -229,6 +251,7 @@ impl Job<'_> {
         stream: &Stream,
         registered: &GdsArena,
         slots: &mut [Slot],
+        tables: &mut Option<Tables>,
     ) -> Result<(u64, u64), GdsError> {
         let (mut bytes, mut reads) = (0, 0);
         loop {
@@ -259,7 +282,7 @@ impl Job<'_> {
             slot.busy = true;
             // SAFETY: the contract of `read`; the slot is settled before it is used again, and the
             // stream is waited for before the slots are freed.
-            unsafe { enqueue_on_device(stream, (base, block.len), table, &ops) }
+            unsafe { enqueue_on_device(stream, (base, block.len), table, tables, &ops) }
                 .and_then(|()| slot.event.record(stream))
                 .map_err(|e| self.located(block, e.into()))?;
             slot.done = done;
@@ -298,7 +321,8 @@ impl Job<'_> {
         place: u64,
     ) -> Result<u64, CuFileError> {
         let Some(handle) = self.handles.get(block.file as usize) else { return Ok(0) };
-        let got = handle.read(registered, place, block.offset, block.len)?;
+        let (offset, len, need) = (block.offset, block.len, block.need);
+        let got = handle.read_needed(registered, place, offset, len, need)?;
         if got < block.need {
             // A block behind the end says nothing about where that is.
             let end =

@@ -31,9 +31,6 @@ pub struct GdsStatus {
     pub mode: GdsMode,
 }
 
-/// `CU_FILE_NVME_P2P_SUPPORTED`: peer-to-peer transfers by the kernel, without `nvidia-fs`.
-const NVME_P2P: u32 = 1 << 11;
-
 impl GdsStatus {
     /// Looks. Opens cuFile and its driver if there is one.
     pub fn probe() -> Self {
@@ -52,12 +49,13 @@ impl GdsStatus {
             Ok(cufile) => (Some(cufile.library().to_owned()), cufile.version()),
             Err(_) => (None, None),
         };
-        let mode = match cufile.and_then(CuFile::driver_properties) {
+        let direct = |cufile: &'static CuFile| {
+            cufile.driver_properties().map(|properties| nvidia_fs || cufile.has_p2p(&properties))
+        };
+        let mode = match cufile.and_then(direct) {
             Err(error) => GdsMode::Unavailable(error),
-            Ok(properties) if nvidia_fs || properties.status_flags & NVME_P2P != 0 => {
-                GdsMode::Direct
-            }
-            Ok(_) => GdsMode::Compatibility,
+            Ok(true) => GdsMode::Direct,
+            Ok(false) => GdsMode::Compatibility,
         };
         Self { nvidia_fs, nvidia_fs_version, library, version, mode }
     }

@@ -4,9 +4,8 @@
 //! Where the driver has no call for many copies, a crowd of small ones goes as one copy to scratch
 //! memory and is dealt out by a kernel; slices and casts of small tensors share launches likewise.
 
-use super::jobs::{
-    Job, TABLE_BYTES, crowded, launch_jobs, many_slices, pack, small_slice, transforms,
-};
+use super::jobs::{Job, crowded, launch_jobs, many_slices, pack, small_slice, transforms};
+use super::tables::{TABLE_BYTES, Tables};
 use super::{Lane, LaneState, Pipeline};
 use crate::buffer::device::{DEVICE_ALIGN, DeviceArena};
 use crate::error::{Error, Result};
@@ -63,7 +62,7 @@ pub enum CopyOp {
 }
 
 /// The bytes of the source that an operation reads, or `None` where the sum overflows.
-pub(super) fn source_range(op: &CopyOp) -> Option<(u64, u64)> {
+pub(crate) fn source_range(op: &CopyOp) -> Option<(u64, u64)> {
     let (start, len) = match *op {
         CopyOp::Linear { source, len, .. } => (source, len),
         CopyOp::Transform { kernel, job } => {
@@ -107,10 +106,10 @@ pub(super) fn check_ranges(ops: &[CopyOp], len: u64) -> Result<()> {
 }
 
 /// A plain copy: offset in the source, device address, bytes.
-pub(super) type Run = (u64, u64, u64);
+pub(crate) type Run = (u64, u64, u64);
 
 /// Joins linear copies that continue each other on both sides.
-fn joined(ops: &[CopyOp]) -> Vec<Run> {
+pub(crate) fn joined(ops: &[CopyOp]) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::new();
     for op in ops {
         let CopyOp::Linear { source, destination, len } = *op else {
@@ -244,7 +243,7 @@ impl Pipeline {
                 .iter()
                 .map(|job| (job.kernel, StridedJob { src: to + (job.start - first), ..job.job }));
             // SAFETY: the sources are in scratch memory, the destinations the caller's.
-            let launches = unsafe { launch_jobs(&lane.stream, table, placed)? };
+            let launches = unsafe { launch_jobs(&lane.stream, table, &mut state.tables, placed)? };
             self.counters.copy_calls.fetch_add(launches.tables, Ordering::Relaxed);
             self.counters.launches.fetch_add(launches.launches, Ordering::Relaxed);
             rest = &rest[count..];
@@ -354,12 +353,13 @@ pub(crate) unsafe fn copy_rows(
 /// # Safety
 ///
 /// The bytes stay until the stream's work has run, and may be read a little around (see
-/// [`crate::kernel`]); for destinations as for [`Pipeline::submit`], for `table` as for
+/// [`crate::kernel`]); for destinations as for [`Pipeline::submit`], for `table` and `tables` as for
 /// [`launch_jobs`].
 pub(crate) unsafe fn enqueue_on_device(
     stream: &Stream,
     (base, len): (u64, u64),
     table: u64,
+    tables: &mut Option<Tables>,
     ops: &[CopyOp],
 ) -> Result<()> {
     check_ranges(ops, len)?;
@@ -394,7 +394,7 @@ pub(crate) unsafe fn enqueue_on_device(
     let placed =
         jobs.iter().map(|job| (job.kernel, StridedJob { src: base + job.start, ..job.job }));
     // SAFETY: as above.
-    unsafe { launch_jobs(stream, table, placed) }.map(drop)
+    unsafe { launch_jobs(stream, table, tables, placed) }.map(drop)
 }
 
 #[cfg(test)]

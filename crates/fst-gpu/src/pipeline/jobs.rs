@@ -2,10 +2,10 @@
 //! kernel deals out. Small jobs share launches, by way of tables in device memory.
 
 use super::enqueue::{CopyOp, Run, source_range};
+use super::tables::{TABLE_BYTES, Tables};
 use crate::error::Result;
 use crate::kernel::{Kernel, Launch, PIECE_BYTES, StridedJob};
 use crate::stream::Stream;
-use cudarc::driver::sys;
 
 /// From this many small copies (or slices) in a submission on, a kernel deals them out, where no
 /// single call can: the copy, the table of jobs and the launch are calls, too.
@@ -19,11 +19,6 @@ const BATCH_JOBS_FROM: usize = 4;
 
 /// Longest job that shares a launch, in bytes on its wider side: longer ones fill the device.
 const BATCH_JOB_MOST: u64 = 256 << 10;
-
-/// Bytes of a table of jobs on the device. Up to this length a copy from pageable memory is taken
-/// out of it before the call returns, and does not wait for the stream (CUDA Programming Guide,
-/// "Asynchronous Concurrent Execution").
-pub(crate) const TABLE_BYTES: u64 = 64 << 10;
 
 /// A kernel's work on bytes `start..end` of a source; the job's own source address is not set.
 #[derive(Clone, Copy)]
@@ -93,15 +88,17 @@ pub(super) struct Launches {
 }
 
 /// Launches the kernels of jobs whose sources are on the device. Small jobs of one kernel share
-/// launches, by way of a table at device address `table`, [`TABLE_BYTES`] long.
+/// launches, by way of a table at device address `table`, [`TABLE_BYTES`] long, and `tables` on the
+/// host, made when first needed.
 ///
 /// # Safety
 ///
-/// For sources and destinations as for [`Stream::run`]; the table is used in the order of the
-/// stream, and by it alone. The context is current.
+/// For sources and destinations as for [`Stream::run`]; for `table` and `tables` as for
+/// [`Tables::send`]. The context is current.
 pub(super) unsafe fn launch_jobs(
     stream: &Stream,
     table: u64,
+    tables: &mut Option<Tables>,
     jobs: impl Iterator<Item = (Kernel, StridedJob)>,
 ) -> Result<Launches> {
     let mut made = Launches::default();
@@ -127,18 +124,12 @@ pub(super) unsafe fn launch_jobs(
         let mut pieces = Vec::with_capacity(jobs.len());
         jobs.into_iter().for_each(|job| job.pieces(from, to, PIECE_BYTES, |p| pieces.push(p)));
         for part in pieces.chunks(TABLE_BYTES as usize / size_of::<StridedJob>()) {
-            let bytes: &[u8] = bytemuck::cast_slice(part);
-            // SAFETY: the table holds that many bytes. They are read before the call returns, since
-            // they are pageable.
-            let result = unsafe {
-                sys::cuMemcpyHtoDAsync_v2(
-                    table,
-                    bytes.as_ptr().cast(),
-                    bytes.len(),
-                    stream.handle(),
-                )
+            let host = match tables.take() {
+                Some(host) => host,
+                None => Tables::new(stream.device())?,
             };
-            stream.device().check(result, "cuMemcpyHtoDAsync")?;
+            // SAFETY: the caller's contract; a part is no longer than a table.
+            unsafe { tables.insert(host).send(stream, table, bytemuck::cast_slice(part))? };
             let launch = Launch::batch(part.len() as u64, stream.device().processors());
             let (mut jobs, mut count) = (table, part.len() as u64);
             let mut params = [(&raw mut jobs).cast(), (&raw mut count).cast()];

@@ -12,7 +12,7 @@ use fst_io::plan::{Block, ReadPlan};
 use fst_io::stats::Stage;
 use fst_io::{Budget, CachePolicy, Engine, ReadOptions, ReadStats, ResolvedEngine};
 
-use super::{LandingSite, POLL};
+use super::{DIRECT_BLOCKS, LandingSite, POLL};
 use crate::cached::{self, CachedCopy, DeviceCopy, Way};
 use crate::error::{DeviceError, Result};
 use crate::host::{Watch, from_sink, locate};
@@ -110,6 +110,10 @@ impl Run<'_> {
             None => {
                 let load = self.site.load;
                 let mut options = PipelineOptions::default();
+                if self.direct.is_some() {
+                    // Both rings together are no larger than one alone.
+                    options.ring.blocks -= DIRECT_BLOCKS;
+                }
                 options.ring = options.ring.for_blocks(load.plan.plan.blocks().len());
                 if load.options.keep_pinned {
                     options.ring.afterwards = Afterwards::Keep;
@@ -124,8 +128,8 @@ impl Run<'_> {
         let pipeline = match self.direct.take() {
             Some(pipeline) => pipeline,
             None => {
-                // Nothing is staged.
-                let ring = RingOptions { blocks: 1, ..RingOptions::default() };
+                // Short runs are staged.
+                let ring = RingOptions { blocks: DIRECT_BLOCKS, ..RingOptions::default() };
                 let options = PipelineOptions { ring, ..PipelineOptions::default() };
                 Pipeline::new(&self.site.load.device, options).map_err(DeviceError::Cuda)?
             }
@@ -196,11 +200,12 @@ impl Run<'_> {
         let engine = ResolvedEngine::resolve(self.options.engine);
         let engine = engine.map_err(|e| locate(e, &load.items))?;
         let mut stats = ReadStats::new(engine, copied.threads, &plan);
-        stats.bytes_read = copied.bytes;
+        stats.bytes_read = copied.bytes + copied.short_bytes;
         stats.seconds = began.elapsed().as_secs_f64();
         let mapped = &mut stats.stages[Stage::Mapped as usize];
         (mapped.blocks, mapped.bytes) = (copied.windows, copied.bytes);
         mapped.latency = began.elapsed();
+        stats.stages[Stage::Cached as usize].bytes = copied.short_bytes;
         self.reads.push(stats);
         Ok(complete)
     }

@@ -28,6 +28,18 @@ pub struct Copy2d {
     height: usize,
 }
 
+/// `CUmemcpyAttributes`.
+#[repr(C)]
+pub struct BatchAttributes {
+    source_order: u32,
+    /// Kinds and numbers of locations: for managed memory only.
+    _hints: [u32; 4],
+    flags: u32,
+}
+
+/// Shorter copies may be made by the driver itself: from pageable memory they are up to this length.
+const LEAST_FROM_FILE: usize = 64 << 10;
+
 /// What an address must be for a call.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Side {
@@ -72,6 +84,13 @@ fn copy(
             HostKind::Mixed => return Err(ERROR_INVALID_VALUE),
         }
     }
+    if w.host.is_file(src) && shape.width < LEAST_FROM_FILE {
+        w.violation(format!(
+            "{} bytes copied straight out of a file's mapping: a driver may read so few itself, and \
+             meets a signal where the file was cut off",
+            shape.width
+        ));
+    }
     let source = if on_device(w, src_side, src, shape.src_span())? {
         Source::Live(src)
     } else {
@@ -88,7 +107,7 @@ fn copy(
                         bytes.len(),
                     );
                 }
-                Source::Snapshot(bytes)
+                Source::Snapshot { bytes, address: src }
             }
         }
     };
@@ -138,21 +157,34 @@ fn copy_2d(w: &mut World, c: *const Copy2d, stream: u64, synchronous: bool) -> O
     copy(w, (dst, dst_side), (src, src_side), shape, stream, synchronous)
 }
 
+/// The arrays of a batch: destinations, sources, sizes, and their length.
+type Arrays = (*const u64, *const u64, *const usize, usize);
+
 fn batch(
     w: &mut World,
-    dsts: *const u64,
-    srcs: *const u64,
-    sizes: *const usize,
-    count: usize,
+    (dsts, srcs, sizes, count): Arrays,
+    attributes: *const BatchAttributes,
+    firsts: *const usize,
     attribute_count: usize,
     stream: u64,
 ) -> Outcome {
     if !w.batch_copies {
         return Err(ERROR_NOT_SUPPORTED);
     }
-    // The null stream is refused, and every copy needs an attribute.
-    if stream == 0 || count == 0 || attribute_count == 0 {
+    // The legacy stream is refused, by either of its names, and every copy needs an attribute.
+    if stream <= 1 || count == 0 || attribute_count == 0 || attribute_count > count {
         return Err(ERROR_INVALID_VALUE);
+    }
+    for i in 0..attribute_count {
+        // SAFETY: the caller gives `attribute_count` entries in both arrays.
+        let (attributes, first, before) = unsafe {
+            let before = if i == 0 { 0 } else { *firsts.add(i - 1) };
+            (&*attributes.add(i), *firsts.add(i), before)
+        };
+        let in_order = if i == 0 { first == 0 } else { first > before && first < count };
+        if !in_order || !(1..=3).contains(&attributes.source_order) || attributes.flags > 1 {
+            return Err(ERROR_INVALID_VALUE);
+        }
     }
     for i in 0..count {
         // SAFETY: the caller gives `count` entries in each array.
@@ -209,8 +241,8 @@ api! {
         srcs: *const u64,
         sizes: *const usize,
         count: usize,
-        _attributes: *const c_void,
-        _attribute_index: *const usize,
+        attributes: *const BatchAttributes,
+        firsts: *const usize,
         attribute_count: usize,
         failed: *mut usize,
         stream: u64,
@@ -218,19 +250,19 @@ api! {
         if !failed.is_null() {
             super::put(failed, usize::MAX)?;
         }
-        batch(w, dsts, srcs, sizes, count, attribute_count, stream)
+        batch(w, (dsts, srcs, sizes, count), attributes, firsts, attribute_count, stream)
     }
     fn cuMemcpyBatchAsync_v2(
         dsts: *const u64,
         srcs: *const u64,
         sizes: *const usize,
         count: usize,
-        _attributes: *const c_void,
-        _attribute_index: *const usize,
+        attributes: *const BatchAttributes,
+        firsts: *const usize,
         attribute_count: usize,
         stream: u64,
     ) |w| {
-        batch(w, dsts, srcs, sizes, count, attribute_count, stream)
+        batch(w, (dsts, srcs, sizes, count), attributes, firsts, attribute_count, stream)
     }
     fn cuMemsetD8_v2(dst: u64, value: u8, len: usize) |w| {
         set(w, dst, value, len, 0).map(|_| ())

@@ -72,6 +72,15 @@ pub unsafe extern "C" fn cuFileDriverGetProperties(properties: *mut [u64; 7]) ->
     })
 }
 
+/// For NVMe; other file systems have none.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuFileDriverGetP2PFlags(target: c_int, flags: *mut u32) -> Status {
+    status("cuFileDriverGetP2PFlags", |w| {
+        ready(w)?;
+        put(flags, if target == 4 { w.cufile_p2p } else { 0 })
+    })
+}
+
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuFileHandleRegister(
     handle: *mut u64,
@@ -150,6 +159,16 @@ pub unsafe extern "C" fn cuFileRead(
         let to = base as u64 + buffer_offset as u64;
         if w.memory.owner(to, len) != Some(here) {
             return Err(CUDA_POINTER_INVALID);
+        }
+        // Nothing says what a read behind the end of a file gives: it is no way to find the end.
+        // SAFETY: a zeroed `stat` is valid, and is filled in.
+        let end = unsafe {
+            let mut stat: libc::stat = std::mem::zeroed();
+            libc::fstat(descriptor, &mut stat);
+            stat.st_size
+        };
+        if file_offset > 0 && file_offset >= end {
+            w.violation(format!("cuFileRead at {file_offset} of a file of {end} bytes"));
         }
         let len = len.min(w.cufile_most);
         // Direct I/O asks for alignment of offset, length and memory; cuFile takes any, as here.

@@ -82,10 +82,7 @@ api! {
         put(flags, 0)?;
         put(active, alive as i32)
     }
-    fn cuCtxPushCurrent_v2(context: u64) |w| {
-        w.push(context);
-        Ok(())
-    }
+    fn cuCtxPushCurrent_v2(context: u64) |w| { w.push(context) }
     fn cuCtxPopCurrent_v2(context: *mut u64) |w| {
         let old = w.pop()?;
         if context.is_null() { Ok(()) } else { put(context, old) }
@@ -113,9 +110,14 @@ api! {
         w.device(peer)?;
         put(can, (device != peer) as i32)
     }
-    fn cuCtxEnablePeerAccess(_peer: u64, _flags: u32) |w| {
-        w.here()?;
-        Ok(())
+    fn cuCtxEnablePeerAccess(peer: u64, flags: u32) |w| {
+        let here = w.here()?;
+        let peer = w.devices.iter().position(|d| d.context == peer && peer != 0);
+        let peer = peer.filter(|peer| *peer != here).ok_or(ERROR_INVALID_CONTEXT)?;
+        if flags != 0 {
+            return Err(ERROR_INVALID_VALUE);
+        }
+        if w.peers.insert((here, peer)) { Ok(()) } else { Err(ERROR_PEER_ACCESS_ALREADY_ENABLED) }
     }
 }
 

@@ -35,6 +35,25 @@ fn populate(address: u64, len: usize) -> bool {
     done == 0 || std::io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL)
 }
 
+/// Whether the mapping around an address may be written, and whether it is a file's. From
+/// `/proc/self/maps`, whose lines are as `START-END PERMS OFFSET DEV INODE [PATH]`.
+fn mapping(address: u64) -> (bool, bool) {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    for line in maps.lines() {
+        let mut words = line.split_ascii_whitespace();
+        let Some((start, end)) = words.next().and_then(|range| range.split_once('-')) else {
+            continue;
+        };
+        let number = |text| u64::from_str_radix(text, 16).unwrap_or(0);
+        if (number(start)..number(end)).contains(&address) {
+            let perms = words.next().unwrap_or_default();
+            let inode = words.nth(2).unwrap_or("0");
+            return (perms.contains('w'), inode != "0");
+        }
+    }
+    (true, false)
+}
+
 api! {
     fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) |w| {
         let here = w.here()?;
@@ -106,7 +125,12 @@ api! {
         if !populate(p as u64, len) {
             return Err(ERROR_INVALID_VALUE);
         }
-        if w.host.register(here, p as u64, len) {
+        let (writable, file) = mapping(p as u64);
+        // What the process itself may not write is for reading only.
+        if !writable && flags & READ_ONLY == 0 {
+            return Err(ERROR_INVALID_VALUE);
+        }
+        if w.host.register(here, p as u64, len, file) {
             Ok(())
         } else {
             Err(ERROR_HOST_MEMORY_ALREADY_REGISTERED)
