@@ -10,9 +10,12 @@
 mod gpu_support;
 mod stream_support;
 
-use fst::{Device, DeviceError, Dtype, Engine, Error, Loader};
+use cuda_sim::Sim;
+use fst::{CachedCopy, Device, DeviceError, Dtype, Engine, Error, Loader};
 use fst_tests::{crowded_checkpoint, misaligned_checkpoint};
-use gpu_support::{MEMORY, assert_same, assert_same_bytes, machine, open, simulated_or_skip};
+use gpu_support::{
+    MEMORY, assert_same, assert_same_bytes, machine, open, simulated, simulated_or_skip,
+};
 use stream_support::arrival;
 
 #[test]
@@ -116,6 +119,82 @@ fn too_little_device_memory_is_told_before_anything_is_read() {
 }
 
 #[test]
+fn memory_beside_the_tensors_counts_before_anything_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = open(&crowded_checkpoint(dir.path()));
+    let casting = Loader::new().dtype(Dtype::F32);
+    for (loader, engine, way) in [
+        (casting.clone(), Engine::Auto, CachedCopy::Registered),
+        (casting.clone(), Engine::Pread, CachedCopy::Auto),
+        (casting, Engine::Gds, CachedCopy::Auto),
+        (Loader::new(), Engine::Gds, CachedCopy::Auto),
+    ] {
+        let host = loader.load(&checkpoint).unwrap();
+        let load = |memory: u64| {
+            let sim = Sim::load().unwrap().exclusive(1, memory);
+            assert!(sim.add_kernels(fst_cuda_sim_kernels::LIBRARY.as_ref()));
+            fst::gpu::cufile::CuFile::open_at(sim.path()).unwrap();
+            let loader = loader.clone().device(Device::cuda(0).unwrap()).engine(engine);
+            match loader.cached_copy(way).load(&checkpoint) {
+                Ok(tensors) => {
+                    assert_same(&tensors, &host, &engine);
+                    Ok(())
+                }
+                Err(Error::Device(DeviceError::TooLarge { source, .. })) => {
+                    assert_eq!(sim.calls("cuMemAlloc_v2"), 0);
+                    let fst::gpu::Error::OutOfMemory { needed, .. } = source else {
+                        panic!("{source}")
+                    };
+                    Err(needed)
+                }
+                Err(other) => panic!("{engine}: {other}"),
+            }
+        };
+        if simulated(1, MEMORY).is_none() {
+            println!("SKIPPED: needs the simulated driver");
+            return;
+        }
+        let needed = load(1 << 20).unwrap_err();
+        assert!(needed > host.report().bytes + (4 << 20), "{engine}: {needed}");
+        assert_eq!(load(needed - 1), Err(needed));
+        load(needed).unwrap();
+    }
+}
+
+#[test]
+fn streams_keep_to_their_budget_with_all_that_they_take() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = open(&crowded_checkpoint(dir.path()));
+    let casting = Loader::new().dtype(Dtype::F32);
+    for (loader, engine) in
+        [(casting.clone(), Engine::Auto), (casting, Engine::Gds), (Loader::new(), Engine::Gds)]
+    {
+        let host = loader.load(&checkpoint).unwrap();
+        let loader = loader.engine(engine);
+        let least = {
+            let sim = simulated_or_skip!(1, MEMORY);
+            fst::gpu::cufile::CuFile::open_at(sim.path()).unwrap();
+            let loader = loader.clone().device(Device::cuda(0).unwrap());
+            match loader.memory_budget(1 << 20).stream(&checkpoint) {
+                Err(Error::Budget { needed, .. }) => needed,
+                other => panic!("{other:?}"),
+            }
+        };
+        for budget in [least, least + (1 << 20), 3 * least, 8 * least] {
+            // A device that has no more than the budget.
+            let _sim = simulated_or_skip!(1, budget);
+            let loader = loader.clone().device(Device::cuda(0).unwrap()).memory_budget(budget);
+            let mut count = 0;
+            for tensor in loader.stream(&checkpoint).unwrap() {
+                assert_same_bytes(&tensor.unwrap(), &host);
+                count += 1;
+            }
+            assert_eq!(count, host.len(), "{engine}, {budget} bytes");
+        }
+    }
+}
+
+#[test]
 fn failures_at_every_call_end_the_load_and_leave_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let checkpoint = open(&crowded_checkpoint(dir.path()));
@@ -213,7 +292,7 @@ fn cufile_loads_what_the_pipeline_loads() {
         assert_same(&tensors, &host, &dtype);
         assert_eq!(tensors.report().engine.used, Engine::Gds);
         assert!(tensors.report().bytes_read >= tensors.report().bytes_asked);
-        let mut budget = 12 << 20;
+        let mut budget = 16 << 20;
         if dtype.is_some() {
             budget *= 2;
         }
@@ -228,7 +307,7 @@ fn cufile_loads_what_the_pipeline_loads() {
     }
     // Dropped midway, held up by what is held, and with a failing read.
     let loader = Loader::new().device(Device::cuda(0).unwrap()).engine(Engine::Gds);
-    let loader = loader.memory_budget(9 << 20).stall_timeout(std::time::Duration::from_millis(50));
+    let loader = loader.memory_budget(13 << 20).stall_timeout(std::time::Duration::from_millis(50));
     let mut stream = loader.stream(&checkpoint).unwrap();
     let mut held = Vec::new();
     let stalled = loop {
@@ -263,7 +342,7 @@ fn cufile_streams_more_than_its_slots_hold() {
     let sim = simulated_or_skip!(1, MEMORY);
     fst::gpu::cufile::CuFile::open_at(sim.path()).unwrap();
     let loader = Loader::new().device(Device::cuda(0).unwrap()).engine(Engine::Gds);
-    let loader = loader.memory_budget(12 << 20).stall_timeout(std::time::Duration::from_secs(60));
+    let loader = loader.memory_budget(16 << 20).stall_timeout(std::time::Duration::from_secs(60));
     let mut count = 0;
     for tensor in loader.stream(&checkpoint).unwrap() {
         // Memory comes back as soon as it is looked at: whoever waits, waits for reads alone.

@@ -162,6 +162,12 @@ impl CudaDevice {
             .is_ok_and(|v| v > 0)
     }
 
+    /// Whether one call of the driver makes many copies (CUDA 12.8 and later); without, kernels deal
+    /// out crowds of small ones.
+    pub fn copies_in_batches(&self) -> bool {
+        driver::has_batch()
+    }
+
     /// Waits for all work of the device's context, of other libraries too.
     pub fn synchronize(&self) -> Result<()> {
         let _current = self.make_current()?;

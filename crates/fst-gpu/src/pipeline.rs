@@ -16,7 +16,7 @@ pub use enqueue::CopyOp;
 pub(crate) use enqueue::{From, copy_rows, enqueue_on_device, joined, source_range};
 pub(crate) use tables::{TABLE_BYTES, Tables};
 
-use crate::buffer::device::DeviceArena;
+use crate::buffer::device::{DEVICE_ALIGN, DeviceArena};
 use crate::buffer::pinned::{PinnedBlock, PinnedRing, RingOptions, Shared};
 use crate::buffer::registered::RegisteredHost;
 use crate::device::CudaDevice;
@@ -37,6 +37,21 @@ pub struct PipelineOptions {
     /// Copy streams, 1 to 16. One keeps a copy engine busy with large blocks; a few hide the gaps
     /// between small ones and let kernels overlap with copies.
     pub streams: usize,
+}
+
+impl PipelineOptions {
+    /// Bytes of device memory that gathers and casts take beside their destinations, at most: a
+    /// stream takes its part when it first has some.
+    #[must_use]
+    pub fn device_bytes(&self) -> u64 {
+        self.streams as u64 * lane_bytes(self.ring.block_bytes as u64)
+    }
+}
+
+/// Bytes of the scratch memory of a stream whose blocks are so long. Kernels may read a few bytes around
+/// their source; the table of jobs lies behind.
+fn lane_bytes(block: u64) -> u64 {
+    block + 2 * DEVICE_ALIGN + TABLE_BYTES
 }
 
 impl Default for PipelineOptions {

@@ -7,7 +7,7 @@ use std::sync::{LazyLock, Mutex};
 
 use fst_gpu::CudaDevice;
 use fst_io::plan::{Block, ReadPlan};
-use fst_io::{SourceFile, residency};
+use fst_io::{CachePolicy, Engine, ReadOptions, SourceFile, residency};
 
 /// How bytes that the page cache (or tmpfs) holds get to a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -27,6 +27,27 @@ pub enum CachedCopy {
     Registered,
     /// Threads copy into pinned memory, which the copy engine reads.
     Staged,
+}
+
+impl CachedCopy {
+    /// Why nothing travels straight out of the page cache, whatever is in it.
+    pub(crate) fn refusal(self, read: &ReadOptions, budget: bool) -> Option<&'static str> {
+        match self {
+            Self::Staged => Some("staging was asked for"),
+            // Blocks that wait for memory must come in order: cached ones cannot go ahead of others.
+            _ if budget => Some("streams stage, as their blocks come in order"),
+            _ if read.engine != Engine::Auto => Some("an engine was asked for"),
+            _ if read.cache != CachePolicy::Residency => {
+                Some("a way around the cache was asked for")
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether something may travel straight out of the page cache.
+    pub(crate) fn may_register(self, read: &ReadOptions, budget: bool) -> bool {
+        self.refusal(read, budget).is_none()
+    }
 }
 
 /// How a load uses host memory on the way to a device.

@@ -55,6 +55,18 @@ impl ArenaMemory for CudaMemory {
     }
 }
 
+/// How many work at once on the way to the device, and so how much of its memory they take beside the
+/// tensors'.
+#[derive(Debug, Clone, Copy)]
+struct Crew {
+    /// Copy streams of a pipeline.
+    streams: usize,
+    gds: GdsOptions,
+}
+
+/// From this many slices or tensors on, kernels may be asked to deal them out.
+const CROWD: usize = 16;
+
 /// A load that is planned and whose files are open.
 #[derive(Debug)]
 pub(crate) struct CudaLoad {
@@ -71,6 +83,7 @@ pub(crate) struct CudaLoad {
     /// by groups of at most [`TORN_MEMORY`], one after the other, in order.
     torn: Vec<(HostLoad, Vec<usize>)>,
     options: DeviceOptions,
+    crew: Crew,
     /// Memory of the caller's for each item; without, the load makes its own.
     given: Option<Vec<Arc<CudaMemory>>>,
     /// How bytes travelled, once they did.
@@ -114,12 +127,59 @@ impl CudaLoad {
         let torn = torn.collect::<Result<_>>()?;
         let (options, copy) = (DeviceOptions::default(), Mutex::default());
         let device = device.clone();
-        Ok(Self { device, items, files, empty, order, plan, torn, options, given: None, copy })
+        let streams = PipelineOptions::default().streams;
+        let crew = Crew { streams, gds: GdsOptions::default() };
+        Ok(Self {
+            device,
+            items,
+            files,
+            empty,
+            order,
+            plan,
+            torn,
+            options,
+            crew,
+            given: None,
+            copy,
+        })
     }
 
     /// Says how host memory is used on the way.
     pub(crate) fn with_options(self, options: DeviceOptions) -> Self {
         Self { options, ..self }
+    }
+
+    /// Keeps what is needed beside the tensors' memory to a quarter of `budget` and to what the largest
+    /// of them leave of it, if that is possible at all.
+    pub(crate) fn within(mut self, budget: u64, in_order: bool) -> Self {
+        let room = (budget / 4).min(budget.saturating_sub(self.least_memory(in_order)));
+        let one = PipelineOptions { streams: 1, ..PipelineOptions::default() };
+        let streams = room / one.device_bytes().max(1);
+        self.crew.streams = (streams as usize).clamp(1, self.crew.streams);
+        self.crew.gds = self.crew.gds.within(room, self.plan.plan.limits().block);
+        self
+    }
+
+    /// Bytes of device memory that are needed beside the tensors', at most. A driver that has a call for
+    /// many copies and then refuses it makes it more.
+    pub(crate) fn scratch(&self, read: &ReadOptions, budget: bool) -> u64 {
+        let plan = &self.plan.plan;
+        if self.order.is_empty() {
+            return 0;
+        }
+        if read.engine == Engine::Gds {
+            return self.crew.gds.device_bytes(plan.blocks().len(), plan.limits().block);
+        }
+        let items = || self.order.iter().filter_map(|index| self.items.get(*index));
+        let casts = items().any(|item| item.cast().is_some());
+        let slices = items().filter(|item| item.runs().count > 1).count();
+        let crowd = !self.device.copies_in_batches() && self.order.len() >= CROWD;
+        if !casts && slices < CROWD && !crowd {
+            return 0;
+        }
+        let pipeline = PipelineOptions { streams: self.crew.streams, ..PipelineOptions::default() };
+        let pipelines = 1 + u64::from(self.options.cached.may_register(read, budget));
+        pipelines * pipeline.device_bytes()
     }
 
     /// Loads into memory of the caller's, a piece for each item. The arenas that were planned have
@@ -164,9 +224,11 @@ impl CudaLoad {
     }
 
     /// Refuses a load that the device has no room for, before anything is read.
-    pub(crate) fn check_memory(&self) -> Result<()> {
+    pub(crate) fn check_memory(&self, read: &ReadOptions) -> Result<()> {
         let torn = self.torn.iter().flat_map(|(load, _)| load.items()).map(Item::len);
-        let needed = self.plan.arenas.iter().map(|(len, _)| *len).chain(torn).sum();
+        let arenas = self.plan.arenas.iter().map(|(len, _)| *len).chain(torn).sum::<u64>();
+        let arenas = if self.given.is_some() { 0 } else { arenas };
+        let needed = arenas.saturating_add(self.scratch(read, false));
         DeviceArena::check_fits(&self.device, needed).map_err(|source| {
             let largest = self.items.iter().max_by_key(|item| item.len());
             match largest {
@@ -385,7 +447,7 @@ impl LandingSite<'_> {
                 plan,
                 &route,
                 Some(&admit),
-                GdsOptions::default(),
+                load.crew.gds,
                 &watch.next(budget),
             )
         }

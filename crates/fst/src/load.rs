@@ -73,11 +73,20 @@ impl Load {
         }
     }
 
-    /// Bytes of the tensors' memory that are used beside the arenas.
-    pub(crate) fn scratch(&self) -> u64 {
+    /// Bytes of the tensors' memory that a stream uses beside the arenas.
+    pub(crate) fn scratch(&self, read: &ReadOptions) -> u64 {
         match self {
             Self::Host(load) if load.uses_scratch() => SCRATCH,
-            _ => 0,
+            Self::Host(_) => 0,
+            Self::Cuda(load) => load.scratch(read, true),
+        }
+    }
+
+    /// Keeps what is used beside the arenas small, for a stream within `budget` bytes.
+    pub(crate) fn within(self, budget: u64, in_order: bool) -> Self {
+        match self {
+            Self::Cuda(load) => Self::Cuda(Box::new(load.within(budget, in_order))),
+            host => host,
         }
     }
 
@@ -90,10 +99,10 @@ impl Load {
     }
 
     /// Refuses, before anything is read, what the device has no room for.
-    pub(crate) fn check_memory(&self) -> Result<()> {
+    pub(crate) fn check_memory(&self, read: &ReadOptions) -> Result<()> {
         match self {
             Self::Host(_) => Ok(()),
-            Self::Cuda(load) => load.check_memory(),
+            Self::Cuda(load) => load.check_memory(read),
         }
     }
 

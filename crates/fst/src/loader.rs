@@ -177,7 +177,8 @@ impl Loader {
         self
     }
 
-    /// Bounds the memory of a [`stream`](Self::stream), in bytes: tensors that are still held count.
+    /// Bounds the memory of a [`stream`](Self::stream), in bytes: tensors that are still held count, and
+    /// so does the scratch memory of conversions (on a device also that of cuFile's reads).
     #[must_use]
     pub fn memory_budget(mut self, bytes: u64) -> Self {
         self.budget = Some(bytes);
@@ -235,7 +236,7 @@ impl Loader {
         let arena = if self.manifest.is_some() { VERIFY_ARENA } else { ARENA };
         let load = Load::new(&self.device, checkpoint, items, arena, false)?;
         let load = load.with_options(self.device_options);
-        load.check_memory()?;
+        load.check_memory(&self.read)?;
         report.add_files(load.files());
         report.push("plan", began.elapsed(), 0);
 

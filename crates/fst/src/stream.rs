@@ -71,8 +71,8 @@ impl TensorStream {
         let limit = loader.budget.unwrap_or(DEFAULT_BUDGET);
         let plan = |arena| -> Result<(Load, u64)> {
             let load = Load::new(device, checkpoint, items.clone(), arena, loader.in_order)?;
-            let load = load.with_options(loader.device_options);
-            let needed = load.least_memory(loader.in_order) + load.scratch();
+            let load = load.with_options(loader.device_options).within(limit, loader.in_order);
+            let needed = load.least_memory(loader.in_order) + load.scratch(&loader.read);
             Ok((load, needed))
         };
         let (mut load, mut needed) = plan((limit / 8).clamp(SHORT_ARENA, ARENA / 4))?;
@@ -83,7 +83,7 @@ impl TensorStream {
         if limit < needed {
             return Err(Error::Budget { budget: limit, needed });
         }
-        let scratch = load.scratch();
+        let scratch = load.scratch(&loader.read);
         report.add_files(load.files());
         report.push("plan", began.elapsed(), 0);
 

@@ -46,6 +46,17 @@ impl GdsOptions {
     }
 }
 
+impl GdsOptions {
+    /// No more workers and slots than `bytes` of device memory hold for blocks of at most `block` bytes,
+    /// but one of each.
+    #[must_use]
+    pub fn within(self, bytes: u64, block: u64) -> Self {
+        let fits = |slots| (bytes / worker_bytes(pitch(block), slots)) as usize;
+        let slots = if fits(self.slots) > 0 { self.slots } else { 1 };
+        Self { workers: self.workers.min(fits(slots)).max(1), slots }
+    }
+}
+
 /// Bytes from slot to slot.
 fn pitch(block: u64) -> u64 {
     block.next_multiple_of(SLOT_ALIGN) + SLOT_ALIGN
@@ -322,15 +333,24 @@ impl Job<'_> {
     ) -> Result<u64, CuFileError> {
         let Some(handle) = self.handles.get(block.file as usize) else { return Ok(0) };
         let (offset, len, need) = (block.offset, block.len, block.need);
-        let got = handle.read_needed(registered, place, offset, len, need)?;
-        if got < block.need {
-            // A block behind the end says nothing about where that is.
-            let end =
-                self.files.get(block.file as usize).and_then(|f| f.buffered().metadata().ok());
-            let end = end.map_or(block.offset + got, |metadata| metadata.len());
-            return Err(CuFileError::Short { end, wanted: block.need_end() });
+        let read = handle.read_needed(registered, place, offset, len, need);
+        // A block behind the end says nothing about where that is, and what cuFile says of such a read
+        // is its own affair.
+        let end = || {
+            let file = self.files.get(block.file as usize);
+            file.and_then(|file| file.buffered().metadata().ok()).map(|metadata| metadata.len())
+        };
+        match read {
+            Ok(got) if got >= need => Ok(got),
+            Ok(got) => {
+                let end = end().unwrap_or(offset + got);
+                Err(CuFileError::Short { end, wanted: block.need_end() })
+            }
+            Err(error) => Err(match end().filter(|end| *end < block.need_end()) {
+                Some(end) => CuFileError::Short { end, wanted: block.need_end() },
+                None => error,
+            }),
         }
-        Ok(got)
     }
 
     fn located(&self, block: &Block, source: CuFileError) -> GdsError {

@@ -5,7 +5,7 @@
 //! memory and is dealt out by a kernel; slices and casts of small tensors share launches likewise.
 
 use super::jobs::{Job, crowded, launch_jobs, many_slices, pack, small_slice, transforms};
-use super::tables::{TABLE_BYTES, Tables};
+use super::tables::Tables;
 use super::{Lane, LaneState, Pipeline};
 use crate::buffer::device::{DEVICE_ALIGN, DeviceArena};
 use crate::error::{Error, Result};
@@ -229,9 +229,7 @@ impl Pipeline {
                 });
             }
             if state.scratch.is_none() {
-                // Kernels may read a few bytes around their source; the table of jobs lies behind.
-                let len = room + 2 * DEVICE_ALIGN + TABLE_BYTES;
-                state.scratch = Some(DeviceArena::new(&self.device, len)?);
+                state.scratch = Some(DeviceArena::new(&self.device, super::lane_bytes(room))?);
             }
             let Some(scratch) = &state.scratch else { break };
             // The source's alignment is kept: kernels are fastest on aligned elements.

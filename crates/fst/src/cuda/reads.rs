@@ -10,10 +10,10 @@ use fst_gpu::{
 };
 use fst_io::plan::{Block, ReadPlan};
 use fst_io::stats::Stage;
-use fst_io::{Budget, CachePolicy, Engine, ReadOptions, ReadStats, ResolvedEngine};
+use fst_io::{Budget, ReadOptions, ReadStats, ResolvedEngine};
 
 use super::{DIRECT_BLOCKS, LandingSite, POLL};
-use crate::cached::{self, CachedCopy, DeviceCopy, Way};
+use crate::cached::{self, DeviceCopy, Way};
 use crate::error::{DeviceError, Result};
 use crate::host::{Watch, from_sink, locate};
 
@@ -29,16 +29,10 @@ pub(super) fn run(
     let mut run =
         Run { site, options, budget, watch, reads: Vec::new(), pinned: None, direct: None };
     // Blocks that wait for memory must come in order: cached ones cannot go ahead of others.
-    let cached = match (load.options.cached, budget) {
-        (CachedCopy::Staged, _) => Err("staging was asked for"),
-        (_, Some(_)) => Err("streams stage, as their blocks come in order"),
-        _ if options.engine != Engine::Auto => Err("an engine was asked for"),
-        _ if options.cache != CachePolicy::Residency => Err("a way around the cache was asked for"),
-        _ => Ok(cached::cached_blocks(plan, &load.files)),
-    };
-    let (cached, refusal) = match cached {
-        Ok(cached) => (cached, None),
-        Err(refusal) => (Vec::new(), Some(refusal)),
+    let refusal = load.options.cached.refusal(options, budget.is_some());
+    let cached = match refusal {
+        None => cached::cached_blocks(plan, &load.files),
+        Some(_) => Vec::new(),
     };
     let bytes = |blocks: &[u32]| -> u64 {
         blocks.iter().filter_map(|i| plan.blocks().get(*i as usize)).map(|b| b.need).sum()
@@ -109,7 +103,8 @@ impl Run<'_> {
             Some(pipeline) => pipeline,
             None => {
                 let load = self.site.load;
-                let mut options = PipelineOptions::default();
+                let streams = load.crew.streams;
+                let mut options = PipelineOptions { streams, ..PipelineOptions::default() };
                 if self.direct.is_some() {
                     // Both rings together are no larger than one alone.
                     options.ring.blocks -= DIRECT_BLOCKS;
@@ -130,7 +125,7 @@ impl Run<'_> {
             None => {
                 // Short runs are staged.
                 let ring = RingOptions { blocks: DIRECT_BLOCKS, ..RingOptions::default() };
-                let options = PipelineOptions { ring, ..PipelineOptions::default() };
+                let options = PipelineOptions { ring, streams: self.site.load.crew.streams };
                 Pipeline::new(&self.site.load.device, options).map_err(DeviceError::Cuda)?
             }
         };

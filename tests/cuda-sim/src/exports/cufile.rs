@@ -7,6 +7,7 @@ use crate::world::{World, enter, with};
 use std::ffi::{c_int, c_void};
 
 const DRIVER_NOT_INITIALIZED: i32 = 5001;
+const IO_NOT_SUPPORTED: i32 = 5008;
 const CUDA_DRIVER_ERROR: i32 = 5011;
 const CUDA_POINTER_INVALID: i32 = 5012;
 const CUDA_CONTEXT_MISMATCH: i32 = 5015;
@@ -160,7 +161,7 @@ pub unsafe extern "C" fn cuFileRead(
         if w.memory.owner(to, len) != Some(here) {
             return Err(CUDA_POINTER_INVALID);
         }
-        // Nothing says what a read behind the end of a file gives: it is no way to find the end.
+        // Nothing says what a read behind the end of a file gives: here it is an error.
         // SAFETY: a zeroed `stat` is valid, and is filled in.
         let end = unsafe {
             let mut stat: libc::stat = std::mem::zeroed();
@@ -168,7 +169,7 @@ pub unsafe extern "C" fn cuFileRead(
             stat.st_size
         };
         if file_offset > 0 && file_offset >= end {
-            w.violation(format!("cuFileRead at {file_offset} of a file of {end} bytes"));
+            return Err(IO_NOT_SUPPORTED);
         }
         let len = len.min(w.cufile_most);
         // Direct I/O asks for alignment of offset, length and memory; cuFile takes any, as here.
