@@ -77,6 +77,42 @@ fn every_pair_of_types_is_cast_on_the_way() {
 }
 
 #[test]
+fn tables_of_jobs_follow_each_other_without_getting_mixed_up() {
+    let _machine = with_kernels();
+    let device = CudaDevice::open(0).unwrap();
+    let kernel = Kernel::Cast { from: CastType::BF16, to: CastType::F32 };
+    device.prepare(kernel).unwrap();
+    // One stream; more tables than may be on their way at once, out of one block and of the next.
+    let ring = RingOptions { block_bytes: BLOCK, blocks: 3, afterwards: Afterwards::Release };
+    let pipeline = Pipeline::new(&device, PipelineOptions { ring, streams: 1 }).unwrap();
+    let (width, jobs) = (8u64, BLOCK as u64 / 8);
+    let mut arenas = Vec::new();
+    for round in 0..2 {
+        let bytes = pattern(BLOCK, 11 + round);
+        let mut expected = vec![0; 2 * BLOCK];
+        cast(&bytes, CastType::BF16, &mut expected, CastType::F32).unwrap();
+        let arena = DeviceArena::new(&device, expected.len() as u64).unwrap();
+        let mut block = pipeline.acquire().unwrap();
+        block.as_mut_slice().copy_from_slice(&bytes);
+        // Backwards, so that each is a job of its own.
+        let ops: Vec<CopyOp> = (0..jobs)
+            .rev()
+            .map(|i| CopyOp::Transform {
+                kernel,
+                job: StridedJob::dense(i * width, arena.address() + 2 * i * width, width / 2),
+            })
+            .collect();
+        // SAFETY: the arena outlives the flush.
+        unsafe { pipeline.submit(block, &ops).unwrap() };
+        arenas.push((arena, expected));
+    }
+    pipeline.flush().unwrap();
+    for (arena, expected) in arenas {
+        assert!(bytes_of(&arena) == expected);
+    }
+}
+
+#[test]
 fn columns_are_cut_and_cast_in_one_go_from_bounded_scratch() {
     let machine = with_kernels();
     let device = CudaDevice::open(0).unwrap();
