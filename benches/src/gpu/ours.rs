@@ -40,7 +40,23 @@ pub fn load(
     record.sum = Some(sum.of(&tensors)?.to_string());
     let stages: serde_json::Map<_, _> =
         report.stages.iter().map(|s| (s.name.to_owned(), json!([s.seconds, s.bytes]))).collect();
+    let copy = report.device_copy.as_ref().map(|copy| {
+        json!({
+            "reason": copy.reason,
+            "registered_bytes": copy.registered_bytes,
+            "staged_bytes": copy.staged_bytes,
+            "registered_gb_per_s": copy.registered_rate.map(|rate| rate / 1e9),
+            "staged_gb_per_s": copy.staged_rate.map(|rate| rate / 1e9),
+            "refused": copy.refused,
+            "pinned_bytes": copy.pinned_bytes,
+            "streams": copy.streams,
+            "copy_calls": copy.copy_calls,
+            "launches": copy.launches,
+            "ring_waits": copy.ring_waits,
+        })
+    });
     record.detail = json!({
+        "copy": copy,
         "tensors": report.tensors,
         "engine": report.engine.used.as_str(),
         "why": report.engine.reason,

@@ -1,10 +1,11 @@
 //! The summary of a check: tests, comparisons, targets.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 use std::path::Path;
 
 use anyhow::Result;
+use serde::Serialize;
 
 use super::record::{Record, read};
 use crate::stats::{Summary, summary};
@@ -96,26 +97,25 @@ pub fn summarise(folder: &Path) -> Result<String> {
             let _ = writeln!(out, "  SUMS DIFFER: {}", wrong.join(", "));
         }
     }
-    let _ = writeln!(out, "\ntargets{:<46} {:>8} {:>8}", "", "found", "wanted");
-    for target in TARGETS {
-        verdict(&mut out, target.what, measured(target, &groups), target.least);
-    }
+    let _ = writeln!(out, "\ntargets{:<46} {:>12} {:>9}", "", "found", "wanted");
+    let mut verdicts: Vec<Verdict> = TARGETS
+        .iter()
+        .map(|target| Verdict::ratio(target.what, measured(target, &groups), target.least))
+        .collect();
     let log = std::fs::read_to_string(folder.join("kernel-speed.log")).unwrap_or_default();
     for (cast, least) in CASTS {
-        verdict(&mut out, &format!("{cast}, of the device's copy"), of_copy(&log, cast), *least);
+        let what = format!("{cast}, of the device's copy");
+        verdicts.push(Verdict::ratio(&what, of_copy(&log, cast), *least));
     }
-    let ours = runs.iter().filter(|run| run.contender == "fst" && run.error.is_none());
-    let grown = ours.filter_map(|run| run.host_bytes).max();
-    let _ = match grown {
-        Some(bytes) => writeln!(
-            out,
-            "  {:<51} {:>5} MiB {:>4} MiB",
-            "host memory that loads took at most (pinned: less)",
-            bytes >> 20,
-            PINNED >> 20,
-        ),
-        None => writeln!(out, "  {:<51} not measured", "host memory that loads took at most"),
-    };
+    verdicts.push(pinned(&runs));
+    for verdict in &verdicts {
+        let _ = writeln!(out, "{verdict}");
+    }
+    if let Some(grown) = ours(&runs).filter_map(|run| run.host_bytes).max() {
+        let _ = writeln!(out, "  loads took {} MiB of host memory at most", grown >> 20);
+    }
+    let _ = writeln!(out, "\n{}", ways(&runs).trim_end());
+    std::fs::write(folder.join("targets.json"), serde_json::to_string_pretty(&verdicts)?)?;
     Ok(out)
 }
 
@@ -202,14 +202,81 @@ fn measured(target: &Target, groups: &Groups<'_>) -> Option<f64> {
     of_target.filter_map(of_workload).min_by(f64::total_cmp)
 }
 
-fn verdict(out: &mut String, what: &str, found: Option<f64>, least: f64) {
-    let _ = match found {
-        Some(found) => {
-            let word = if found >= least { "reached" } else { "MISSED" };
-            writeln!(out, "  {what:<51} {found:>7.2}x {least:>7.2}x  {word}")
-        }
-        None => writeln!(out, "  {what:<51} {:>8} {least:>7.2}x", "not measured"),
-    };
+/// A target, and what was found.
+#[derive(Debug, Serialize)]
+struct Verdict {
+    what: String,
+    found: Option<f64>,
+    wanted: f64,
+    unit: &'static str,
+    reached: Option<bool>,
+}
+
+impl Verdict {
+    fn ratio(what: &str, found: Option<f64>, least: f64) -> Self {
+        let reached = found.map(|found| found >= least);
+        Self { what: what.to_owned(), found, wanted: least, unit: "x", reached }
+    }
+
+    fn mebibytes(what: &str, found: Option<u64>, most: u64) -> Self {
+        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        let reached = found.map(|found| found <= most);
+        let (found, wanted) = (found.map(mib), mib(most));
+        Self { what: what.to_owned(), found, wanted, unit: " MiB", reached }
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { what, wanted, unit, .. } = self;
+        let digits = if *unit == "x" { 2 } else { 0 };
+        let number = |value: f64| format!("{value:.digits$}{unit}");
+        let found = self.found.map_or_else(|| "not measured".to_owned(), number);
+        let word = match self.reached {
+            Some(true) => "  reached",
+            Some(false) => "  MISSED",
+            None => "",
+        };
+        write!(f, "  {what:<51} {found:>12} {:>9}{word}", number(*wanted))
+    }
+}
+
+/// fst's runs that came to an end.
+fn ours(runs: &[Record]) -> impl Iterator<Item = &Record> {
+    runs.iter().filter(|run| run.contender.starts_with("fst") && run.error.is_none())
+}
+
+/// What fst's loads pinned at most, as they say themselves.
+fn pinned(runs: &[Record]) -> Verdict {
+    let said = ours(runs).filter_map(|run| run.detail["copy"]["pinned_bytes"].as_u64()).max();
+    Verdict::mebibytes("pinned memory, at most", said, PINNED)
+}
+
+/// Which way fst's loads took, for each workload: what its last run says.
+fn ways(runs: &[Record]) -> String {
+    let mut last: BTreeMap<&str, &Record> = BTreeMap::new();
+    for run in runs.iter().filter(|run| run.contender == "fst" && !run.detail["copy"].is_null()) {
+        last.insert(&run.workload, run);
+    }
+    let mut out = String::new();
+    for (workload, run) in last {
+        let copy = &run.detail["copy"];
+        let gb = |name: &str| copy[name].as_f64().unwrap_or(0.0) / 1e9;
+        let rate = |name: &str| {
+            copy[name].as_f64().map_or_else(|| "-".to_owned(), |rate| format!("{rate:.2}"))
+        };
+        let _ = writeln!(
+            out,
+            "  {workload}: {:.2} GB straight from the page cache ({} GB/s), {:.2} GB staged ({} GB/s): {}{}",
+            gb("registered_bytes"),
+            rate("registered_gb_per_s"),
+            gb("staged_bytes"),
+            rate("staged_gb_per_s"),
+            copy["reason"].as_str().unwrap_or(""),
+            copy["refused"].as_str().map_or_else(String::new, |why| format!("; {why}")),
+        );
+    }
+    if out.is_empty() { out } else { format!("ways of cached bytes\n{out}") }
 }
 
 /// The figure in front of `of copy` in the line of the kernel test's output that starts so.
@@ -264,14 +331,34 @@ mod tests {
             "cast BF16 to F32                               1.0 GB/s   0.84 of copy\n",
         );
         assert!(
-            line_of(&text, "warm, rate against the pinned").ends_with("0.90x    0.85x  reached")
+            line_of(&text, "warm, rate against the pinned").ends_with("0.90x     0.85x  reached")
         );
-        assert!(line_of(&text, "warm, rate against the best").ends_with("1.10x    1.20x  MISSED"));
-        assert!(line_of(&text, "warm, rate against safe").ends_with("6.00x    5.00x  reached"));
+        assert!(line_of(&text, "warm, rate against the best").ends_with("1.10x     1.20x  MISSED"));
+        assert!(line_of(&text, "warm, rate against safe").ends_with("6.00x     5.00x  reached"));
         assert!(line_of(&text, "cold, rate").contains("not measured"));
-        assert!(line_of(&text, "cast BF16 to F32").ends_with("0.84x    0.85x  MISSED"));
+        assert!(line_of(&text, "cast BF16 to F32").ends_with("0.84x     0.85x  MISSED"));
         assert!(line_of(&text, "instanttensor").ends_with("state not confirmed"), "{text}");
         assert!(!text.contains("SUMS DIFFER"));
+        assert!(line_of(&text, "pinned memory").contains("not measured"));
+    }
+
+    #[test]
+    fn what_was_pinned_and_which_way_bytes_took_is_told() {
+        let mut ours = run("big warm", "fst", 0, 1.0, "7");
+        ours.detail = serde_json::json!({"copy": {
+            "pinned_bytes": 300 << 20, "registered_bytes": 2e9, "staged_bytes": 5e8, "reason": "measured",
+            "registered_gb_per_s": 40.5, "staged_gb_per_s": null,
+        }});
+        let folder = tempfile::tempdir().unwrap();
+        Log::open(&folder.path().join("runs.jsonl")).unwrap().add(&ours).unwrap();
+        let text = summarise(folder.path()).unwrap();
+        assert!(line_of(&text, "pinned memory").ends_with("300 MiB   256 MiB  MISSED"), "{text}");
+        let way = "big warm: 2.00 GB straight from the page cache (40.50 GB/s), 0.50 GB staged (-";
+        assert!(line_of(&text, "big warm:").starts_with(&format!("  {way}")), "{text}");
+        let targets = std::fs::read_to_string(folder.path().join("targets.json")).unwrap();
+        let targets: serde_json::Value = serde_json::from_str(&targets).unwrap();
+        let missed = targets.as_array().unwrap().iter().filter(|t| t["reached"] == false);
+        assert_eq!(missed.count(), 1, "{targets}");
     }
 
     #[test]

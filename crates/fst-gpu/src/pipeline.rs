@@ -185,6 +185,20 @@ impl Pipeline {
         &self.ring
     }
 
+    /// Copy streams.
+    pub fn streams(&self) -> usize {
+        self.lanes.len()
+    }
+
+    /// Bytes of host memory that are pinned now: blocks, and tables on their way to kernels.
+    pub fn pinned_bytes(&self) -> u64 {
+        let tables = |lane: &Lane| {
+            let state = lane.state.lock().unwrap_or_else(PoisonError::into_inner);
+            state.tables.as_ref().map_or(0, Tables::bytes)
+        };
+        self.ring.pinned_bytes() as u64 + self.lanes.iter().map(tables).sum::<u64>()
+    }
+
     /// Keeps `owner` (an arena, a caller's buffer) alive until the pipeline is dropped and its
     /// copies are done.
     pub fn keep(&self, owner: Arc<dyn Any + Send + Sync>) {

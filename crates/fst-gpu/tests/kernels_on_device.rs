@@ -88,8 +88,10 @@ struct Buffer {
 }
 
 impl Buffer {
+    /// Whole words, which is what kernels read.
     fn new(len: usize) -> Self {
-        Self { address: unsafe { result::malloc_sync(len.max(1)) }.unwrap(), len }
+        let whole = len.max(1).next_multiple_of(4);
+        Self { address: unsafe { result::malloc_sync(whole) }.unwrap(), len }
     }
 
     fn filled(len: usize, byte: u8) -> Self {

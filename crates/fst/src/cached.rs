@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
 use std::sync::{LazyLock, Mutex};
 
-use fst_gpu::CudaDevice;
+use fst_gpu::{CudaDevice, Pipeline};
 use fst_io::plan::{Block, ReadPlan};
 use fst_io::{CachePolicy, Engine, ReadOptions, SourceFile, residency};
 
@@ -76,6 +76,17 @@ pub struct DeviceCopy {
     pub staged_rate: Option<f64>,
     /// Why the driver refused to register mappings, if it did.
     pub refused: Option<String>,
+    /// Bytes of staging memory that were pinned, at most. Mappings that are registered are pinned for as
+    /// long as they are, too.
+    pub pinned_bytes: u64,
+    /// Copy streams.
+    pub streams: usize,
+    /// Calls of the driver that queued copies.
+    pub copy_calls: u64,
+    /// Kernels that were launched: slices, conversions, crowds of small tensors.
+    pub launches: u64,
+    /// Times that a reader waited for a pinned block: copying was slower than reading.
+    pub ring_waits: u64,
 }
 
 impl DeviceCopy {
@@ -88,7 +99,22 @@ impl DeviceCopy {
             registered_rate: None,
             staged_rate: None,
             refused: None,
+            pinned_bytes: 0,
+            streams: 0,
+            copy_calls: 0,
+            launches: 0,
+            ring_waits: 0,
         }
+    }
+
+    /// Adds what a pipeline did.
+    pub(crate) fn add(&mut self, pipeline: &Pipeline) {
+        let stats = pipeline.stats();
+        self.pinned_bytes += pipeline.pinned_bytes();
+        self.streams += pipeline.streams();
+        self.copy_calls += stats.copy_calls;
+        self.launches += stats.launches;
+        self.ring_waits += stats.ring_waits;
     }
 
     /// Whether the rates say that registered mappings are faster.

@@ -46,9 +46,9 @@ pub struct RingOptions {
 }
 
 impl Default for RingOptions {
-    /// 64 blocks of 4 MiB, 256 MiB in all, released in the end.
+    /// 63 blocks of 4 MiB, released in the end: with what else is pinned for a load, 256 MiB at most.
     fn default() -> Self {
-        Self { block_bytes: 4 << 20, blocks: 64, afterwards: Afterwards::Release }
+        Self { block_bytes: 4 << 20, blocks: 63, afterwards: Afterwards::Release }
     }
 }
 

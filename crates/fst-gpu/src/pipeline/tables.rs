@@ -62,6 +62,11 @@ impl Tables {
         recorded
     }
 
+    /// Bytes that are pinned.
+    pub(crate) fn bytes(&self) -> u64 {
+        SLOTS as u64 * TABLE_BYTES
+    }
+
     /// Gives the slots up without freeing them: a copy engine may still read them.
     pub(crate) fn leak(self) {
         self.memory.leak();

@@ -74,12 +74,13 @@ pub(super) fn run(
     if !done.iter().all(|done| *done) {
         run.staged(&plan.only(|block| !done[block.index as usize]))?;
     }
-    let mut reads = run.reads;
+    let mut reads = std::mem::take(&mut run.reads);
     for (index, read) in reads.iter_mut().enumerate() {
         // Every part of the plan knows all of its extents.
         read.bytes_asked = if index == 0 { plan.bytes_asked() } else { 0 };
     }
     copy.staged_bytes = plan.bytes_read() - copy.registered_bytes;
+    run.pinned.iter().chain(&run.direct).for_each(|pipeline| copy.add(pipeline));
     *load.copy.lock().unwrap_or_else(|e| e.into_inner()) = Some(copy);
     Ok(reads)
 }
