@@ -79,6 +79,18 @@ fn a_refused_registration_is_staged_and_told() {
         assert!(copy.refused.unwrap().contains("CUDA_ERROR_NOT_SUPPORTED"));
         assert!(copy.reason.contains("refused"), "{}", copy.reason);
     }
+    // Nothing is tried where it is known before.
+    {
+        let sim = simulated_or_skip!(1, MEMORY);
+        sim.set("read_only_register", 0);
+        let loader = Loader::new().device(Device::cuda(0).unwrap());
+        let tensors = loader.cached_copy(CachedCopy::Measured).load(&checkpoint).unwrap();
+        assert_same(&tensors, &host, &"not tried");
+        let copy = tensors.report().device_copy.clone().unwrap();
+        assert!(copy.refused.is_some() && copy.registered_bytes == 0, "{copy:?}");
+        // Those of one pipeline.
+        assert_eq!(copy.streams, fst::gpu::PipelineOptions::default().streams);
+    }
     // A refusal in the midst of a load: what was registered stays, the rest is staged.
     let path = dir.path().join("long.safetensors");
     fst_tests::write(&path, &[("long", safetensors::Dtype::U8, vec![40 << 20])]);

@@ -162,10 +162,14 @@ impl CudaDevice {
             .is_ok_and(|v| v > 0)
     }
 
-    /// Whether one call of the driver makes many copies (CUDA 12.8 and later); without, kernels deal
-    /// out crowds of small ones.
+    /// Whether one call of the driver makes many copies from pinned memory (CUDA 12.8 and later);
+    /// without, kernels deal out crowds of small ones.
+    ///
+    /// The call takes addresses as the device has them. Where the device knows registered memory by
+    /// others than the host does, it would read what is not there: that kills the context.
     pub fn copies_in_batches(&self) -> bool {
-        driver::has_batch()
+        let same = Attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM;
+        driver::has_batch() && self.attribute(same).is_ok_and(|v| v > 0)
     }
 
     /// Waits for all work of the device's context, of other libraries too.

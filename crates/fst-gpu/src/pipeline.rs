@@ -162,7 +162,7 @@ impl Pipeline {
             next: AtomicUsize::new(0),
             in_flight: AtomicUsize::new(0),
             failure: OnceLock::new(),
-            no_batch: AtomicBool::new(!crate::sys::has_batch()),
+            no_batch: AtomicBool::new(!device.copies_in_batches()),
             packs: OnceLock::new(),
             counters: Counters::default(),
             kept: Mutex::default(),

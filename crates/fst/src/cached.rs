@@ -20,10 +20,11 @@ pub enum CachedCopy {
     Auto,
     /// As [`Auto`](Self::Auto), but this load measures, however little is cached.
     Measured,
-    /// The copy engine reads mappings that are registered with the driver. What the driver refuses
-    /// to register is staged. A file that is truncated meanwhile is an error as long as the driver
-    /// leaves the reading to the device, which pins the pages; files that others may truncate are
-    /// safer with [`Staged`](Self::Staged).
+    /// The copy engine reads mappings that are registered with the driver, which pins their pages.
+    /// What the driver refuses to register is staged, and so are runs below 64 KiB, which a driver
+    /// may copy itself. A file that is truncated meanwhile is an error as long as the driver leaves
+    /// longer copies to the device; files that others may truncate are safest with
+    /// [`Staged`](Self::Staged).
     Registered,
     /// Threads copy into pinned memory, which the copy engine reads.
     Staged,
@@ -200,6 +201,12 @@ pub(crate) fn choose(
         }
     };
     copy.reason = reason.to_owned();
+    if matches!(way, Way::Contest(_)) && !device.can_register_read_only() {
+        // The driver would refuse each window.
+        copy.reason = "the device takes no registered mappings of files".to_owned();
+        copy.refused = Some("READ_ONLY_HOST_REGISTER_SUPPORTED is 0".to_owned());
+        return Way::Staged;
+    }
     way
 }
 

@@ -201,7 +201,8 @@ impl Sim {
         unsafe { (self.calls)(c_text(call).as_ptr()) }
     }
 
-    /// Changes a setting: `driver_version`, `read_only_register`, `batch_copies`, `patience`
+    /// Changes a setting: `driver_version`, `read_only_register`, `batch_copies`, `host_pointers`
+    /// (registered memory has the host's addresses on the device), `patience`
     /// (queries answered "not ready" before one lets work run), `cufile_most` (bytes of a read),
     /// `cufile_flags` (status flags of its driver), `cufile_p2p` (its flags for NVMe).
     /// False if there is none of that name.

@@ -57,6 +57,7 @@ pub unsafe extern "C" fn fst_sim_set(name: *const c_char, value: i64) -> bool {
         match name.as_str() {
             "driver_version" => w.driver_version = value as i32,
             "read_only_register" => w.read_only_register = value != 0,
+            "host_pointers" => w.host_pointers = value != 0,
             "batch_copies" => w.batch_copies = value != 0,
             "cufile_most" => w.cufile_most = value as usize,
             "cufile_flags" => w.cufile_flags = value as u32,

@@ -166,10 +166,20 @@ impl HostMemory {
         true
     }
 
+    /// The pinned range that holds an address.
+    fn around(&self, address: u64) -> Option<&Pinned> {
+        let (&base, range) = self.ranges.range(..=address).next_back()?;
+        (address < base + range.len as u64).then_some(range)
+    }
+
     /// Whether an address lies in a mapping of a file that is registered.
     pub(crate) fn is_file(&self, address: u64) -> bool {
-        let range = self.ranges.range(..=address).next_back();
-        range.is_some_and(|(&base, range)| range.file && address < base + range.len as u64)
+        self.around(address).is_some_and(|range| range.file)
+    }
+
+    /// Whether an address lies in memory that was registered, rather than allocated by the driver.
+    pub(crate) fn is_registered(&self, address: u64) -> bool {
+        self.around(address).is_some_and(|range| !range.allocated)
     }
 
     /// Ends a pinned range that starts at `address`; its length, or `None` if there is none of

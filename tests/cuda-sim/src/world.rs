@@ -52,6 +52,8 @@ pub(crate) struct World {
     pub(crate) driver_version: i32,
     pub(crate) read_only_register: bool,
     pub(crate) batch_copies: bool,
+    /// The device knows registered memory by the host's addresses.
+    pub(crate) host_pointers: bool,
     /// "Not ready" answers before a query lets the work run.
     pub(crate) patience: u32,
     pub(crate) streams: BTreeMap<u64, Stream>,
@@ -143,6 +145,7 @@ impl World {
             driver_version: 13000,
             read_only_register: true,
             batch_copies: true,
+            host_pointers: true,
             patience: 2,
             cufile_open: self.cufile_open,
             cufile_most: usize::MAX,

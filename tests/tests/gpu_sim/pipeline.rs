@@ -99,13 +99,23 @@ fn joined_batched_and_strided_copies_agree() {
     let machine = machine();
     let device = CudaDevice::open(0).unwrap();
     let bytes = pattern(BLOCK, 5);
-    for (batch, refusal) in [(true, 0), (true, cuda_sim::ERROR_INVALID_VALUE), (false, 0)] {
+    let (refused, apart) = (cuda_sim::ERROR_INVALID_VALUE, "host_pointers");
+    for (batch, refusal, off) in [
+        (true, 0, ""),
+        (false, 0, "batch_copies"),
+        // Some memory that the call does not take: the copies are made one by one.
+        (false, refused, ""),
+        // The device has registered memory at other addresses: the call would read elsewhere.
+        (false, 0, apart),
+    ] {
         if let Some(sim) = machine.sim() {
-            sim.set("batch_copies", batch.into());
             if refusal != 0 {
-                // Some memory that the call does not take: the copies are made one by one.
                 sim.fail("cuMemcpyBatchAsync_v2", 1, refusal);
             }
+            for name in ["batch_copies", apart] {
+                assert!(sim.set(name, 1));
+            }
+            sim.set(off, 0);
         }
         let arena = DeviceArena::new(&device, 4 * BLOCK as u64).unwrap();
         arena.copy_from_host(0, &vec![0xEE; 4 * BLOCK]).unwrap();
@@ -153,7 +163,7 @@ fn joined_batched_and_strided_copies_agree() {
         assert!(bytes_of(&arena) == expected, "batch {batch}");
         let calls = pipeline.stats().copy_calls;
         if machine.sim().is_some() {
-            assert_eq!(calls, if batch && refusal == 0 { 3 } else { 14 });
+            assert_eq!(calls, if batch { 3 } else { 14 });
         }
     }
 }

@@ -343,7 +343,56 @@ pub(crate) unsafe fn copy_rows(
     };
     // SAFETY: the caller's contract; the description is read during the call.
     let result = unsafe { sys::cuMemcpy2DAsync_v2(&copy, stream.handle()) };
+    if result == sys::CUresult::CUDA_ERROR_INVALID_VALUE && matches!(from, From::Device) {
+        // Within a device the call "may fail for pitches not computed by cuMemAllocPitch()".
+        let (from, to) = ((source, source_pitch), (destination, destination_pitch));
+        // SAFETY: the caller's contract.
+        return unsafe { copy_each_row(stream, from, to, (width, rows)) };
+    }
     stream.device().check(result, "cuMemcpy2DAsync")
+}
+
+/// [`copy_rows`] within a device, row by row.
+///
+/// # Safety
+///
+/// As for [`copy_rows`].
+unsafe fn copy_each_row(
+    stream: &Stream,
+    (source, source_pitch): (u64, u64),
+    (destination, destination_pitch): (u64, u64),
+    (width, rows): (u64, u64),
+) -> Result<()> {
+    const AT_ONCE: u64 = 4096;
+    let device = stream.device();
+    let mut first = 0;
+    while first < rows {
+        let part = first..rows.min(first + AT_ONCE);
+        first = part.end;
+        let mut from: Vec<u64> = part.clone().map(|row| source + row * source_pitch).collect();
+        let mut to: Vec<u64> = part.map(|row| destination + row * destination_pitch).collect();
+        let mut lens = vec![width as usize; from.len()];
+        // SAFETY: the caller's contract for each row; the arrays have one length above 0.
+        let done = unsafe {
+            crate::sys::copy_batch(
+                &mut to,
+                &mut from,
+                &mut lens,
+                stream.handle(),
+                device.ordinal(),
+            )?
+        };
+        if done {
+            continue;
+        }
+        for (from, to) in from.into_iter().zip(to) {
+            // SAFETY: as above.
+            let result =
+                unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, width as usize, stream.handle()) };
+            device.check(result, "cuMemcpyDtoDAsync")?;
+        }
+    }
+    Ok(())
 }
 
 /// Queues the operations of a block whose `len` bytes are on the device already, at `base`.

@@ -151,6 +151,11 @@ fn copy_2d(w: &mut World, c: *const Copy2d, stream: u64, synchronous: bool) -> O
     if src_pitch > most || dst_pitch > most {
         return Err(ERROR_INVALID_VALUE);
     }
+    // Within a device only the pitches of cuMemAllocPitch are sure to do.
+    let within = c.src_type == 2 && c.dst_type == 2 && c.height > 1;
+    if within && (src_pitch % 512 != 0 || dst_pitch % 512 != 0) {
+        return Err(ERROR_INVALID_VALUE);
+    }
     let shape = Shape { width: c.width, rows: c.height, src_pitch, dst_pitch };
     let src = src + (c.src_y * src_pitch + c.src_x) as u64;
     let dst = dst + (c.dst_y * dst_pitch + c.dst_x) as u64;
@@ -191,6 +196,12 @@ fn batch(
         let (dst, src, len) = unsafe { (*dsts.add(i), *srcs.add(i), *sizes.add(i)) };
         if len == 0 {
             return Err(ERROR_INVALID_VALUE);
+        }
+        // Addresses are taken as the device's own.
+        if !w.host_pointers && [dst, src].iter().any(|address| w.host.is_registered(*address)) {
+            let here = w.here()?;
+            w.devices[here].error = Some(ERROR_ILLEGAL_ADDRESS);
+            return Ok(());
         }
         copy(w, (dst, Side::Any), (src, Side::Any), Shape::flat(len), stream, false)?;
     }

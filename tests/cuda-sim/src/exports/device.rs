@@ -66,6 +66,7 @@ api! {
             41 => 1,                                    // UNIFIED_ADDRESSING
             75 => 8,                                    // COMPUTE_CAPABILITY_MAJOR
             76 => 0,                                    // COMPUTE_CAPABILITY_MINOR
+            91 => w.host_pointers as i32,               // CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
             99 => 1,                                    // HOST_REGISTER_SUPPORTED
             113 => w.read_only_register as i32,         // READ_ONLY_HOST_REGISTER_SUPPORTED
             115 => 1,                                   // MEMORY_POOLS_SUPPORTED
