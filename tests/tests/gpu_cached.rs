@@ -42,13 +42,14 @@ fn cached_files_travel_straight_out_of_the_page_cache() {
         assert!(copy.registered_bytes > 0 && copy.staged_bytes > 0, "{copy:?}");
         assert_eq!(copy.refused, None);
         assert!(copy.streams > 0 && copy.copy_calls > 0, "{copy:?}");
-        assert_eq!(copy.launches > 0, dtype.is_some(), "{copy:?}");
-        assert!((16 << 20..18 << 20).contains(&copy.pinned_bytes), "{copy:?}");
+        assert!((1..256 << 20).contains(&copy.pinned_bytes), "{copy:?}");
         assert_eq!(report.bytes_asked, host.report().bytes_asked);
         assert_eq!(report.stage("read.mapped").unwrap().bytes, copy.registered_bytes);
         // The ring for short runs, and the file that has others. A slice's rows are short; what is
         // converted is cut on the device.
         if let Some(sim) = &sim {
+            assert_eq!(copy.launches > 0, dtype.is_some(), "{copy:?}");
+            assert!((16 << 20..18 << 20).contains(&copy.pinned_bytes), "{copy:?}");
             assert_eq!(sim.calls("cuMemHostRegister_v2"), 2 + u64::from(dtype.is_some()));
         }
         let staged = loader.clone().cached_copy(CachedCopy::Staged).load(&checkpoint).unwrap();

@@ -293,8 +293,11 @@ impl CudaDevice {
         // SAFETY: the other context is retained by `other`.
         match unsafe { sys::cuCtxEnablePeerAccess(other.context(), 0) } {
             sys::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => Ok(true),
-            // Eight peers at most, on some systems.
-            sys::CUresult::CUDA_ERROR_TOO_MANY_PEERS => Ok(false),
+            // Eight peers at most, on some systems; parts of a device, and containers, have none.
+            sys::CUresult::CUDA_ERROR_TOO_MANY_PEERS
+            | sys::CUresult::CUDA_ERROR_PEER_ACCESS_UNSUPPORTED
+            | sys::CUresult::CUDA_ERROR_NOT_PERMITTED
+            | sys::CUresult::CUDA_ERROR_NOT_SUPPORTED => Ok(false),
             result => self.check(result, "cuCtxEnablePeerAccess").map(|()| true),
         }
     }

@@ -22,15 +22,21 @@ pub(crate) struct DeviceMemory {
     kept: usize,
 }
 
+/// Bytes in front of a small allocation: it is aligned to 256 bytes, as the programming guide promises,
+/// and to no more. Large ones start on pages.
+fn lead(len: usize) -> usize {
+    if len < 1 << 20 { 256 } else { 0 }
+}
+
 fn layout(len: usize) -> Option<Layout> {
-    Layout::from_size_align(len.max(1), 512).ok()
+    Layout::from_size_align(len.max(1) + lead(len), 4096).ok()
 }
 
 fn release(address: u64, len: usize) {
     if let Some(layout) = layout(len) {
-        // SAFETY: every address in `live` and `freed` came from `alloc` with this layout and is
-        // in exactly one of the two.
-        unsafe { dealloc(address as *mut u8, layout) };
+        // SAFETY: every address in `live` and `freed` lies so far behind what `alloc` gave with this
+        // layout, and is in exactly one of the two.
+        unsafe { dealloc((address as *mut u8).sub(lead(len)), layout) };
     }
 }
 
@@ -44,6 +50,7 @@ impl DeviceMemory {
             if p.is_null() {
                 return None;
             }
+            let p = p.add(lead(len));
             p.write_bytes(FRESH, len.max(1));
             p as u64
         };

@@ -56,6 +56,16 @@ fn files_arrive_with_queued_work_on_every_slot() {
 }
 
 #[test]
+fn memory_that_is_not_registered_is_read_into_all_the_same() {
+    let Some(sim) = simulated(1, 64 << 20) else { return };
+    let (cufile, device, case) = (open(&sim), CudaDevice::open(0).unwrap(), case());
+    // The second worker finds no room to pin its slots.
+    sim.fail("cuFileBufRegister", 2, 5036);
+    let arena = load(&case, cufile, &device, GdsOptions { workers: 2, slots: 2 }).unwrap();
+    check(&case, &arena, "partly registered");
+}
+
+#[test]
 fn failures_name_the_file_and_leave_nothing() {
     for (call, nth) in [
         ("cuFileHandleRegister", 2),

@@ -119,13 +119,20 @@ fn files_are_registered_for_reading_only_and_short_runs_of_them_are_not_copied()
 
 #[test]
 fn peers_are_enabled_once() {
-    let Some(_sim) = simulated(2, 1 << 20) else { return };
+    let Some(sim) = simulated(2, 1 << 20) else { return };
     let (a, b) = (CudaDevice::open(0).unwrap(), CudaDevice::open(1).unwrap());
     let enable = |from: &CudaDevice, to: &CudaDevice| {
         let _current = from.make_current().unwrap();
         // SAFETY: contexts are retained.
         unsafe { sys::cuCtxEnablePeerAccess(to.context(), 0) as u32 }
     };
+    // Where it is not to be had, copies go through the host.
+    for code in [217, cuda_sim::ERROR_NOT_SUPPORTED] {
+        sim.fail("cuCtxEnablePeerAccess", 1, code);
+        assert_eq!(a.enable_peer_access(&b), Ok(false));
+    }
+    sim.fail("cuCtxEnablePeerAccess", 1, cuda_sim::ERROR_UNKNOWN);
+    assert!(a.enable_peer_access(&b).is_err());
     assert!(a.enable_peer_access(&b).unwrap());
     assert_eq!((enable(&a, &b), enable(&a, &a)), (704, 201));
     assert!(a.enable_peer_access(&b).unwrap() && b.enable_peer_access(&a).unwrap());

@@ -345,7 +345,24 @@ impl CuFile {
         // SAFETY: a live allocation of that length, kept by the result.
         let status = unsafe { (self.buffer_register)(address, arena.len() as usize, 0) };
         check(status, "cuFileBufRegister")?;
-        Ok(GdsArena { cufile: self, arena: arena.clone() })
+        Ok(GdsArena { cufile: self, arena: arena.clone(), registered: true })
+    }
+
+    /// [`register_arena`](Self::register_arena), or the arena as it is where device memory cannot be
+    /// registered, or no more of it: cuFile then goes by way of memory of its own.
+    ///
+    /// # Errors
+    ///
+    /// [`CuFileError::Call`] for other reasons.
+    pub fn lend_arena(&'static self, arena: &DeviceArena) -> Result<GdsArena, CuFileError> {
+        // An unsupported limit, I/O or device; invalid memory type, mapping size or range; not pinned.
+        const NO_ROOM: [i32; 7] = [5003, 5008, 5009, 5013, 5016, 5017, 5036];
+        match self.register_arena(arena) {
+            Err(CuFileError::Call { code, .. }) if NO_ROOM.contains(&code) => {
+                Ok(GdsArena { cufile: self, arena: arena.clone(), registered: false })
+            }
+            registered => registered,
+        }
     }
 }
 
@@ -445,11 +462,12 @@ impl Drop for GdsFile<'_> {
     }
 }
 
-/// An arena registered with cuFile.
+/// An arena for cuFile to read into, registered with it where that is possible.
 #[derive(Debug)]
 pub struct GdsArena {
     cufile: &'static CuFile,
     arena: DeviceArena,
+    registered: bool,
 }
 
 impl GdsArena {
@@ -461,7 +479,9 @@ impl GdsArena {
 
 impl Drop for GdsArena {
     fn drop(&mut self) {
-        if let Ok(_current) = self.arena.device().make_current() {
+        if self.registered
+            && let Ok(_current) = self.arena.device().make_current()
+        {
             // SAFETY: registered once, deregistered once.
             let _ = unsafe {
                 (self.cufile.buffer_deregister)(self.arena.address() as usize as *const c_void)

@@ -235,7 +235,7 @@ impl Job<'_> {
         let pitch = pitch(self.plan.limits().block);
         let arena = DeviceArena::new(self.device, worker_bytes(pitch, self.slots))?;
         let start = arena.address().next_multiple_of(SLOT_ALIGN) - arena.address() + SLOT_ALIGN;
-        let registered = self.cufile.register_arena(&arena)?;
+        let registered = self.cufile.lend_arena(&arena)?;
         let mut slots: Vec<Slot> = (0..self.slots as u64)
             .map(|i| {
                 let place = start + i * pitch;
