@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fst::dist::group::TcpControl;
-use fst::dist::{GroupError, NcclStream, local_groups_with};
+use fst::dist::{GroupError, NcclStream, TensorDesc, local_groups_with};
 use fst::{
     Checkpoint, Device, DistError, Error, Group, LaunchEnv, Loader, LocalGroup, NcclGroup, Preset,
     Tensors,
@@ -177,6 +177,34 @@ struct Report<'r> {
     ranks: &'r [Rank],
 }
 
+/// A preset that cuts less than this share of a checkpoint's bytes is hardly for its family.
+const FITS: f64 = 0.5;
+
+/// Says on standard error that `preset` leaves most of the checkpoint to every one of `world` ranks.
+pub(crate) fn warn_of_misfit(
+    preset: &Preset,
+    world: u32,
+    checkpoint: &Checkpoint,
+    paths: &[PathBuf],
+) {
+    let table: Vec<TensorDesc> = checkpoint.tensors().iter().map(Into::into).collect();
+    let cut = preset.coverage(&table).fraction();
+    if world < 2 || cut >= FITS {
+        return;
+    }
+    let path = paths.first().map_or(String::new(), |path| format!("{}: ", path.display()));
+    let warning = format!(
+        "{path}preset {} cuts {:.1}% of the bytes, and every rank keeps all of the others",
+        preset.name(),
+        cut * 100.0
+    );
+    // A warning that cannot be written must not end the work.
+    let _ = std::io::Write::write_fmt(
+        &mut anstream::stderr(),
+        format_args!("warning: {}\n", visible(&warning)),
+    );
+}
+
 /// `fst load --world N`.
 pub(crate) fn load_here(
     args: &LoadArgs,
@@ -186,6 +214,7 @@ pub(crate) fn load_here(
     world: u32,
 ) -> Result<(), Failure> {
     let preset = preset(checkpoint, &args.ranks.rule, paths)?;
+    warn_of_misfit(&preset, world, checkpoint, paths);
     let loader = loader.clone().preset(preset.clone());
     let devices = args.reading.device().of_ranks(world)?;
     let together = &args.ranks.together;
@@ -206,6 +235,9 @@ pub(crate) fn load_as_one(
     let preset = preset(checkpoint, &args.ranks.rule, paths).inspect_err(|_| {
         group.abort("no preset fits the names of the tensors");
     })?;
+    if group.rank() == 0 {
+        warn_of_misfit(&preset, group.world_size(), checkpoint, paths);
+    }
     let loader = loader.preset(preset.clone()).group(group.clone());
     let fail = |error| reading::failure(paths, checkpoint, &error);
     let tensors = loader.load(checkpoint).map_err(fail)?;

@@ -91,16 +91,14 @@ fn loads_to_a_device_tell_how_cached_files_got_there() {
         assert_eq!(left.faults(), [""; 0]);
         output
     };
-    // Just written: all of it is in the page cache.
-    for (way, took, other) in [
-        ("registered", "registered_bytes", "staged_bytes"),
-        ("staged", "staged_bytes", "registered_bytes"),
-        ("auto", "staged_bytes", "registered_bytes"),
-    ] {
+    // Just written; what the page cache lost meanwhile is staged.
+    for way in ["registered", "staged", "auto"] {
         let report = json(&load(&["--json", "--cached-copy", way], &[]));
         let copy = &report["device_copy"];
+        let bytes = |key: &str| copy[key].as_u64().unwrap();
         assert_eq!(copy["asked"], way);
-        assert_eq!((&copy[took], &copy[other]), (&report["bytes_read"], &0.into()), "{copy}");
+        assert_eq!(bytes("registered_bytes") + bytes("staged_bytes"), report["bytes_read"]);
+        assert_eq!(bytes("registered_bytes") > 0, way == "registered", "{copy}");
         assert!(!copy["reason"].as_str().unwrap().is_empty() && copy["refused"].is_null());
         assert!(copy["staged_gb_per_s"].is_null(), "{copy}");
     }

@@ -1,9 +1,6 @@
 //! `fst plan`: what each rank of several would read, send and receive, and how long that should take.
-
-use std::path::PathBuf;
-
-use fst::dist::{Choice, MeasuredRates, Prediction, RankLoad, TensorDesc};
-use fst::{Checkpoint, Loader, Plan, Preset, Storage, Topology};
+use fst::dist::{Choice, MeasuredRates, Prediction, RankLoad};
+use fst::{Checkpoint, Loader, Plan, Storage, Topology};
 use serde::Serialize;
 
 use crate::args::PlanArgs;
@@ -135,7 +132,7 @@ pub(crate) fn run(args: &PlanArgs) -> Result<(), Failure> {
     let measured = measure(args, &checkpoint)?;
     let topology = topology(args, measured.as_ref());
     let name = preset.name();
-    warn_of_misfit(&preset, args.world, &checkpoint, &args.paths);
+    ranks::warn_of_misfit(&preset, args.world, &checkpoint, &args.paths);
     let began = std::time::Instant::now();
     let plan = reading::select(Loader::new(), &args.select)
         .topology(topology)
@@ -149,34 +146,6 @@ pub(crate) fn run(args: &PlanArgs) -> Result<(), Failure> {
         return text::print_json(&report).map_err(Failure::output);
     }
     text::print(&render(&report, args)).map_err(Failure::output)
-}
-
-/// A preset that cuts less than this share of a checkpoint's bytes is hardly for its family.
-const FITS: f64 = 0.5;
-
-/// Says on standard error that `preset` leaves most of the checkpoint to every one of `world` ranks.
-pub(crate) fn warn_of_misfit(
-    preset: &Preset,
-    world: u32,
-    checkpoint: &Checkpoint,
-    paths: &[PathBuf],
-) {
-    let table: Vec<TensorDesc> = checkpoint.tensors().iter().map(Into::into).collect();
-    let cut = preset.coverage(&table).fraction();
-    if world < 2 || cut >= FITS {
-        return;
-    }
-    let path = paths.first().map_or(String::new(), |path| format!("{}: ", path.display()));
-    let warning = format!(
-        "{path}preset {} cuts {:.1}% of the bytes, and every rank keeps all of the others",
-        preset.name(),
-        cut * 100.0
-    );
-    // A warning that cannot be written must not end the work.
-    let _ = std::io::Write::write_fmt(
-        &mut anstream::stderr(),
-        format_args!("warning: {}\n", visible(&warning)),
-    );
 }
 
 /// Refuses numbers of nodes and rates that make no sense.

@@ -166,6 +166,14 @@ fn plans_warn_of_presets_that_do_not_fit() {
         // There is nothing to cut.
         assert_eq!(plan(preset, "1"), "");
     }
+    for command in ["load", "sum"] {
+        let run = run([command, path, "--world", "2", "--preset", "gpt2", "--json"]);
+        assert_eq!(run.status, 0, "{}", run.stderr);
+        assert!(
+            run.stderr.starts_with("warning: ") && run.stderr.lines().count() == 1,
+            "{command}"
+        );
+    }
 }
 
 #[test]

@@ -262,6 +262,12 @@ impl Shared {
         error
     }
 
+    /// Waits, a moment at most, until a failure is known or all connections have ended.
+    fn wait_for_the_end(&self) {
+        let open = |state: &mut State| state.failure.is_none() && state.open > 0;
+        let _ = self.wake.wait_timeout_while(self.lock(), Duration::from_secs(5), open);
+    }
+
     /// Puts a message of `rank` into its turn; on rank 0 only.
     fn put(&self, turn: u64, rank: u32, message: Vec<u8>) {
         let mut state = self.lock();
@@ -387,8 +393,8 @@ impl Control for TcpControl {
         } else {
             let body = [&turn.to_le_bytes(), message].concat();
             if let Err(error) = shared.send(0, GATHER, &body) {
-                // The reading thread may know better why.
-                std::thread::sleep(Duration::from_millis(50));
+                // The reading thread may know better why, and ends with the connection.
+                shared.wait_for_the_end();
                 return Err(shared.fail(GroupError::Lost { rank: 0, cause: error.to_string() }));
             }
         }
