@@ -2,6 +2,7 @@
 //! it wants from each. For bytes that must be moved, cut or converted before they are of use.
 
 use std::fmt;
+use std::ptr::NonNull;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use crate::buffer::HostBuffer;
@@ -104,6 +105,10 @@ unsafe impl Sink for Scratch<'_> {
         let ptr = unsafe { self.memory.as_ptr().add(slot as usize * self.slot) };
         // SAFETY: see the comment on the implementation.
         Ok(Some(unsafe { Target::new(ptr, self.slot, slot) }))
+    }
+
+    fn reused(&self) -> Option<(NonNull<u8>, usize)> {
+        Some((self.memory.as_ptr(), self.memory.len()))
     }
 
     fn landed(&self, block: &Block, target: Target) -> Result<(), SinkError> {

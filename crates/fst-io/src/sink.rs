@@ -92,6 +92,14 @@ pub unsafe trait Sink: Send + Sync {
     /// The sink's own error ends the read.
     fn reserve(&self, block: &Block, wait: bool) -> Result<Option<Target>, SinkError>;
 
+    /// Memory that targets come out of again and again, all in one range that stays allocated as long
+    /// as the sink. Readers may have the kernel keep hold of its pages (`IORING_REGISTER_BUFFERS`)
+    /// instead of looking them up for each read. None unless implemented: it takes time that only
+    /// memory which is lent often repays.
+    fn reused(&self) -> Option<(NonNull<u8>, usize)> {
+        None
+    }
+
     /// The bytes of `block` are in `target`: at least [`Block::need`] of them from its start.
     ///
     /// # Errors

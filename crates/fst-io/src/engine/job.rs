@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::ptr::NonNull;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
@@ -219,6 +220,11 @@ impl<'a> Job<'a> {
 
     pub(super) fn abandoned(&self, block: &Block, target: Target) {
         self.sink.0.abandoned(block, target);
+    }
+
+    /// Memory that the sink lends again and again.
+    pub(super) fn reused(&self) -> Option<(NonNull<u8>, usize)> {
+        self.sink.0.reused()
     }
 
     /// Leaves memory to a kernel that may write to it for ever; returns it where the sink cannot.

@@ -12,7 +12,8 @@ use super::*;
 use crate::SharedBuffer;
 use crate::extent::Extent;
 use crate::place::{InPlace, Layout};
-use crate::plan::Limits;
+use crate::plan::{Block, Limits};
+use crate::scratch::Scratch;
 
 const KIB: u64 = 1 << 10;
 const ENGINES: [Engine; 3] = [Engine::Uring, Engine::Pread, Engine::Mmap];
@@ -39,6 +40,33 @@ fn load(
     super::read(std::slice::from_ref(file), &plan, &sink, options, &Control::new())?;
     let at = layout.extent(&plan, 0).unwrap().offset as usize;
     Ok(arena.lock().unwrap()[at..at + (end - start) as usize].to_vec())
+}
+
+/// On a ring this is memory that the kernel keeps hold of.
+#[test]
+fn bytes_pass_through_scratch_as_they_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("file");
+    let bytes = noise(700 * KIB + 5);
+    fs::write(&path, &bytes).unwrap();
+    let files = [SourceFile::open(&path, None).unwrap()];
+    let limits = Limits { block: 64 * KIB, align: files[0].align(), ..Limits::default() };
+    let plan = ReadPlan::new(vec![Extent::new(0, 3..bytes.len() as u64)], limits).unwrap();
+    for engine in ENGINES {
+        if uring_refusal().is_some() && engine == Engine::Uring {
+            continue;
+        }
+        let seen = Mutex::new(vec![0; bytes.len()]);
+        let take = |block: &Block, bytes: &[u8]| {
+            let start = block.offset as usize;
+            seen.lock().unwrap()[start..start + bytes.len()].copy_from_slice(bytes);
+            Ok(())
+        };
+        let sink = Scratch::new(&plan, 3, &|_, _| Ok(true), &take).unwrap();
+        let options = ReadOptions { engine, cache: CachePolicy::Direct, ..ReadOptions::default() };
+        super::read(&files, &plan, &sink, &options, &Control::new()).unwrap();
+        assert!(seen.lock().unwrap()[3..] == bytes[3..], "{engine:?}");
+    }
 }
 
 #[test]
