@@ -412,49 +412,22 @@ impl CopyOp {
     /// The same operation for a source that starts `by` bytes later.
     #[must_use]
     pub(crate) fn earlier(self, by: u64) -> Self {
-        match self {
-            Self::Linear { source, destination, len } => {
-                Self::Linear { source: source.saturating_sub(by), destination, len }
-            }
-            Self::Strided { source, source_pitch, destination, destination_pitch, width, rows } => {
-                Self::Strided {
-                    source: source.saturating_sub(by),
-                    source_pitch,
-                    destination,
-                    destination_pitch,
-                    width,
-                    rows,
-                }
-            }
-            Self::Transform { kernel, mut job } => {
-                job.src = job.src.saturating_sub(by);
-                Self::Transform { kernel, job }
-            }
-        }
+        self.with_source(|source| source.saturating_sub(by))
     }
 
     /// The same operation for a source that starts `by` bytes earlier.
     #[must_use]
     pub fn shifted(self, by: u64) -> Self {
-        match self {
-            Self::Linear { source, destination, len } => {
-                Self::Linear { source: source.saturating_add(by), destination, len }
-            }
-            Self::Strided { source, source_pitch, destination, destination_pitch, width, rows } => {
-                Self::Strided {
-                    source: source.saturating_add(by),
-                    source_pitch,
-                    destination,
-                    destination_pitch,
-                    width,
-                    rows,
-                }
-            }
-            Self::Transform { kernel, mut job } => {
-                job.src = job.src.saturating_add(by);
-                Self::Transform { kernel, job }
-            }
-        }
+        self.with_source(|source| source.saturating_add(by))
+    }
+
+    fn with_source(mut self, place: impl Fn(u64) -> u64) -> Self {
+        let source = match &mut self {
+            Self::Linear { source, .. } | Self::Strided { source, .. } => source,
+            Self::Transform { job, .. } => &mut job.src,
+        };
+        *source = place(*source);
+        self
     }
 }
 
