@@ -291,6 +291,11 @@ impl Resolved {
                 for size in split.section_list(self.extent) {
                     ends.extend(split.steps(size / split.unit, self.world));
                 }
+                // Where ranks share heads, the part of one section that a rank keeps may meet that
+                // of the next: one piece of this rank, two of its neighbour.
+                if split.share && split.section_list(self.extent).nth(1).is_some() {
+                    ends.extend(0..world);
+                }
             }
             Kind::VocabRows { .. } => {
                 let full = self.extent.checked_div(self.vocab_block()).unwrap_or(0) as u32;

@@ -35,7 +35,9 @@ impl Reading<'_> {
     ) -> Result<(), ExchangeError> {
         let view = self.view;
         let mut direct = view.direct_reads().peekable();
-        let mut own = DirectQueue { gap: view.plan().coalesce_gap(), list: Vec::new() };
+        // Rows are read with the gaps between them only where there is memory to pick them from.
+        let gap = (view.staging_bytes() > 0).then(|| view.plan().coalesce_gap());
+        let mut own = DirectQueue { gap, list: Vec::new() };
         for round in view.rounds().filter(|round| round.unit_bytes(round.member()) > 0) {
             let block = loop {
                 match free.try_recv() {
@@ -107,7 +109,8 @@ impl Reading<'_> {
             let desc = &plan.tensors()[job.tensor as usize];
             let base = self.outputs[job.output as usize].addr;
             let copy = job.copy;
-            let coalesce = copy.count > 1 && copy.src_stride - copy.len <= own.gap;
+            let near = |gap| copy.src_stride - copy.len <= gap;
+            let coalesce = copy.count > 1 && own.gap.is_some_and(near);
             if coalesce && copy.len <= plan.buffers().block {
                 if !ranges.is_empty() {
                     own.list.push(job);
@@ -192,7 +195,8 @@ impl Reading<'_> {
 
 /// Direct reads taken apart into single strided copies, in reverse order.
 struct DirectQueue {
-    gap: u64,
+    /// The largest gap that is read along; `None` where there is no block to read it into.
+    gap: Option<u64>,
     list: Vec<DirectJob>,
 }
 

@@ -13,12 +13,29 @@ use proptest::prelude::*;
 #[derive(Clone, Debug)]
 pub(crate) enum Spec {
     Replicate,
-    Split { dim: usize, rule: u8, sections: u64 },
-    Heads { dim: usize, head: u64 },
+    Split {
+        dim: usize,
+        rule: u8,
+        sections: u64,
+    },
+    /// `first` heads in a section of their own, as queries before the keys and values that are shared.
+    Heads {
+        dim: usize,
+        head: u64,
+        heads: u64,
+        first: u64,
+    },
     Keep(Vec<u32>),
     Vocab(u64),
-    Ranges { dim: usize, lists: Vec<Vec<Range<u64>>> },
-    Fused { dim: usize, output: u32, position: u32 },
+    Ranges {
+        dim: usize,
+        lists: Vec<Vec<Range<u64>>>,
+    },
+    Fused {
+        dim: usize,
+        output: u32,
+        position: u32,
+    },
 }
 
 impl Spec {
@@ -30,7 +47,13 @@ impl Spec {
                     [Remainder::CeilDiv, Remainder::Chunk, Remainder::Balanced][rule as usize];
                 Split::along(dim).remainder(rule).sections(sections).into()
             }
-            Spec::Heads { dim, head } => Split::along(dim).heads(head).into(),
+            Spec::Heads { dim, head, heads, first } => {
+                let sections = match first {
+                    0 => vec![heads * head],
+                    _ => vec![first * head, (heads - first) * head],
+                };
+                Split::along(dim).heads(head).section_sizes(sections).into()
+            }
             Spec::Keep(ranks) => Shard::keep_on_ranks(ranks),
             Spec::Vocab(multiple) => Shard::vocab_rows(multiple),
             Spec::Ranges { dim, lists } => Shard::ranges(dim, lists),
@@ -69,11 +92,14 @@ impl Spec {
                 let list: Vec<u64> = (0..extent).filter(|&i| owner(i) == rank).collect();
                 (*rule != 1 || extent == 0 || !list.is_empty()).then_some(list)
             }
-            Spec::Heads { head, .. } => {
-                let heads = extent / head;
-                let mine = |h: u64| match heads < world {
-                    true => rank / (world / heads) == h,
-                    false => ceil(h, heads) == rank,
+            Spec::Heads { head, heads, first, .. } => {
+                let mine = |h: u64| {
+                    let (h, heads) =
+                        if h < *first { (h, *first) } else { (h - first, heads - first) };
+                    match heads < world {
+                        true => rank / (world / heads) == h,
+                        false => ceil(h, heads) == rank,
+                    }
                 };
                 Some((0..extent).filter(|&i| mine(i / head)).collect())
             }
@@ -194,10 +220,17 @@ pub(crate) fn spec(shape: Vec<u64>, bits: u32, world: u32) -> BoxedStrategy<Spec
             }
             for head in [1, 2, 4] {
                 let heads = extent / head;
-                let even = heads > 0 && u64::from(world).is_multiple_of(heads);
-                if extent.is_multiple_of(head) && (heads >= u64::from(world) || even) {
-                    ways.push(Just(Spec::Heads { dim, head }).boxed());
+                let fits = |heads: u64| {
+                    let world = u64::from(world);
+                    heads >= world || heads > 0 && world.is_multiple_of(heads)
+                };
+                if !extent.is_multiple_of(head) {
+                    continue;
                 }
+                let cut = |first: u64| fits(heads - first) && (first == 0 || fits(first));
+                let ways_to_cut = (0..heads.max(1)).filter(|&first| cut(first));
+                let spec = |first| Just(Spec::Heads { dim, head, heads, first }).boxed();
+                ways.extend(ways_to_cut.map(spec));
             }
             if extent > 0 {
                 let cuts = proptest::collection::vec(0..=extent, 0..4).prop_map(|mut cuts| {
