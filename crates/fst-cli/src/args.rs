@@ -182,7 +182,7 @@ pub(crate) struct LoadArgs {
     )]
     pub(crate) slice: Vec<SliceArg>,
     /// Hold every tensor's bytes to the sums in this file, as `fst sum -o FILE` writes them or
-    /// `fst sum` prints them
+    /// `fst sum` prints them (but for names that it prints with escapes)
     #[arg(long, value_name = "FILE", requires = "paths")]
     pub(crate) verify: Option<PathBuf>,
     /// Write the load's timeline to this file, for chrome://tracing or https://ui.perfetto.dev

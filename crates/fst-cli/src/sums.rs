@@ -2,20 +2,18 @@
 
 use std::path::Path;
 
-use fst::{Checksum, Manifest};
+use fst::{Checksum, Error, Manifest, ManifestError};
 
 use crate::failure::Failure;
 
 /// Reads the sums that a load is held to.
 pub(crate) fn read(path: &Path) -> Result<Manifest, Failure> {
-    match std::fs::read(path) {
-        Ok(bytes) if !bytes.trim_ascii_start().starts_with(b"{") => {
-            let text = String::from_utf8_lossy(&bytes);
-            manifest(&text).map_err(|what| Failure::at(path, what))
-        }
-        // JSON, or what cannot be read: that is told there.
-        _ => Manifest::read(path).map_err(Failure::of),
+    let fail = |source| Failure::of(Error::Manifest { path: path.to_owned(), source });
+    let bytes = std::fs::read(path).map_err(|error| fail(ManifestError::Read(error)))?;
+    if bytes.trim_ascii_start().starts_with(b"{") {
+        return Manifest::from_json(&bytes).map_err(fail);
     }
+    manifest(&String::from_utf8_lossy(&bytes)).map_err(|what| Failure::at(path, what))
 }
 
 /// The sums of lines of digest, two spaces and name; `#` starts a remark.

@@ -3,22 +3,30 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "../../fst-dist/tests/port/mod.rs"]
+mod port;
+
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use cuda_sim::{Report, Sim};
+use port::Port;
 use serde_json::Value;
 
 /// However ranks end, they end by then.
 const BOUND: Duration = Duration::from_secs(60);
 
 /// Starts the ranks of a program as torchrun does.
-fn launch(world: usize, args: impl Fn(usize) -> Vec<String>, folder: &Path) -> Vec<Child> {
+fn launch(
+    world: usize,
+    args: impl Fn(usize) -> Vec<String>,
+    folder: &Path,
+    port: &Port,
+) -> Vec<Child> {
     let sim = Sim::load().expect("the simulator");
     let nccl = sim.path().with_file_name("libnccl_sim.so");
     let preload = format!("{}:{}", sim.path().display(), nccl.display());
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let start = |rank: usize| {
         Command::new(env!("CARGO_BIN_EXE_fst"))
             .args(args(rank))
@@ -33,7 +41,7 @@ fn launch(world: usize, args: impl Fn(usize) -> Vec<String>, folder: &Path) -> V
             .env("WORLD_SIZE", world.to_string())
             .env("LOCAL_RANK", rank.to_string())
             .env("MASTER_ADDR", "127.0.0.1")
-            .env("MASTER_PORT", port.to_string())
+            .env("MASTER_PORT", port.number().to_string())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -101,11 +109,11 @@ fn processes_keep_what_ranks_of_one_process_keep() {
             .args(["--world", &count])
             .output()
             .unwrap();
-        let outputs = finish(launch(world, |_| args("sum"), dir.path()));
+        let outputs = finish(launch(world, |_| args("sum"), dir.path(), &Port::new()));
         assert_eq!(told(&outputs), told(&[alone]), "{world} processes");
         assert_nothing_left(world, dir.path());
 
-        let report = told(&finish(launch(world, |_| args("load"), dir.path())));
+        let report = told(&finish(launch(world, |_| args("load"), dir.path(), &Port::new())));
         assert_eq!(report["world"], world);
         // What is sent arrives, by NCCL, and nobody receives what it does not keep.
         assert_eq!(report["sent"], report["received"]);
@@ -126,7 +134,7 @@ fn a_process_with_another_plan_is_named_by_all() {
         let preset = if rank == 1 { "gpt2" } else { "llama" };
         ["load", &model, "--preset", preset].map(str::to_owned).to_vec()
     };
-    for (rank, output) in finish(launch(3, args, dir.path())).iter().enumerate() {
+    for (rank, output) in finish(launch(3, args, dir.path(), &Port::new())).iter().enumerate() {
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "rank {rank}: {stderr}");
         let words = "the plan of rank 1 differs from that of rank 0";

@@ -372,7 +372,7 @@ fn read_shards<P: AsRef<Path>>(
     paths: impl IntoIterator<Item = P>,
     indices: &mut Vec<IndexSource>,
 ) -> Result<Vec<Shard>, Error> {
-    let reads = HeaderReads::default();
+    let reads = HeaderReads::new();
     let sources = std::thread::scope(|scope| {
         // The scope waits for its threads, whatever becomes of this closure.
         let _abandon = AbandonOnDrop(&reads);
@@ -386,11 +386,8 @@ fn read_shards<P: AsRef<Path>>(
         reads.finish(scope);
         Ok(sources)
     })?;
-    let mut results = reads.into_results();
     let shard = |source: Source| {
-        // Sources have numbers of their own: each is taken once.
-        let result = std::mem::replace(&mut results[source.number], Err(Error::NoPaths));
-        result.map_err(|error| match (error, source.index) {
+        reads.result(source.number).map_err(|error| match (error, source.index) {
             (Error::Open { path, source: cause }, Some(by))
                 if cause.kind() == io::ErrorKind::NotFound =>
             {

@@ -82,10 +82,10 @@ impl HeaderReader {
 /// The first are read while it is still being found out which there are: an index is megabytes
 /// long, and its first line names a file. What came of those is asked for by their numbers in the
 /// end, so that a failure of a file that turns out not to belong to the checkpoint is none.
-#[derive(Default)]
 pub(crate) struct HeaderReads {
     state: Mutex<State>,
     more: Condvar,
+    cores: usize,
 }
 
 #[derive(Default)]
@@ -106,6 +106,11 @@ impl State {
 }
 
 impl HeaderReads {
+    pub(crate) fn new() -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self { state: Mutex::default(), more: Condvar::new(), cores }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -123,7 +128,7 @@ impl HeaderReads {
 
     /// Adds a thread where a core, besides the caller's, and a file are there for it.
     pub(crate) fn help<'s>(&'s self, scope: &'s Scope<'s, '_>) {
-        self.spawn(scope, cores().min(MAX_READERS) - 1);
+        self.spawn(scope, self.cores.min(MAX_READERS) - 1);
     }
 
     /// Adds a thread if there are fewer than `most`, and something to do for it.
@@ -150,13 +155,15 @@ impl HeaderReads {
         self.work(scope);
     }
 
-    /// What came of each file, by number.
-    pub(crate) fn into_results(self) -> Vec<Result<Shard, Error>> {
-        let State { files, done, .. } =
-            self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let read = |path: PathBuf| HeaderReader::default().read(&path);
-        let each = files.into_iter().zip(done);
-        each.map(|(path, done)| done.unwrap_or_else(|| read(path))).collect()
+    /// What came of a file. One that was left unread, as others are behind an error, is read now.
+    pub(crate) fn result(&self, number: usize) -> Result<Shard, Error> {
+        let mut state = self.lock();
+        if let Some(result) = state.done[number].take() {
+            return result;
+        }
+        let path = state.files[number].clone();
+        drop(state);
+        HeaderReader::default().read(&path)
     }
 
     /// Says that no more files come.
@@ -185,6 +192,10 @@ impl HeaderReads {
                 self.spawn(scope, MAX_READERS - 1);
             }
             state = self.lock();
+            if state.closed && result.is_err() {
+                // That is, most likely, the error of the whole: the rest need not be read.
+                state.next = state.files.len();
+            }
             state.done[number] = Some(result);
         }
     }
@@ -200,8 +211,4 @@ impl Drop for AbandonOnDrop<'_> {
         drop(state);
         self.0.close();
     }
-}
-
-fn cores() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
 }

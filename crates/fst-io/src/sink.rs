@@ -76,6 +76,9 @@ impl Target {
 /// anybody else until the same target comes back through [`landed`](Self::landed) or
 /// [`abandoned`](Self::abandoned), or is dropped. The kernel may be writing to it all that time.
 ///
+/// What [`reused`](Self::reused) returns stays mapped, with the same pages, as long as the sink lives or
+/// after a target of it was [`lost`](Self::lost).
+///
 /// Memory that is aligned as the plan's blocks are suits direct reads; memory that is not makes them
 /// fail (EINVAL), and the file is then read through the page cache.
 ///

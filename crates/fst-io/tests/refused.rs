@@ -13,6 +13,7 @@ use std::mem::MaybeUninit;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Output};
+use std::ptr::NonNull;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::{env, fs, io};
@@ -253,6 +254,10 @@ unsafe impl<S: Sink> Sink for Sabotage<S> {
         self.inner.reserve(block, wait)
     }
 
+    fn reused(&self) -> Option<(NonNull<u8>, usize)> {
+        self.inner.reused()
+    }
+
     fn landed(&self, block: &Block, target: Target) -> Result<(), SinkError> {
         self.inner.landed(block, target)
     }
@@ -342,6 +347,23 @@ fn rings_whose_operations_cannot_be_asked_about_are_not_used() {
     let call = libc::SYS_io_uring_register;
     let lines = under_filter(&path, &[Refuse { call, when: None, errno: libc::EINVAL }]);
     assert_eq!(count(&lines, "auto: pread: io_uring is refused"), 3, "{lines:?}");
+}
+
+#[test]
+fn rings_that_nothing_may_be_registered_with_are_used_without() {
+    let folder = disk_folder();
+    let path = file_in(folder.path());
+    if ResolvedEngine::resolve(Engine::Uring).is_err() {
+        return skipped("no io_uring here");
+    }
+    const BUFFERS: u32 = 0; // IORING_REGISTER_BUFFERS
+    const FILES: u32 = 2; // IORING_REGISTER_FILES
+    let refuse = |operation| {
+        let (call, when) = (libc::SYS_io_uring_register, Some((1, JUMP_EQUAL, operation)));
+        Refuse { call, when, errno: libc::ENOMEM }
+    };
+    let lines = under_filter(&path, &[refuse(BUFFERS), refuse(FILES)]);
+    assert_eq!(count(&lines, "auto: uring: "), 3, "{lines:?}");
 }
 
 /// Mounts a file system over `$1/at`, and becomes the program that is the rest of the arguments.

@@ -21,7 +21,7 @@ pub enum CachedCopy {
     /// As [`Auto`](Self::Auto), but this load measures, however little is cached.
     Measured,
     /// The copy engine reads mappings that are registered with the driver, which pins their pages.
-    /// What the driver refuses to register is staged, and so are runs below 64 KiB, which a driver
+    /// What the driver refuses to register is staged, and so are runs of up to 64 KiB, which a driver
     /// may copy itself. A file that is truncated meanwhile is an error as long as the driver leaves
     /// longer copies to the device; files that others may truncate are safest with
     /// [`Staged`](Self::Staged).

@@ -12,7 +12,7 @@ use fst_io::sink::SinkError;
 use fst_io::{Control, Error, SourceFile};
 use std::sync::Arc;
 
-/// Bytes of a block; what is shorter than 64 KiB does not go straight out of the page cache.
+/// Bytes of a block; what has no more than 64 KiB does not go straight out of the page cache.
 const BLOCK: u64 = 256 << 10;
 
 /// Runs of all lengths, from a byte to several blocks.

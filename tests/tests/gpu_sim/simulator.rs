@@ -91,10 +91,10 @@ fn streams_are_ordered_by_events_only() {
 fn files_are_registered_for_reading_only_and_short_runs_of_them_are_not_copied() {
     let Some(mut sim) = simulated(1, 1 << 20) else { return };
     let device = CudaDevice::open(0).unwrap();
-    let arena = DeviceArena::new(&device, 64 << 10).unwrap();
+    let arena = DeviceArena::new(&device, (64 << 10) + 1).unwrap();
     let stream = Stream::new(&device).unwrap();
     let file = tempfile::tempfile().unwrap();
-    file.set_len(64 << 10).unwrap();
+    file.set_len((64 << 10) + 1).unwrap();
     // SAFETY: nobody else has the file.
     let map = unsafe { memmap2::Mmap::map(&file) }.unwrap();
     let _current = device.make_current().unwrap();

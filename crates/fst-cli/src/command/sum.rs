@@ -22,9 +22,9 @@ const MEMORY_BUDGET: u64 = 1 << 30;
 /// How many sums all ranks together tell at once: some ten megabytes, of the 64 that a group carries.
 const TOLD_AT_ONCE: usize = 1 << 16;
 
-/// Bytes that a rank hashes between two tellings, unless one tensor has more: some seconds' work,
-/// while the others wait two minutes.
-const HASHED_AT_ONCE: u64 = 8 << 30;
+/// Bytes that a rank hashes between two tellings for each second of the deadline at which the others
+/// give up, unless one tensor has more: a fraction of what a core hashes in a second.
+const HASHED_PER_SECOND: u64 = 64 << 20;
 
 /// The sum of one rank's shard; it travels between processes.
 #[derive(Serialize, Deserialize)]
@@ -177,7 +177,8 @@ fn sums_of_all(
     let mut all: Vec<Vec<ShardSum>> = (0..group.world_size()).map(|_| Vec::new()).collect();
     let mut left = tensors;
     loop {
-        let (now, later) = left.split_at(portion(left, at_once));
+        let bytes = HASHED_PER_SECOND.saturating_mul(group.deadline().as_secs().max(1));
+        let (now, later) = left.split_at(portion(left, at_once, bytes));
         left = later;
         // The others wait for these sums.
         let sums = sums_of(group.rank(), now, threads)
@@ -200,12 +201,12 @@ fn sums_of_all(
     }
 }
 
-/// How many of `tensors` to hash before their sums are told.
-fn portion(tensors: &[&Tensor], at_once: usize) -> usize {
+/// How many of `tensors` to hash before their sums are told: of `most` bytes, if there are several.
+fn portion(tensors: &[&Tensor], at_once: usize, most: u64) -> usize {
     let mut bytes = 0u64;
     let fit = tensors.iter().take(at_once).take_while(|tensor| {
         bytes = bytes.saturating_add(tensor.byte_len() as u64);
-        bytes <= HASHED_AT_ONCE
+        bytes <= most
     });
     fit.count().max(1).min(tensors.len())
 }

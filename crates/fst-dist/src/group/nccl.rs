@@ -421,7 +421,7 @@ impl NcclGroup {
             let code = unsafe { (self.nccl.comm_get_async_error)(comm, &mut state) };
             self.nccl.ok("ncclCommGetAsyncError", code)?;
             if state != IN_PROGRESS {
-                self.nccl.ok(op, state).map_err(|error| self.explained(error))?;
+                self.nccl.ok(op, state)?;
                 if done()? {
                     return Ok(());
                 }
@@ -441,8 +441,11 @@ impl NcclGroup {
         }
     }
 
-    /// What the other ranks tell of a failure, which may come a moment after NCCL notices it.
+    /// What the other ranks tell of a failure of NCCL, which may come a moment after NCCL notices it.
     fn explained(&self, error: GroupError) -> GroupError {
+        if !matches!(error, GroupError::Nccl { .. }) {
+            return error;
+        }
         let start = Instant::now();
         while start.elapsed() < WORD {
             if let Some(known) = self.control.failure() {
@@ -459,7 +462,7 @@ impl NcclGroup {
 
     /// Tells the other ranks, aborts the communicator and waits for its kernels to leave.
     fn fail(&self, error: GroupError) -> GroupError {
-        let error = broke(&*self.control, error);
+        let error = broke(&*self.control, self.explained(error));
         if let Some(OwnedComm { comm, .. }) = self.lock().take() {
             // SAFETY: taken out of its place: aborted once, and used by nobody after.
             unsafe { (self.nccl.comm_abort)(comm) };

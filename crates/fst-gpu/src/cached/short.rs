@@ -8,8 +8,8 @@
 
 use crate::pipeline::{CopyOp, joined, source_range};
 
-/// Shortest run that is copied straight out of a mapping, in bytes.
-pub(super) const LEAST_DIRECT: u64 = 64 << 10;
+/// Longest run that a driver may copy itself, in bytes; longer ones go straight out of a mapping.
+const MOST_BY_DRIVER: u64 = 64 << 10;
 
 /// Short runs that lie at most this many bytes apart are read at once.
 const GAP: u64 = 64 << 10;
@@ -43,8 +43,8 @@ pub(super) fn part(ops: &[CopyOp], most: u64) -> Result<(Vec<CopyOp>, Vec<Cluste
         };
         match run {
             0 => {}
-            LEAST_DIRECT.. => direct.push(op),
-            _ => short.push((start, end, op)),
+            1..=MOST_BY_DRIVER => short.push((start, end, op)),
+            _ => direct.push(op),
         }
     }
     short.sort_by_key(|(start, ..)| *start);
@@ -135,9 +135,9 @@ mod tests {
             job: StridedJob { src: 0, dst: 0, rows: 2, cols, src_pitch: cols },
         };
         let is_direct = |op| part(&[op], 4 << 20).unwrap().1.is_empty();
-        assert!(is_direct(rows(64 << 10, 65 << 10)));
-        assert!(!is_direct(rows(63 << 10, 65 << 10)));
-        assert!(is_direct(job(32 << 10)));
-        assert!(!is_direct(job(31 << 10)));
+        assert!(is_direct(rows((64 << 10) + 1, 65 << 10)));
+        assert!(!is_direct(rows(64 << 10, 65 << 10)));
+        assert!(is_direct(job((32 << 10) + 1)));
+        assert!(!is_direct(job(32 << 10)));
     }
 }

@@ -37,8 +37,8 @@ pub struct BatchAttributes {
     flags: u32,
 }
 
-/// Shorter copies may be made by the driver itself: from pageable memory they are up to this length.
-const LEAST_FROM_FILE: usize = 64 << 10;
+/// Copies of up to so many bytes may be made by the driver itself, as from pageable memory they are.
+const MOST_BY_DRIVER: usize = 64 << 10;
 
 /// What an address must be for a call.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -84,7 +84,7 @@ fn copy(
             HostKind::Mixed => return Err(ERROR_INVALID_VALUE),
         }
     }
-    if w.host.is_file(src) && shape.width < LEAST_FROM_FILE {
+    if w.host.is_file(src) && shape.width <= MOST_BY_DRIVER {
         w.violation(format!(
             "{} bytes copied straight out of a file's mapping: a driver may read so few itself, and \
              meets a signal where the file was cut off",
