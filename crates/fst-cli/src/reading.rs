@@ -1,5 +1,7 @@
 //! What `load` and `sum` have in common: a loader made of the command line and stopped by ctrl-C.
 
+use std::collections::HashSet;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use fst::{CancelToken, Checkpoint, Error, Loader, TensorInfo};
@@ -7,6 +9,7 @@ use fst::{CancelToken, Checkpoint, Error, Loader, TensorInfo};
 use crate::args::{Reading, Select};
 use crate::failure::Failure;
 use crate::interrupt;
+use crate::text;
 
 /// A loader that does what the command line says.
 pub(crate) fn loader(reading: &Reading) -> Result<Loader, Failure> {
@@ -28,6 +31,60 @@ pub(crate) fn select(loader: Loader, select: &Select) -> Loader {
 /// Opens the checkpoint that `paths` name together.
 pub(crate) fn open(paths: &[PathBuf]) -> Result<Checkpoint, Failure> {
     Checkpoint::open_all(paths).map_err(Failure::of)
+}
+
+/// Refuses to write over what is read: a file of the checkpoint, by whatever name, or an index.
+pub(crate) fn spare<'p>(
+    checkpoint: &Checkpoint,
+    paths: &[PathBuf],
+    outputs: impl IntoIterator<Item = &'p Option<PathBuf>>,
+) -> Result<(), Failure> {
+    let place = |file: std::fs::Metadata| (file.dev(), file.ino());
+    let shards = checkpoint.shards().iter();
+    let shards = shards.map(|shard| (shard.file_metadata().dev(), shard.file_metadata().ino()));
+    let given = paths.iter().filter_map(|path| path.metadata().ok()).map(place);
+    let read: HashSet<(u64, u64)> = shards.chain(given).collect();
+    for path in outputs.into_iter().flatten() {
+        let Ok(there) = path.metadata() else { continue };
+        if read.contains(&place(there)) || path.to_string_lossy().ends_with(".index.json") {
+            return Err(Failure::at(path, "belongs to a checkpoint, and is not written over"));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses to fill more memory than there is: the system would end programs, this one or others.
+/// Whatever is converted or sliced is left to the system, as are limits of a group of processes.
+pub(crate) fn check_memory(
+    checkpoint: &Checkpoint,
+    select: &Select,
+    paths: &[PathBuf],
+) -> Result<(), Failure> {
+    let Some(available) = available_memory() else { return Ok(()) };
+    let selected = selected(checkpoint, select).map_err(|e| failure(paths, checkpoint, &e))?;
+    let needed = selected.iter().fold(0u64, |sum, tensor| sum.saturating_add(tensor.byte_len()));
+    if needed <= available {
+        return Ok(());
+    }
+    let what = format!(
+        "needs {} of memory, and {} are available; load a part with --select, or --map it",
+        text::bytes(needed),
+        text::bytes(available)
+    );
+    Err(match paths.first() {
+        Some(path) => Failure::at(path, what),
+        None => Failure::of(what),
+    })
+}
+
+/// Memory that can be had without ending anybody, swap included (`proc_meminfo(5)`).
+fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let field = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        line.trim().strip_suffix(" kB")?.parse::<u64>().ok()
+    };
+    Some((field("MemAvailable:")? + field("SwapFree:").unwrap_or(0)) * 1024)
 }
 
 /// The tensors that match any of the patterns, or all where there are none. As with a load, each

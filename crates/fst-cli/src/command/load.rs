@@ -64,6 +64,7 @@ fn refuse(args: &LoadArgs) -> Result<(), Failure> {
 
 fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
     let checkpoint = reading::open(paths)?;
+    reading::spare(&checkpoint, paths, [&args.trace, &args.plot])?;
     let mut loader = reading::loader(&args.reading)?;
     if let Some(dtype) = args.dtype {
         loader = loader.dtype(dtype);
@@ -83,6 +84,10 @@ fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
     }
     if let Some(group) = args.ranks.dist {
         return ranks::load_as_one(args, paths, &checkpoint, loader, group);
+    }
+    let whole = args.dtype.is_none() && args.slice.is_empty();
+    if whole && !args.map && !args.reading.device().is_cuda() {
+        reading::check_memory(&checkpoint, &args.reading.select, paths)?;
     }
     let progress = Progress::new("loading", 0, !args.reading.no_progress);
     let bar = progress.bar();
@@ -108,6 +113,11 @@ fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
         return text::print_json(&figures).map_err(Failure::output);
     }
     let mut out = render(args, report, &figures, paths);
+    if let Some(path) = &args.verify {
+        let tensors = counted(tensors.len() as u64, "tensor");
+        let line = format!("{tensors} verified by {}", visible(&path.display().to_string()));
+        out += &format!("\n{}\n", styled(RESULT, line));
+    }
     for (path, what) in
         [(&args.trace, "Timeline, for https://ui.perfetto.dev"), (&args.plot, "Throughput")]
     {

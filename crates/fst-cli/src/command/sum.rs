@@ -55,6 +55,7 @@ pub(crate) fn run(args: &SumArgs) -> Result<(), Failure> {
         args.together.without_ranks()?;
     }
     let checkpoint = reading::open(&args.paths)?;
+    reading::spare(&checkpoint, &args.paths, [&args.output])?;
     let mut loader = reading::loader(&args.reading)?;
     for slice in &args.slice {
         loader = loader.slice(&slice.name, slice.dim, slice.range.clone());

@@ -307,6 +307,41 @@ fn what_cannot_be_done_here_is_an_error() {
 }
 
 #[test]
+fn more_than_there_is_memory_for_is_refused_before_it_is_read() {
+    let folder = Folder::new();
+    let path = folder.join("large.safetensors");
+    let len = 8u64 << 40;
+    let header = format!(r#"{{"a":{{"dtype":"U8","shape":[{len}],"data_offsets":[0,{len}]}}}}"#);
+    crate::fixture::write_raw(&path, &header, &[]);
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.set_len(8 + header.len() as u64 + len).unwrap();
+    let run = run(["load", path.to_str().unwrap()]);
+    let start = format!("{}: needs 8.80 TB of memory, and ", path.display());
+    assert!(run.error().starts_with(&start), "{}", run.stderr);
+}
+
+#[test]
+fn files_of_a_checkpoint_are_not_written_over() {
+    let folder = Folder::new();
+    let path = folder.synth("c", &["--model", "gpt2", "--layers", "0", "--shrink", "16"]);
+    let file = path.join("model.safetensors");
+    let link = folder.join("link.svg");
+    std::os::unix::fs::symlink(&file, &link).unwrap();
+    let before = std::fs::read(&file).unwrap();
+    let (path, file) = (path.to_str().unwrap(), file.to_str().unwrap());
+    for args in [
+        ["sum", path, "-o", file],
+        ["load", path, "--trace", file],
+        ["load", path, "--plot", link.to_str().unwrap()],
+    ] {
+        let run = run(args);
+        let told = format!("{}: belongs to a checkpoint, and is not written over", args[3]);
+        assert_eq!(run.error(), told, "{}", run.stderr);
+    }
+    assert!(std::fs::read(file).unwrap() == before);
+}
+
+#[test]
 fn a_file_cut_short_is_an_error_that_names_it() {
     let folder = Folder::new();
     let path = folder.synth("c", &["--model", "gpt2", "--layers", "0", "--shrink", "16"]);

@@ -295,6 +295,9 @@ fn a_manifest_is_written_and_loads_are_held_to_it() {
         assert_eq!(json["stages"]["verify"]["bytes"], json["bytes"], "{extra:?}");
     }
 
+    let out = run(["load", path_text, "--verify", manifest_text]).stdout;
+    assert!(out.ends_with(&format!("\n17 tensors verified by {manifest_text}\n")), "{out}");
+
     // One bit of one tensor.
     let file = path.join("model.safetensors");
     let mut bytes = std::fs::read(&file).unwrap();
