@@ -1,6 +1,7 @@
 //! `fst load`: what it reports, and the demonstration.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
@@ -180,16 +181,21 @@ fn map_brings_everything_in_without_reading() {
 }
 
 /// Pages come in by calls that nothing can end: nobody waits for them.
-#[test]
-fn ctrl_c_ends_a_mapping() {
-    let folder = Folder::new();
+/// A checkpoint of one tensor of so many bytes, of which nothing is on the drive.
+fn hole(folder: &Folder, len: u64) -> PathBuf {
     let path = folder.join("large.safetensors");
-    // A hole: half a minute's work, and nothing on the drive.
-    let len = 64u64 << 30;
     let header = format!(r#"{{"a":{{"dtype":"U8","shape":[{len}],"data_offsets":[0,{len}]}}}}"#);
     crate::fixture::write_raw(&path, &header, &[]);
     let file = std::fs::File::options().write(true).open(&path).unwrap();
     file.set_len(8 + header.len() as u64 + len).unwrap();
+    path
+}
+
+#[test]
+fn ctrl_c_ends_a_mapping() {
+    let folder = Folder::new();
+    // Half a minute's work.
+    let path = hole(&folder, 64 << 30);
     // Some pages have come.
     let came = |child: &Child| {
         let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
@@ -309,12 +315,7 @@ fn what_cannot_be_done_here_is_an_error() {
 #[test]
 fn more_than_there_is_memory_for_is_refused_before_it_is_read() {
     let folder = Folder::new();
-    let path = folder.join("large.safetensors");
-    let len = 8u64 << 40;
-    let header = format!(r#"{{"a":{{"dtype":"U8","shape":[{len}],"data_offsets":[0,{len}]}}}}"#);
-    crate::fixture::write_raw(&path, &header, &[]);
-    let file = std::fs::File::options().write(true).open(&path).unwrap();
-    file.set_len(8 + header.len() as u64 + len).unwrap();
+    let path = hole(&folder, 8 << 40);
     let run = run(["load", path.to_str().unwrap()]);
     let start = format!("{}: needs 8.80 TB of memory, and ", path.display());
     assert!(run.error().starts_with(&start), "{}", run.stderr);
