@@ -59,8 +59,34 @@ impl FromStr for GroupArg {
     }
 }
 
-/// The preset that the command line asks for.
+/// The preset that the command line asks for, for `world` ranks. Says so if it does not fit.
 pub(crate) fn preset(
+    checkpoint: &Checkpoint,
+    rule: &Rule,
+    paths: &[PathBuf],
+    world: u32,
+) -> Result<Preset, Failure> {
+    let preset = preset_asked(checkpoint, rule, paths)?;
+    warn_of_misfit(&preset, world, checkpoint, paths);
+    Ok(preset)
+}
+
+/// As [`preset`], of one rank of a group: rank 0 says what there is to say, and an error ends all.
+pub(crate) fn preset_of(
+    group: &dyn Group,
+    checkpoint: &Checkpoint,
+    rule: &Rule,
+    paths: &[PathBuf],
+) -> Result<Preset, Failure> {
+    let preset = preset_asked(checkpoint, rule, paths)
+        .inspect_err(|_| group.abort("no preset fits the names of the tensors"))?;
+    if group.rank() == 0 {
+        warn_of_misfit(&preset, group.world_size(), checkpoint, paths);
+    }
+    Ok(preset)
+}
+
+fn preset_asked(
     checkpoint: &Checkpoint,
     rule: &Rule,
     paths: &[PathBuf],
@@ -181,15 +207,13 @@ struct Report<'r> {
 const FITS: f64 = 0.5;
 
 /// Says on standard error that `preset` leaves most of the checkpoint to every one of `world` ranks.
-pub(crate) fn warn_of_misfit(
-    preset: &Preset,
-    world: u32,
-    checkpoint: &Checkpoint,
-    paths: &[PathBuf],
-) {
+fn warn_of_misfit(preset: &Preset, world: u32, checkpoint: &Checkpoint, paths: &[PathBuf]) {
+    if world < 2 {
+        return;
+    }
     let table: Vec<TensorDesc> = checkpoint.tensors().iter().map(Into::into).collect();
     let cut = preset.coverage(&table).fraction();
-    if world < 2 || cut >= FITS {
+    if cut >= FITS {
         return;
     }
     let path = paths.first().map_or(String::new(), |path| format!("{}: ", path.display()));
@@ -213,8 +237,7 @@ pub(crate) fn load_here(
     loader: &Loader,
     world: u32,
 ) -> Result<(), Failure> {
-    let preset = preset(checkpoint, &args.ranks.rule, paths)?;
-    warn_of_misfit(&preset, world, checkpoint, paths);
+    let preset = preset(checkpoint, &args.ranks.rule, paths, world)?;
     let loader = loader.clone().preset(preset.clone());
     let devices = args.reading.device().of_ranks(world)?;
     let together = &args.ranks.together;
@@ -232,12 +255,7 @@ pub(crate) fn load_as_one(
     group: GroupArg,
 ) -> Result<(), Failure> {
     let (group, loader) = join(group, &args.reading, &args.ranks.together, loader)?;
-    let preset = preset(checkpoint, &args.ranks.rule, paths).inspect_err(|_| {
-        group.abort("no preset fits the names of the tensors");
-    })?;
-    if group.rank() == 0 {
-        warn_of_misfit(&preset, group.world_size(), checkpoint, paths);
-    }
+    let preset = preset_of(&*group, checkpoint, &args.ranks.rule, paths)?;
     let loader = loader.preset(preset.clone()).group(group.clone());
     let fail = |error| reading::failure(paths, checkpoint, &error);
     let tensors = loader.load(checkpoint).map_err(fail)?;

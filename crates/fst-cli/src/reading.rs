@@ -1,6 +1,7 @@
 //! What `load` and `sum` have in common: a loader made of the command line and stopped by ctrl-C.
 
 use std::collections::HashSet;
+use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -39,14 +40,13 @@ pub(crate) fn spare<'p>(
     paths: &[PathBuf],
     outputs: impl IntoIterator<Item = &'p Option<PathBuf>>,
 ) -> Result<(), Failure> {
-    let place = |file: std::fs::Metadata| (file.dev(), file.ino());
-    let shards = checkpoint.shards().iter();
-    let shards = shards.map(|shard| (shard.file_metadata().dev(), shard.file_metadata().ino()));
-    let given = paths.iter().filter_map(|path| path.metadata().ok()).map(place);
+    let place = |file: &Metadata| (file.dev(), file.ino());
+    let shards = checkpoint.shards().iter().map(|shard| place(shard.file_metadata()));
+    let given = paths.iter().filter_map(|path| Some(place(&path.metadata().ok()?)));
     let read: HashSet<(u64, u64)> = shards.chain(given).collect();
     for path in outputs.into_iter().flatten() {
         let Ok(there) = path.metadata() else { continue };
-        if read.contains(&place(there)) || path.to_string_lossy().ends_with(".index.json") {
+        if read.contains(&place(&there)) || path.to_string_lossy().ends_with(".index.json") {
             return Err(Failure::at(path, "belongs to a checkpoint, and is not written over"));
         }
     }

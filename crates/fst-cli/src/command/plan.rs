@@ -128,11 +128,10 @@ impl Figures {
 pub(crate) fn run(args: &PlanArgs) -> Result<(), Failure> {
     check(args)?;
     let checkpoint = reading::open(&args.paths)?;
-    let preset = ranks::preset(&checkpoint, &args.rule, &args.paths)?;
+    let preset = ranks::preset(&checkpoint, &args.rule, &args.paths, args.world)?;
     let measured = measure(args, &checkpoint)?;
     let topology = topology(args, measured.as_ref());
     let name = preset.name();
-    ranks::warn_of_misfit(&preset, args.world, &checkpoint, &args.paths);
     let began = std::time::Instant::now();
     let plan = reading::select(Loader::new(), &args.select)
         .topology(topology)

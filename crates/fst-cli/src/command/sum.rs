@@ -128,8 +128,7 @@ fn shards(
     checkpoint: &Checkpoint,
     world: u32,
 ) -> Result<(), Failure> {
-    let preset = ranks::preset(checkpoint, &args.rule, &args.paths)?;
-    ranks::warn_of_misfit(&preset, world, checkpoint, &args.paths);
+    let preset = ranks::preset(checkpoint, &args.rule, &args.paths, world)?;
     let loader = loader.clone().preset(preset);
     let devices = args.reading.device().of_ranks(world)?;
     let threads = cores() / world as usize;
@@ -148,12 +147,7 @@ fn shards_as_one(
     group: GroupArg,
 ) -> Result<(), Failure> {
     let (group, loader) = ranks::join(group, &args.reading, &args.together, loader)?;
-    let preset = ranks::preset(checkpoint, &args.rule, &args.paths).inspect_err(|_| {
-        group.abort("no preset fits the names of the tensors");
-    })?;
-    if group.rank() == 0 {
-        ranks::warn_of_misfit(&preset, group.world_size(), checkpoint, &args.paths);
-    }
+    let preset = ranks::preset_of(&*group, checkpoint, &args.rule, &args.paths)?;
     let loader = loader.preset(preset).group(group.clone());
     let fail = |error| reading::failure(&args.paths, checkpoint, &error);
     let tensors = loader.load(checkpoint).map_err(fail)?;
