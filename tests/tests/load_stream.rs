@@ -269,6 +269,31 @@ fn a_full_budget_stalls_says_so_and_goes_on() {
 }
 
 #[test]
+fn a_converting_stream_needs_its_largest_tensor_once() {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.safetensors");
+    let data = noise(8 << 20, 3);
+    let views = (0..4).map(|i| {
+        let part = &data[i << 21..(i + 1) << 21];
+        (format!("t{i}"), TensorView::new(OfficialDtype::BF16, vec![1 << 20], part).unwrap())
+    });
+    safetensors::serialize_to_file(views, None, &path).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let loader = Loader::new().dtype(Dtype::F32).memory_budget(1);
+    let Err(Error::Budget { needed, .. }) = loader.stream(&checkpoint) else { panic!("fits") };
+    // A tensor of 4 MiB, and 12 MiB of scratch memory.
+    assert!(needed < (4 << 20) + (13 << 20), "{needed}");
+    let loaded = Loader::new().dtype(Dtype::F32).load(&checkpoint).unwrap();
+    let mut stream = loader.memory_budget(needed).stream(&checkpoint).unwrap();
+    for tensor in &mut stream {
+        let tensor = tensor.unwrap();
+        assert!(tensor.bytes().unwrap() == loaded.get(tensor.name()).unwrap().bytes().unwrap());
+    }
+    assert!(stream.peak_bytes() <= needed);
+}
+
+#[test]
 fn the_process_never_grows_past_the_budget() {
     let _alone = alone();
     let rng = &mut Rng(11);

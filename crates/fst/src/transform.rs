@@ -169,7 +169,7 @@ impl TransformPlan {
         let mut extents = Vec::new();
         let mut owners = Vec::new();
         let mut arenas: Vec<(u64, u64)> = Vec::new();
-        let mut work = Vec::with_capacity(pieces.len());
+        let mut work: Vec<Work> = Vec::with_capacity(pieces.len());
         for (index, piece) in pieces.iter().enumerate() {
             let Piece { file, start, runs, cast, len } = *piece;
             let mut push = |range: Range<u64>| {
@@ -198,7 +198,15 @@ impl TransformPlan {
             let dest = Dest { arena: arenas.len() - 1, offset, len };
             work.push(Work { start, runs, cast, dest });
         }
-        let plan = ReadPlan::new(extents, limits)?;
+        // A block that led to two arenas would need the memory of both at once. Where each piece has
+        // an arena of its own, that memory is there already, and blocks may have many pieces.
+        let plan = match arena {
+            0 => ReadPlan::new(extents, limits)?,
+            _ => {
+                let arena_of = |extent: usize| work[owners[extent] as usize].dest.arena;
+                ReadPlan::grouped(extents, arena_of, limits)?
+            }
+        };
         Ok(Self { plan, work, owners, arenas })
     }
 

@@ -156,19 +156,38 @@ impl ReadPlan {
     /// [`PlanError`] when the extents are not sorted, overlap or overflow, or when `limits.align`
     /// is not a power of two.
     pub fn new(extents: Vec<Extent>, limits: Limits) -> Result<Self, PlanError> {
+        Self::grouped(extents, |_| 0, limits)
+    }
+
+    /// The same, with no block that has bytes of two groups: where the group of an extent, given
+    /// by its index, differs from that of the extent before, a new segment begins. The pages that
+    /// two groups share are read for each.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn grouped(
+        extents: Vec<Extent>,
+        group: impl Fn(usize) -> usize,
+        limits: Limits,
+    ) -> Result<Self, PlanError> {
         check(&extents, &limits)?;
         let limits =
             Limits { block: (limits.block / limits.align).max(1) * limits.align, ..limits };
         let mut plan = Self { limits, segments: Vec::new(), blocks: Vec::new(), extents };
         let mut next = 0;
         while next < plan.extents.len() {
-            next = plan.push_segment(next)?;
+            next = plan.push_segment(next, &group)?;
         }
         Ok(plan)
     }
 
     /// Appends the segment that starts with extent number `first`; says which extent comes next.
-    fn push_segment(&mut self, first: usize) -> Result<usize, PlanError> {
+    fn push_segment(
+        &mut self,
+        first: usize,
+        group: impl Fn(usize) -> usize,
+    ) -> Result<usize, PlanError> {
         let head = self.extents[first];
         if head.len == 0 {
             return Ok(first + 1);
@@ -183,7 +202,8 @@ impl ReadPlan {
             }
             if extent.len != 0 {
                 let fits = extent.end() - start <= self.limits.segment;
-                if extent.offset - end > self.limits.gap || !fits {
+                let far = extent.offset - end > self.limits.gap;
+                if far || !fits || group(next) != group(first) {
                     break;
                 }
                 end = extent.end();

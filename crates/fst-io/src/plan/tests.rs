@@ -100,7 +100,7 @@ proptest::proptest! {
     #[test]
     fn plans_are_exact(
         steps in proptest::collection::vec((0u64..90, 0u64..300, proptest::bool::weighted(0.1)), 0..30),
-        block in 16u64..200, gap in 0u64..60, segment in 1u64..500,
+        block in 16u64..200, gap in 0u64..60, segment in 1u64..500, per_group in 1usize..5,
     ) {
         let (mut file, mut at) = (0, 0);
         let mut extents = Vec::new();
@@ -109,6 +109,16 @@ proptest::proptest! {
             extents.push(Extent::new(file, at + skip..at + skip + len));
             at += skip + len;
         }
-        check_plan(&ReadPlan::new(extents, limits(block, gap, segment)).unwrap());
+        check_plan(&ReadPlan::new(extents.clone(), limits(block, gap, segment)).unwrap());
+        let group = |extent| extent / per_group;
+        let grouped = ReadPlan::grouped(extents, group, limits(block, gap, segment)).unwrap();
+        check_plan(&grouped);
+        for block in grouped.blocks() {
+            // Empty extents in between belong to no block.
+            let filled = |e: &u32| grouped.extents()[*e as usize].len > 0;
+            let mut groups = block.extents.clone().filter(filled).map(|e| group(e as usize));
+            let first = groups.next();
+            proptest::prop_assert!(groups.all(|other| Some(other) == first), "{block:?}");
+        }
     }
 }
