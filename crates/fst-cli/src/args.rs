@@ -84,7 +84,8 @@ impl Reading {
 /// What each rank of several keeps.
 #[derive(Debug, Args)]
 pub(crate) struct Rule {
-    /// How ranks share the tensors: llama, gpt2, falcon, bloom, moe, or auto to go by their names
+    /// How ranks share the tensors: llama, gpt2, falcon, bloom, gpt-neox, opt, moe,
+    /// replicate (all keep all), or auto to go by their names
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub(crate) preset: PresetArg,
     /// Elements of an attention head: heads then stay whole

@@ -203,10 +203,11 @@ struct Report<'r> {
     ranks: &'r [Rank],
 }
 
-/// A preset that cuts less than this share of a checkpoint's bytes is hardly for its family.
-const FITS: f64 = 0.5;
+/// A preset that cuts less than this share of a checkpoint's bytes is not for its family: those that
+/// a preset is for have few bytes in norms, small projections and positions.
+const FITS: f64 = 0.9;
 
-/// Says on standard error that `preset` leaves most of the checkpoint to every one of `world` ranks.
+/// Says on standard error that `preset` leaves too much of the checkpoint to every one of `world` ranks.
 fn warn_of_misfit(preset: &Preset, world: u32, checkpoint: &Checkpoint, paths: &[PathBuf]) {
     if world < 2 {
         return;

@@ -16,7 +16,10 @@ enum Family {
     Gpt2,
     Falcon,
     Bloom,
+    NeoX,
+    Opt,
     Moe,
+    Replicate,
 }
 
 /// What becomes of a mixture-of-experts model's experts.
@@ -94,13 +97,31 @@ impl Preset {
         Self::of(Family::Bloom)
     }
 
+    /// GPT-NeoX and Pythia: query, key and value fused, interleaved by head.
+    #[must_use]
+    pub fn gpt_neox() -> Self {
+        Self::of(Family::NeoX)
+    }
+
+    /// OPT, and other transformers whose layers have `q_proj`, `out_proj`, `fc1` and `fc2`.
+    #[must_use]
+    pub fn opt() -> Self {
+        Self::of(Family::Opt)
+    }
+
+    /// Every rank keeps every tensor: for families without cuts here, such as T5, BERT and Mamba.
+    #[must_use]
+    pub fn replicate() -> Self {
+        Self::of(Family::Replicate)
+    }
+
     /// Mixture of experts (Mixtral, Qwen-MoE, DeepSeek): the Llama cuts, and whole experts on ranks.
     #[must_use]
     pub fn moe() -> Self {
         Self::of(Family::Moe)
     }
 
-    /// The preset of that name: llama, gpt2, falcon, bloom or moe.
+    /// The preset of that name, one of [`NAMES`](Self::NAMES).
     #[must_use]
     pub fn named(name: &str) -> Option<Self> {
         Some(match name {
@@ -108,13 +129,17 @@ impl Preset {
             "gpt2" => Self::gpt2(),
             "falcon" => Self::falcon(),
             "bloom" => Self::bloom(),
+            "gpt-neox" => Self::gpt_neox(),
+            "opt" => Self::opt(),
             "moe" => Self::moe(),
+            "replicate" => Self::replicate(),
             _ => return None,
         })
     }
 
     /// The names that [`named`](Self::named) knows.
-    pub const NAMES: [&str; 5] = ["llama", "gpt2", "falcon", "bloom", "moe"];
+    pub const NAMES: [&str; 8] =
+        ["llama", "gpt2", "falcon", "bloom", "gpt-neox", "opt", "moe", "replicate"];
 
     /// This preset's name.
     #[must_use]
@@ -124,14 +149,18 @@ impl Preset {
             Family::Gpt2 => "gpt2",
             Family::Falcon => "falcon",
             Family::Bloom => "bloom",
+            Family::NeoX => "gpt-neox",
+            Family::Opt => "opt",
             Family::Moe => "moe",
+            Family::Replicate => "replicate",
         }
     }
 
-    /// The preset that fits a checkpoint's tensor names, if one does.
+    /// The preset that fits a checkpoint's tensor names, if one does: [`replicate`](Self::replicate)
+    /// where the family is known and has no cuts here.
     #[must_use]
     pub fn detect<'a>(names: impl IntoIterator<Item = &'a str>) -> Option<Self> {
-        let mut found = None;
+        let (mut found, mut separate) = (None, false);
         for name in names {
             let (parent, module, _) = components(name);
             let family = match module {
@@ -142,15 +171,25 @@ impl Preset {
                     Some(Family::Bloom) => continue,
                     _ => Family::Falcon,
                 },
+                "query_key_value" if parent == "attention" => Family::NeoX,
+                // Beside a `q_proj`; alone it is of a family that has its own names for the rest.
+                "fc1" | "out_proj" => Family::Opt,
                 "q_proj" | "qkv_proj" | "q_b_proj" => Family::Llama,
+                // T5, BERT, Mamba.
+                "q" if parent == "SelfAttention" => Family::Replicate,
+                "query" if parent == "self" => Family::Replicate,
+                "in_proj" | "x_proj" if parent == "mixer" => Family::Replicate,
                 _ => continue,
             };
+            separate |= module == "q_proj";
             found = match (found, family) {
                 (Some(Family::Bloom), Family::Falcon) => found,
+                (Some(Family::Opt), Family::Llama) => found,
+                (Some(found), Family::Opt) if found != Family::Llama => Some(found),
                 _ => Some(family),
             };
         }
-        found.map(Self::of)
+        found.filter(|family| *family != Family::Opt || separate).map(Self::of)
     }
 
     /// Elements of an attention head: heads then stay whole, and are shared where there are fewer than
@@ -208,6 +247,9 @@ impl PresetRules {
     #[must_use]
     pub fn shard(&self, tensor: &TensorDesc) -> Shard {
         let preset = &self.preset;
+        if preset.family == Family::Replicate {
+            return Shard::replicate();
+        }
         let (parent, module, leaf) = components(&tensor.name);
         if let Some(index) = expert(&tensor.name)
             && preset.experts != Experts::Split
@@ -221,6 +263,9 @@ impl PresetRules {
             Family::Llama | Family::Moe => llama_role(parent, module),
             Family::Gpt2 => gpt2_role(module),
             Family::Falcon | Family::Bloom => falcon_role(module),
+            Family::NeoX => neox_role(module),
+            Family::Opt => opt_role(module),
+            Family::Replicate => Role::Replicated,
         };
         let transposed = preset.family == Family::Gpt2;
         self.cut(tensor, role, leaf, transposed)
@@ -315,7 +360,7 @@ impl PresetRules {
                     None => split.into(),
                 }
             }
-            Family::Bloom => match head {
+            Family::Bloom | Family::NeoX => match head {
                 Some(head) => split.unit(3 * head).into(),
                 None => split.into(),
             },
@@ -400,6 +445,25 @@ fn gpt2_role(module: &str) -> Role {
     }
 }
 
+fn opt_role(module: &str) -> Role {
+    match module {
+        "embed_tokens" | "lm_head" => Role::Vocab,
+        "q_proj" => Role::Heads(0),
+        "k_proj" => Role::Heads(1),
+        "v_proj" => Role::Heads(2),
+        "fc1" => Role::Column,
+        "out_proj" | "fc2" => Role::Row,
+        _ => Role::Replicated,
+    }
+}
+
+fn neox_role(module: &str) -> Role {
+    match module {
+        "embed_in" | "embed_out" => Role::Vocab,
+        other => falcon_role(other),
+    }
+}
+
 /// Falcon and Bloom use the same names.
 fn falcon_role(module: &str) -> Role {
     match module {
@@ -462,6 +526,23 @@ mod tests {
     }
 
     #[test]
+    fn opt_and_neox_cut_columns_and_rows() {
+        let opt = |name: &str, shape: &[u64]| kept(&Preset::opt(), name, shape, 1, 2);
+        assert_eq!(opt("model.decoder.layers.0.fc1.weight", &[32, 8]), [16, 8]);
+        assert_eq!(opt("model.decoder.layers.0.fc1.bias", &[32]), [16]);
+        assert_eq!(opt("model.decoder.layers.0.fc2.weight", &[8, 32]), [8, 16]);
+        assert_eq!(opt("model.decoder.layers.0.fc2.bias", &[8]), [8]);
+        assert_eq!(opt("model.decoder.layers.0.self_attn.out_proj.weight", &[8, 8]), [8, 4]);
+        assert_eq!(opt("model.decoder.layers.0.self_attn.q_proj.weight", &[8, 8]), [4, 8]);
+        assert_eq!(opt("model.decoder.embed_positions.weight", &[8, 8]), [8, 8]);
+        let neox = Preset::gpt_neox().head_dim(4);
+        let neox = |name: &str, shape: &[u64]| kept(&neox, name, shape, 0, 2);
+        assert_eq!(neox("gpt_neox.layers.0.attention.query_key_value.weight", &[36, 12]), [24, 12]);
+        assert_eq!(neox("gpt_neox.layers.0.attention.dense.weight", &[12, 12]), [12, 6]);
+        assert_eq!(neox("gpt_neox.embed_in.weight", &[256, 12]), [128, 12]);
+    }
+
+    #[test]
     fn falcon_shares_its_key_and_value_head() {
         // As 7B: 71 query heads, one of key, one of value.
         let falcon = Preset::falcon().head_dim(64);
@@ -506,6 +587,24 @@ mod tests {
         let expert = "model.layers.0.mlp.experts.3.up_proj.weight";
         assert_eq!(detect(&["model.layers.0.self_attn.q_proj.weight", expert]), Some("moe"));
         assert_eq!(detect(&["foo.weight"]), None);
+        let opt = "model.decoder.layers.0.";
+        let opt = ["self_attn.q_proj.weight", "self_attn.out_proj.weight", "fc1.weight"]
+            .map(|name| format!("{opt}{name}"));
+        let [q, out, fc] = &opt;
+        for order in [[q, out, fc], [fc, q, out], [out, fc, q]] {
+            assert_eq!(detect(&order.map(|name| &name[..])), Some("opt"));
+        }
+        assert_eq!(detect(&["model.fc1.weight"]), None, "any network may have one");
+        let neox = "gpt_neox.layers.0.attention.query_key_value.weight";
+        assert_eq!(detect(&[neox]), Some("gpt-neox"));
+        let uncut = [
+            "encoder.block.0.layer.0.SelfAttention.q.weight",
+            "bert.encoder.layer.0.attention.self.query.weight",
+            "backbone.layers.0.mixer.in_proj.weight",
+        ];
+        uncut.iter().for_each(|name| assert_eq!(detect(&[name]), Some("replicate"), "{name}"));
+        let mamba = [uncut[2], "backbone.layers.0.mixer.out_proj.weight"];
+        assert_eq!(detect(&mamba), Some("replicate"));
     }
 
     #[test]

@@ -159,7 +159,7 @@ fn plans_warn_of_presets_that_do_not_fit() {
     for preset in ["llama", "moe", "auto"] {
         assert_eq!(plan(preset, "4"), "", "{preset}");
     }
-    for preset in ["gpt2", "falcon", "bloom"] {
+    for preset in ["gpt2", "falcon", "bloom", "gpt-neox", "opt", "replicate"] {
         let warning = plan(preset, "4");
         let start = format!("warning: {path}: preset {preset} cuts ");
         assert!(warning.starts_with(&start) && warning.lines().count() == 1, "{warning}");
