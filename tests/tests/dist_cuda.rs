@@ -4,6 +4,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "../../crates/fst-dist/tests/conformance/mod.rs"]
+mod conformance;
 mod dist_support;
 
 use std::collections::HashMap;
@@ -15,7 +17,6 @@ use dist_support::{
     ByName, FAMILIES, Join, LONG, Values, assert_little_moves, assert_same, expected, load_in,
     local, official, synth, values,
 };
-use fst::dist::group::conformance;
 use fst::dist::{Cause, Space, local_groups, local_groups_with};
 use fst::{Checkpoint, Device, Dtype, Engine, Error, Loader, Preset, Tensors};
 

@@ -2,10 +2,12 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod conformance;
+
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
-use fst_dist::group::{Control, HostCopier, Op, conformance};
+use fst_dist::group::{Control, HostCopier, Op};
 use fst_dist::{Dst, Group, GroupError, LocalGroup, Src};
 
 /// Runs `f` on a thread for each rank; a panic counts as no result.
@@ -41,9 +43,7 @@ fn keep_busy(group: &LocalGroup) -> Result<(), GroupError> {
 #[test]
 fn the_battery() {
     for world in [1, 2, 3, 4, 8] {
-        let results = on_ranks(LocalGroup::host(world), |group| {
-            conformance::run(&group).map_err(|failure| failure.to_string())
-        });
+        let results = on_ranks(LocalGroup::host(world), |group| conformance::run(&group));
         assert_eq!(results, vec![Some(Ok(())); world as usize]);
     }
 }

@@ -5,13 +5,15 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod conformance;
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, ExitCode, Output};
 use std::time::{Duration, Instant};
 
-use fst_dist::group::{Control, MpiGroup, conformance};
+use fst_dist::group::{Control, MpiGroup};
 use fst_dist::{Cause, Planner, ReadInto, Reader, Shard, TensorDesc, Topology, load_host};
 
 fn main() -> ExitCode {
@@ -127,7 +129,7 @@ fn act(scene: &str, path: &str) -> ExitCode {
     let group = MpiGroup::init(deadline).unwrap();
     let rank = group.rank();
     let result = match scene {
-        "battery" => conformance::run(&group).map_err(|failure| failure.to_string()),
+        "battery" => conformance::run(&group),
         "silent" if rank == 1 => {
             // Until it hears that the others have given up.
             let start = Instant::now();

@@ -8,13 +8,15 @@
 //! an abort nothing of the communicator moves any more.
 //!
 //! What a careful caller never does is counted: using a communicator after its end, ending it with work
-//! pending, sizes that differ, leaving a group open.
+//! pending, sizes that differ, leaving a group open, and ending a communicator with no context current (the real one
+//! then makes one on the first device).
 
 mod processes;
 mod world;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ffi::{c_char, c_int, c_void};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use processes::Processes;
 use world::{Op, Work, with_world};
@@ -32,6 +34,27 @@ pub struct UniqueId([u8; 128]);
 thread_local! {
     /// Depth of open groups and what they hold: communicator and work.
     static GROUP: RefCell<(u32, Vec<(usize, Work)>)> = const { RefCell::new((0, Vec::new())) };
+}
+
+/// Whether callers say which threads have a context current ([`fst_sim_nccl_context`]).
+static CONTEXTS: AtomicBool = AtomicBool::new(false);
+
+thread_local! {
+    static CURRENT: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Says whether the calling thread has a context current. Until this is called once, nobody is held to it.
+#[unsafe(no_mangle)]
+pub extern "C" fn fst_sim_nccl_context(current: c_int) {
+    CONTEXTS.store(true, Relaxed);
+    CURRENT.set(current != 0);
+}
+
+/// Counts a call that needs a current context and has none.
+fn needs_context() {
+    if CONTEXTS.load(Relaxed) && !CURRENT.get() {
+        with_world(|world| world.violations += 1);
+    }
 }
 
 fn injected(call: &str) -> Option<c_int> {
@@ -188,18 +211,21 @@ pub unsafe extern "C" fn ncclCommUserRank(comm: *mut c_void, rank: *mut c_int) -
 /// `ncclCommFinalize`.
 #[unsafe(no_mangle)]
 pub extern "C" fn ncclCommFinalize(comm: *mut c_void) -> c_int {
+    needs_context();
     with_world(|world| world.finalize(comm as usize))
 }
 
 /// `ncclCommDestroy`.
 #[unsafe(no_mangle)]
 pub extern "C" fn ncclCommDestroy(comm: *mut c_void) -> c_int {
+    needs_context();
     with_world(|world| world.end(comm as usize, false))
 }
 
 /// `ncclCommAbort`.
 #[unsafe(no_mangle)]
 pub extern "C" fn ncclCommAbort(comm: *mut c_void) -> c_int {
+    needs_context();
     with_world(|world| world.end(comm as usize, true))
 }
 

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+#[path = "../../../crates/fst-dist/tests/conformance/mod.rs"]
+mod conformance;
 #[path = "../../../crates/fst-dist/tests/port/mod.rs"]
 mod port;
 
@@ -12,7 +14,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use fst_dist::group::conformance::{self, HostScratch, Scratch};
+use conformance::{HostScratch, Scratch};
 use fst_dist::group::{Control, DeviceStream, HostCopier, Nccl, NcclGroup, Op, TcpControl};
 use fst_dist::{
     Backend, Cause, CopyAt, Dst, Group, GroupError, HostBackend, LocalGroup, Planner, ReadAt,
@@ -69,8 +71,11 @@ impl Sim {
     fn stream(&self, rank: u32) -> Box<dyn DeviceStream> {
         // SAFETY: the function has this signature, and the library stays open for ever: the path was
         // opened once more by `Nccl`, which never closes it.
-        let done = unsafe { *self.library.get("fst_sim_nccl_stream_done").unwrap() };
-        Box::new(Stream { rank, done })
+        let (done, context) = unsafe {
+            let done = *self.library.get("fst_sim_nccl_stream_done").unwrap();
+            (done, *self.library.get("fst_sim_nccl_context").unwrap())
+        };
+        Box::new(Stream { rank, done, context })
     }
 }
 
@@ -78,6 +83,16 @@ impl Sim {
 struct Stream {
     rank: u32,
     done: extern "C" fn(*mut c_void) -> c_int,
+    context: extern "C" fn(c_int),
+}
+
+/// A thread's context, current until this is dropped.
+struct Current(extern "C" fn(c_int));
+
+impl Drop for Current {
+    fn drop(&mut self) {
+        (self.0)(0);
+    }
 }
 
 // SAFETY: the simulator takes any address for a stream and tells whether its work is done.
@@ -91,7 +106,8 @@ unsafe impl DeviceStream for Stream {
     }
 
     fn make_current(&self) -> Result<Box<dyn Any>, Cause> {
-        Ok(Box::new(()))
+        (self.context)(1);
+        Ok(Box::new(Current(self.context)))
     }
 
     fn is_done(&self) -> Result<bool, Cause> {
@@ -144,7 +160,7 @@ fn the_battery() {
     for world in [1, 2, 3, 4, 8] {
         let results = on_ranks(&sim, world, LONG, |group, rank| {
             let scratch = DeviceScratch(HostScratch::default(), rank);
-            conformance::run_in(&group.unwrap(), &scratch).map_err(|failure| failure.to_string())
+            conformance::run_in(&group.unwrap(), &scratch)
         });
         assert_eq!(results, vec![Ok(()); world as usize]);
         assert_eq!(sim.violations(), 0);

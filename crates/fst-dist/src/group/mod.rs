@@ -4,7 +4,6 @@
 //! gathering of small host messages, and abort. The collectives are built on these. Every wait has a deadline; once one rank
 //! fails, every rank's waits end with an error that names it.
 
-pub mod conformance;
 mod launch;
 mod local;
 #[cfg(feature = "mpi")]

@@ -464,6 +464,7 @@ impl NcclGroup {
     fn fail(&self, error: GroupError) -> GroupError {
         let error = broke(&*self.control, self.explained(error));
         if let Some(OwnedComm { comm, .. }) = self.lock().take() {
+            let _current = self.current();
             // SAFETY: taken out of its place: aborted once, and used by nobody after.
             unsafe { (self.nccl.comm_abort)(comm) };
             let start = Instant::now();
@@ -587,6 +588,8 @@ impl Group for NcclGroup {
 
 impl Drop for NcclGroup {
     fn drop(&mut self) {
+        // With no context current, NCCL makes one on the first device to end a communicator.
+        let _current = self.current();
         if self.control.failure().is_some() {
             // Others may be gone: an orderly end would wait for them.
             if let Some(OwnedComm { comm, .. }) = self.lock().take() {
