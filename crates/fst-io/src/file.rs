@@ -68,16 +68,17 @@ impl SourceFile {
     /// [`Error::Open`], or [`Error::Changed`].
     pub fn open(path: &Path, expected: Option<&Metadata>) -> Result<Self, Error> {
         let fail = |source| Error::Open { path: path.to_owned(), source };
-        if let Some(expected) = expected {
-            // Before opening: should a named pipe have taken the name, that would block for ever.
-            Self::check_unchanged(path, expected)?;
-        }
-        let buffered = File::open(path).map_err(fail)?;
-        let found = buffered.metadata().map_err(fail)?;
+        let (buffered, found) = match open_regular(path).map_err(fail)? {
+            Some(opened) => opened,
+            None if expected.is_some() => {
+                return Err(Error::Changed { path: path.to_owned(), change: Change::Replaced });
+            }
+            None => return Err(fail(io::Error::other("not a regular file"))),
+        };
         if let Some(change) = expected.and_then(|expected| change(expected, &found)) {
             return Err(Error::Changed { path: path.to_owned(), change });
         }
-        let (direct, direct_io) = open_direct(path, &buffered, &found);
+        let (direct, direct_io) = open_direct(&buffered);
         Ok(Self {
             path: path.to_owned(),
             buffered,
@@ -190,7 +191,39 @@ impl SourceFile {
     }
 }
 
-fn open_direct(path: &Path, buffered: &File, found: &Metadata) -> (Option<File>, DirectIo) {
+/// Opens a regular file; `None` where the path leads to anything else.
+///
+/// A check of the name before opening would say nothing of what is opened then. So what it leads to is
+/// opened without waiting (a named pipe would otherwise wait for a writer, perhaps for ever), and
+/// looked at by its handle.
+fn open_regular(path: &Path) -> io::Result<Option<(File, Metadata)>> {
+    let open = |flags| OpenOptions::new().read(true).custom_flags(flags).open(path);
+    let file = match open(libc::O_NONBLOCK) {
+        Ok(file) => file,
+        // Another process holds a lease on the file, which is waited for, but only if it is a file.
+        Err(error) if error.raw_os_error() == Some(libc::EWOULDBLOCK) => {
+            let place = open(libc::O_PATH)?;
+            if !place.metadata()?.is_file() {
+                return Ok(None);
+            }
+            File::open(sys::path_of(&place))?
+        }
+        // Sockets cannot be opened, nor can devices without a driver.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENXIO | libc::ENODEV)) => {
+            return Ok(None);
+        }
+        Err(error) => return Err(error),
+    };
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Ok(None);
+    }
+    // io_uring fails a read that would wait, where the file system cannot say so and the flag is set.
+    sys::set_blocking(&file)?;
+    Ok(Some((file, metadata)))
+}
+
+fn open_direct(buffered: &File) -> (Option<File>, DirectIo) {
     let align = match sys::dio_align(buffered) {
         Ok(DioAlign::Unsupported) => return (None, DirectIo::Unsupported),
         Ok(DioAlign::Bytes { memory, offset })
@@ -202,12 +235,12 @@ fn open_direct(path: &Path, buffered: &File, found: &Metadata) -> (Option<File>,
         // system want more, its EINVAL sends the block through the page cache.
         _ => (Limits::MIN_ALIGN, Limits::MIN_ALIGN),
     };
-    match OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path) {
-        // The name may lead elsewhere by now: the two descriptors must be of one file.
-        Ok(file) if file.metadata().is_ok_and(|m| same_file(&m, found)) => {
+    // Through the handle: the name may lead elsewhere by now.
+    let same = sys::path_of(buffered);
+    match OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(same) {
+        Ok(file) => {
             (Some(file), DirectIo::Available { memory_align: align.0, offset_align: align.1 })
         }
-        Ok(_) => (None, DirectIo::Refused(libc::ESTALE)),
         Err(e) => (None, DirectIo::Refused(e.raw_os_error().unwrap_or(libc::EINVAL))),
     }
 }
@@ -278,6 +311,30 @@ mod tests {
         assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
         let error = SourceFile::open(&path, Some(&before)).unwrap_err();
         assert!(matches!(error, Error::Changed { .. }), "{error}");
+
+        let (done, opened) = std::sync::mpsc::channel();
+        std::thread::spawn(move || done.send(SourceFile::open(&path, None).map(drop)));
+        let opened = opened.recv_timeout(std::time::Duration::from_secs(60));
+        let error = opened.expect("opening waits for a writer").unwrap_err();
+        assert!(error.to_string().ends_with("not a regular file"), "{error}");
+    }
+
+    #[test]
+    fn handles_wait_and_lead_to_the_file_whatever_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        fs::write(&path, [1; 100]).unwrap();
+        let (file, _) = open_regular(&path).unwrap().unwrap();
+        // SAFETY: no memory is involved.
+        let flags = unsafe { libc::fcntl(std::os::fd::AsRawFd::as_raw_fd(&file), libc::F_GETFL) };
+        assert_eq!(flags & libc::O_NONBLOCK, 0);
+        fs::rename(&path, dir.path().join("b")).unwrap();
+        fs::write(&path, [2; 5]).unwrap();
+        assert_eq!(fs::read(sys::path_of(&file)).unwrap(), [1; 100]);
+        assert!(open_regular(dir.path()).unwrap().is_none());
+        let socket = dir.path().join("s");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        assert!(open_regular(&socket).unwrap().is_none());
     }
 
     #[test]
