@@ -117,6 +117,13 @@ pub enum Change {
     /// It was written to.
     #[error("it was written to")]
     Written,
+    /// Its status changed (`ctime`), its length and modification time did not, and no other name,
+    /// mode or owner explains it.
+    #[error(
+        "its status change time is another while its modification time is not: it was written to and \
+         the time was set back, or its attributes were set"
+    )]
+    Status,
     /// Its name leads to another file now.
     #[error("another file took its name")]
     Replaced,

@@ -54,14 +54,15 @@ pub struct SourceFile {
     /// Set when a direct read was refused at run time (EINVAL): later blocks do not try again.
     direct_off: AtomicBool,
     len: u64,
-    expected: Metadata,
+    expected: Identity,
 }
 
 impl SourceFile {
     /// Opens `path` for reading, and for direct reading where the file system allows it.
     ///
     /// `expected` is what the file was when its header was read; a file that is another by now is
-    /// refused. With `None`, the file as it is found is the expected one.
+    /// refused, as [`verify_unchanged`](Self::verify_unchanged) describes. With `None`, the file as it
+    /// is found is the expected one.
     ///
     /// # Errors
     ///
@@ -75,7 +76,8 @@ impl SourceFile {
             }
             None => return Err(fail(io::Error::other("not a regular file"))),
         };
-        if let Some(change) = expected.and_then(|expected| change(expected, &found)) {
+        let (len, found) = (found.len(), Identity::of(&found));
+        if let Some(change) = expected.and_then(|was| Identity::of(was).change(&found)) {
             return Err(Error::Changed { path: path.to_owned(), change });
         }
         let (direct, direct_io) = open_direct(&buffered);
@@ -85,7 +87,7 @@ impl SourceFile {
             direct,
             direct_io,
             direct_off: AtomicBool::new(false),
-            len: found.len(),
+            len,
             expected: found,
         })
     }
@@ -159,35 +161,98 @@ impl SourceFile {
         self.direct_off.store(true, Relaxed);
     }
 
-    /// Checks that the file is still what it was when it was opened: same length, not written to,
-    /// and that its path still leads to it.
+    /// Checks that the file is still what it was when it was opened, by its handle, and that its path
+    /// does not lead to another file.
+    ///
+    /// - Its length and modification time must be the same, and its status change time (`ctime`) too,
+    ///   which nobody can set back. What moves that time and leaves the bytes alone is accepted where
+    ///   it shows: another number of links, another mode or owner, and a rename.
+    /// - A file that was removed or renamed is read from its handle, and is no error. Neither is an
+    ///   inode number that differs, as some file systems (FUSE) give out a new one at each look-up: a
+    ///   path leads to another file if any of the times or the length differs as well.
     ///
     /// # Errors
     ///
-    /// [`Error::Changed`], or [`Error::Open`] when the path is gone.
+    /// [`Error::Changed`], or [`Error::Open`] when the system cannot tell of the open file.
     pub fn verify_unchanged(&self) -> Result<(), Error> {
         let path = || self.path.clone();
-        let fail = |source| Error::Open { path: path(), source };
-        let changed = |change| Error::Changed { path: path(), change };
-        let now = self.buffered.metadata().map_err(fail)?;
-        if let Some(change) = change(&self.expected, &now) {
-            return Err(changed(change));
-        }
-        Self::check_unchanged(&self.path, &self.expected)
-    }
-
-    /// Checks that `path` leads to the file that `expected` describes, as it was then.
-    pub(crate) fn check_unchanged(path: &Path, expected: &Metadata) -> Result<(), Error> {
-        let fail = |source| Error::Open { path: path.to_owned(), source };
-        let by_name = std::fs::metadata(path).map_err(fail)?;
-        match change(expected, &by_name) {
-            Some(change) => Err(Error::Changed { path: path.to_owned(), change }),
+        let now = self.buffered.metadata();
+        let now = now.map_err(|source| Error::Open { path: path(), source })?;
+        let by_name = std::fs::metadata(&self.path).ok();
+        let by_name = by_name.as_ref().map(Identity::of);
+        match self.expected.change_of_open(&Identity::of(&now), by_name.as_ref()) {
+            Some(change) => Err(Error::Changed { path: path(), change }),
             None => Ok(()),
         }
     }
 
-    pub(crate) fn expected(&self) -> &Metadata {
-        &self.expected
+    pub(crate) fn expected(&self) -> Identity {
+        self.expected
+    }
+}
+
+/// What tells that a file is the one that it was, and was not written to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Identity {
+    /// Device and inode.
+    place: (u64, u64),
+    len: u64,
+    /// Seconds and nanoseconds of the last write, as anybody may have set them.
+    modified: (i64, i64),
+    /// Of the last write or change of what follows, by the file system's clock.
+    status: (i64, i64),
+    links: u64,
+    /// Mode, user and group.
+    rights: (u32, u32, u32),
+}
+
+impl Identity {
+    pub(crate) fn of(file: &Metadata) -> Self {
+        Self {
+            place: (file.dev(), file.ino()),
+            len: file.len(),
+            modified: (file.mtime(), file.mtime_nsec()),
+            status: (file.ctime(), file.ctime_nsec()),
+            links: file.nlink(),
+            rights: (file.mode(), file.uid(), file.gid()),
+        }
+    }
+
+    /// How the file that a path or handle leads to now differs from this one.
+    fn change(&self, now: &Self) -> Option<Change> {
+        let same = self.place == now.place;
+        if self.len != now.len {
+            let (was, now) = (self.len, now.len);
+            Some(if same { Change::Length { was, now } } else { Change::Replaced })
+        } else if self.modified != now.modified {
+            Some(if same { Change::Written } else { Change::Replaced })
+        } else if self.status == now.status {
+            // An inode number alone says nothing.
+            None
+        } else if !same {
+            Some(Change::Replaced)
+        } else if (self.links, self.rights) != (now.links, now.rights) {
+            None
+        } else {
+            Some(Change::Status)
+        }
+    }
+
+    /// As [`change`](Self::change), of a file that stayed open, and of what its name leads to.
+    fn change_of_open(&self, handle: &Self, name: Option<&Self>) -> Option<Change> {
+        let elsewhere = name.is_none_or(|name| handle.change(name) == Some(Change::Replaced));
+        // A rename is a change of status that only the name shows.
+        let by_handle = self.change(handle).filter(|c| *c != Change::Status || !elsewhere);
+        by_handle.or_else(|| handle.change(name?))
+    }
+
+    /// Checks what `path` leads to, if anything.
+    pub(crate) fn check_name(&self, path: &Path) -> Result<(), Error> {
+        let Ok(by_name) = std::fs::metadata(path) else { return Ok(()) };
+        match self.change(&Self::of(&by_name)) {
+            Some(change) => Err(Error::Changed { path: path.to_owned(), change }),
+            None => Ok(()),
+        }
     }
 }
 
@@ -242,22 +307,6 @@ fn open_direct(buffered: &File) -> (Option<File>, DirectIo) {
             (Some(file), DirectIo::Available { memory_align: align.0, offset_align: align.1 })
         }
         Err(e) => (None, DirectIo::Refused(e.raw_os_error().unwrap_or(libc::EINVAL))),
-    }
-}
-
-fn same_file(a: &Metadata, b: &Metadata) -> bool {
-    (a.dev(), a.ino()) == (b.dev(), b.ino())
-}
-
-fn change(was: &Metadata, now: &Metadata) -> Option<Change> {
-    if !same_file(was, now) {
-        Some(Change::Replaced)
-    } else if was.len() != now.len() {
-        Some(Change::Length { was: was.len(), now: now.len() })
-    } else if (was.mtime(), was.mtime_nsec()) != (now.mtime(), now.mtime_nsec()) {
-        Some(Change::Written)
-    } else {
-        None
     }
 }
 
@@ -317,6 +366,81 @@ mod tests {
         let opened = opened.recv_timeout(std::time::Duration::from_secs(60));
         let error = opened.expect("opening waits for a writer").unwrap_err();
         assert!(error.to_string().ends_with("not a regular file"), "{error}");
+    }
+
+    #[test]
+    fn a_write_whose_modification_time_is_set_back_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        fs::write(&path, [1; 100]).unwrap();
+        let header = fs::metadata(&path).unwrap();
+        let file = SourceFile::open(&path, Some(&header)).unwrap();
+        let writer = File::options().write(true).open(&path).unwrap();
+        // Clocks of file systems tick coarsely: until the change shows.
+        while fs::metadata(&path).unwrap().ctime_nsec() == header.ctime_nsec() {
+            std::os::unix::fs::FileExt::write_all_at(&writer, &[2; 50], 10).unwrap();
+            writer.set_modified(header.modified().unwrap()).unwrap();
+        }
+        let at_end = file.verify_unchanged().unwrap_err();
+        let at_open = SourceFile::open(&path, Some(&header)).unwrap_err();
+        for error in [at_end, at_open] {
+            assert!(matches!(error, Error::Changed { change: Change::Status, .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_leaves_the_bytes_alone_is_accepted() {
+        use std::os::unix::fs::PermissionsExt;
+        type Act = fn(&Path);
+        let acts: [Act; 4] = [
+            |path| fs::hard_link(path, path.with_extension("link")).unwrap(),
+            |path| fs::set_permissions(path, PermissionsExt::from_mode(0o400)).unwrap(),
+            |path| fs::rename(path, path.with_extension("moved")).unwrap(),
+            |path| fs::remove_file(path).unwrap(),
+        ];
+        for (number, act) in acts.into_iter().enumerate() {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("a");
+            fs::write(&path, [1; 100]).unwrap();
+            let file = SourceFile::open(&path, None).unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            act(&path);
+            file.verify_unchanged().unwrap_or_else(|error| panic!("{number}: {error}"));
+            file.expected().check_name(&path).unwrap();
+        }
+    }
+
+    #[test]
+    fn an_inode_number_alone_says_nothing() {
+        let was = Identity {
+            place: (1, 2),
+            len: 100,
+            modified: (5, 0),
+            status: (6, 0),
+            links: 1,
+            rights: (0o100644, 0, 0),
+        };
+        let found_anew = Identity { place: (1, 3), ..was };
+        assert_eq!(was.change(&found_anew), None);
+        assert_eq!(was.change_of_open(&was, Some(&found_anew)), None);
+        for other in [
+            Identity { len: 101, ..found_anew },
+            Identity { modified: (5, 1), ..found_anew },
+            Identity { status: (6, 1), ..found_anew },
+        ] {
+            assert_eq!(was.change(&other), Some(Change::Replaced));
+            assert_eq!(was.change_of_open(&was, Some(&other)), Some(Change::Replaced));
+        }
+        // The file that is open was written to, and its name gives another number.
+        let written = Identity { status: (6, 1), ..was };
+        let by_name = Identity { place: (1, 3), ..written };
+        assert_eq!(was.change_of_open(&written, Some(&by_name)), Some(Change::Status));
+        // Renamed, and renamed with another file in its place.
+        assert_eq!(was.change_of_open(&written, None), None);
+        assert_eq!(was.change_of_open(&written, Some(&found_anew)), Some(Change::Replaced));
+        let cut = Identity { len: 50, ..written };
+        let length = Change::Length { was: 100, now: 50 };
+        assert_eq!(was.change_of_open(&cut, None), Some(length));
     }
 
     #[test]
