@@ -25,7 +25,10 @@ const A_WAIT: Duration = Duration::from_micros(500);
 /// opened without waiting (a named pipe would otherwise wait for a writer, perhaps for ever), and
 /// looked at by its handle.
 pub(crate) fn open_file(path: &Path) -> Result<(File, std::fs::Metadata), Error> {
-    let open_error = |source| Error::Open { path: path.to_owned(), source };
+    let open_error = |source: io::Error| match source.raw_os_error() {
+        Some(libc::EMFILE) => Error::TooManyFiles { path: path.to_owned() },
+        _ => Error::Open { path: path.to_owned(), source },
+    };
     let not_a_file = || Error::NotAFile { path: path.to_owned() };
     let open = |flags| OpenOptions::new().read(true).custom_flags(flags).open(path);
     let file = match open(libc::O_NONBLOCK) {

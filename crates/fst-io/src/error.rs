@@ -19,6 +19,18 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+    /// The file cannot be opened, since the process has as many files open as it may.
+    #[error(
+        "{}: cannot open: this process may have no more than {limit} files open at once; raise the \
+         limit, as with `ulimit -n`",
+        path.display()
+    )]
+    TooManyFiles {
+        /// The file.
+        path: PathBuf,
+        /// The soft limit of the process on descriptors.
+        limit: u64,
+    },
     /// The file cannot be mapped into memory.
     #[error("{}: cannot map: {source}", path.display())]
     Map {

@@ -1,10 +1,14 @@
-//! Source files: opened twice (through the page cache and around it), watched for change.
+//! Source files: opened for reads through the page cache, and around it when that is asked for,
+//! shared within the process, watched for change.
 
+use std::collections::BTreeMap;
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use crate::error::{Change, Error};
 use crate::plan::Limits;
@@ -44,13 +48,21 @@ impl std::fmt::Display for DirectIo {
     }
 }
 
-/// A file to read from.
-#[derive(Debug)]
+/// A file to read from. A clone is the same open file.
+///
+/// The descriptor for direct reads is opened when it is first asked for.
+#[derive(Debug, Clone)]
 pub struct SourceFile {
+    opened: Arc<Opened>,
+}
+
+#[derive(Debug)]
+struct Opened {
     path: PathBuf,
     buffered: File,
-    direct: Option<File>,
-    direct_io: DirectIo,
+    /// Alignments of memory and offset that direct reads need, where they may be possible.
+    aligns: Option<(u64, u64)>,
+    direct: OnceLock<(Option<File>, DirectIo)>,
     /// Set when a direct read was refused at run time (EINVAL): later blocks do not try again.
     direct_off: AtomicBool,
     len: u64,
@@ -58,48 +70,57 @@ pub struct SourceFile {
 }
 
 impl SourceFile {
-    /// Opens `path` for reading, and for direct reading where the file system allows it.
+    /// Opens `path` for reading.
     ///
     /// `expected` is what the file was when its header was read; a file that is another by now is
-    /// refused, as [`verify_unchanged`](Self::verify_unchanged) describes. With `None`, the file as it
-    /// is found is the expected one.
+    /// refused, as [`verify_unchanged`](Self::verify_unchanged) describes. Whoever in this process
+    /// opens the same file at the same time, as ranks do, shares its descriptors. With `None`, the
+    /// file as it is found is the expected one, and is opened anew.
     ///
     /// # Errors
     ///
-    /// [`Error::Open`], or [`Error::Changed`].
+    /// [`Error::Open`], [`Error::TooManyFiles`], or [`Error::Changed`].
     pub fn open(path: &Path, expected: Option<&Metadata>) -> Result<Self, Error> {
-        let fail = |source| Error::Open { path: path.to_owned(), source };
-        let (buffered, found) = match open_regular(path).map_err(fail)? {
-            Some(opened) => opened,
-            None if expected.is_some() => {
-                return Err(Error::Changed { path: path.to_owned(), change: Change::Replaced });
-            }
-            None => return Err(fail(io::Error::other("not a regular file"))),
-        };
-        let (len, found) = (found.len(), Identity::of(&found));
-        if let Some(change) = expected.and_then(|was| Identity::of(was).change(&found)) {
-            return Err(Error::Changed { path: path.to_owned(), change });
+        let Some(expected) = expected else { return Self::open_as_found(path) };
+        let expected = Identity::of(expected);
+        if let Some(opened) = shared::get(path)
+            && expected.change(&opened.expected).is_none()
+            // The path still leads there.
+            && std::fs::metadata(path).is_ok_and(|now| opened.serves(&Identity::of(&now)))
+        {
+            return Ok(Self { opened });
         }
-        let (direct, direct_io) = open_direct(&buffered);
-        Ok(Self {
-            path: path.to_owned(),
-            buffered,
-            direct,
-            direct_io,
-            direct_off: AtomicBool::new(false),
-            len,
-            expected: found,
-        })
+        let file = match Self::open_as_found(path) {
+            Err(Error::Open { source, .. }) if is_no_file(&source) => {
+                Err(Error::Changed { path: path.to_owned(), change: Change::Replaced })
+            }
+            opened => opened,
+        }?;
+        match expected.change(&file.opened.expected) {
+            Some(change) => Err(Error::Changed { path: path.to_owned(), change }),
+            None => Ok(Self { opened: shared::offer(file.opened) }),
+        }
+    }
+
+    fn open_as_found(path: &Path) -> Result<Self, Error> {
+        let (buffered, found) =
+            open_regular(path).map_err(|source| match source.raw_os_error() {
+                Some(libc::EMFILE) => {
+                    Error::TooManyFiles { path: path.to_owned(), limit: sys::descriptor_limit() }
+                }
+                _ => Error::Open { path: path.to_owned(), source },
+            })?;
+        Ok(Self { opened: Arc::new(Opened::new(path, buffered, &found)) })
     }
 
     /// The path that it was opened by.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.opened.path
     }
 
     /// Length in bytes when it was opened.
     pub fn len(&self) -> u64 {
-        self.len
+        self.opened.len
     }
 
     /// Whether the file held no byte when it was opened.
@@ -109,36 +130,44 @@ impl SourceFile {
 
     /// The file, read through the page cache.
     pub fn buffered(&self) -> &File {
-        &self.buffered
+        &self.opened.buffered
     }
 
     /// The file opened with `O_DIRECT`, unless that is not to be had.
+    ///
+    /// The last quarter of the descriptors that the process may have is left to others: files that
+    /// would need one of these are read through the page cache.
     pub fn direct(&self) -> Option<&File> {
-        if self.direct_off.load(Relaxed) { None } else { self.direct.as_ref() }
+        if self.opened.direct_off.load(Relaxed) { None } else { self.opened.direct().0.as_ref() }
     }
 
-    /// Whether and why direct reads are (not) used.
+    /// The file opened with `O_DIRECT`, if it was asked for before.
+    pub(crate) fn direct_if_open(&self) -> Option<&File> {
+        self.opened.direct.get()?.0.as_ref()
+    }
+
+    /// Whether direct reads are possible, as far as is known; opens nothing.
+    pub fn may_be_direct(&self) -> bool {
+        let opened = &self.opened;
+        !opened.direct_off.load(Relaxed)
+            && opened.direct.get().map_or(opened.aligns.is_some(), |(file, _)| file.is_some())
+    }
+
+    /// Whether and why direct reads are (not) used. Opens the file for them.
     pub fn direct_io(&self) -> &DirectIo {
-        &self.direct_io
+        &self.opened.direct().1
     }
 
     /// Alignment, in bytes, that blocks of this file must have, for memory and offset alike.
     pub fn align(&self) -> u64 {
-        match self.direct_io {
-            DirectIo::Available { memory_align, offset_align } => {
-                memory_align.max(offset_align).max(Limits::MIN_ALIGN)
-            }
-            _ => Limits::MIN_ALIGN,
-        }
+        let (memory, offset) = self.opened.aligns.unwrap_or_default();
+        memory.max(offset).max(Limits::MIN_ALIGN)
     }
 
     /// Alignment, in bytes, that direct reads of this file demand of memory: no more than
     /// [`align`](Self::align), and where the system tells, often far less.
     pub fn memory_align(&self) -> u64 {
-        match self.direct_io {
-            DirectIo::Available { memory_align, .. } => memory_align,
-            _ => Limits::MIN_ALIGN,
-        }
+        self.opened.aligns.map_or(Limits::MIN_ALIGN, |(memory, _)| memory)
     }
 
     /// Bytes of the file in the page cache.
@@ -147,18 +176,21 @@ impl SourceFile {
     ///
     /// The system's error where it cannot tell.
     pub fn resident_bytes(&self) -> io::Result<u64> {
-        crate::residency::resident_bytes(&self.buffered, 0, self.len())
+        crate::residency::resident_bytes(self.buffered(), 0, self.len())
     }
 
     /// A source of a length, and with a descriptor for direct reads, of the test's own choice.
     #[cfg(test)]
-    pub(crate) fn faked(path: &Path, direct: Option<File>, len: u64) -> Result<Self, Error> {
-        let opened = Self::open(path, None)?;
-        Ok(Self { direct, len, direct_io: DirectIo::NotTried, ..opened })
+    pub(crate) fn faked(path: &Path, direct: Option<File>, len: u64) -> io::Result<Self> {
+        let (buffered, found) = open_regular(path)?;
+        let mut opened = Opened::new(path, buffered, &found);
+        (opened.aligns, opened.len) = (None, len);
+        opened.direct = OnceLock::from((direct, DirectIo::NotTried));
+        Ok(Self { opened: Arc::new(opened) })
     }
 
     pub(crate) fn refuse_direct(&self) {
-        self.direct_off.store(true, Relaxed);
+        self.opened.direct_off.store(true, Relaxed);
     }
 
     /// Checks that the file is still what it was when it was opened, by its handle, and that its path
@@ -175,19 +207,104 @@ impl SourceFile {
     ///
     /// [`Error::Changed`], or [`Error::Open`] when the system cannot tell of the open file.
     pub fn verify_unchanged(&self) -> Result<(), Error> {
-        let path = || self.path.clone();
-        let now = self.buffered.metadata();
+        let path = || self.path().to_owned();
+        let now = self.buffered().metadata();
         let now = now.map_err(|source| Error::Open { path: path(), source })?;
-        let by_name = std::fs::metadata(&self.path).ok();
+        let by_name = std::fs::metadata(self.path()).ok();
         let by_name = by_name.as_ref().map(Identity::of);
-        match self.expected.change_of_open(&Identity::of(&now), by_name.as_ref()) {
+        match self.opened.expected.change_of_open(&Identity::of(&now), by_name.as_ref()) {
             Some(change) => Err(Error::Changed { path: path(), change }),
             None => Ok(()),
         }
     }
 
     pub(crate) fn expected(&self) -> Identity {
-        self.expected
+        self.opened.expected
+    }
+}
+
+impl Opened {
+    fn new(path: &Path, buffered: File, found: &Metadata) -> Self {
+        let aligns = match sys::dio_align(&buffered) {
+            Ok(DioAlign::Unsupported) => None,
+            Ok(DioAlign::Bytes { memory, offset })
+                if memory.is_power_of_two() && offset.is_power_of_two() =>
+            {
+                Some((memory, offset))
+            }
+            // Kernels before 6.1 do not say. A page satisfies every block device; should a file
+            // system want more, its EINVAL sends the block through the page cache.
+            _ => Some((Limits::MIN_ALIGN, Limits::MIN_ALIGN)),
+        };
+        Self {
+            path: path.to_owned(),
+            buffered,
+            aligns,
+            direct: OnceLock::new(),
+            direct_off: AtomicBool::new(false),
+            len: found.len(),
+            expected: Identity::of(found),
+        }
+    }
+
+    fn direct(&self) -> &(Option<File>, DirectIo) {
+        self.direct.get_or_init(|| {
+            let Some((memory_align, offset_align)) = self.aligns else {
+                return (None, DirectIo::Unsupported);
+            };
+            match open_direct(&self.buffered) {
+                Ok(file) => (Some(file), DirectIo::Available { memory_align, offset_align }),
+                Err(e) => (None, DirectIo::Refused(e.raw_os_error().unwrap_or(libc::EINVAL))),
+            }
+        })
+    }
+
+    /// Whether this is the file that a path leads to, unchanged in every respect.
+    fn serves(&self, by_name: &Identity) -> bool {
+        self.expected.status == by_name.status && self.expected.change(by_name).is_none()
+    }
+}
+
+/// The files that are open, so that each is opened once.
+mod shared {
+    use super::*;
+
+    static OPEN: Mutex<BTreeMap<PathBuf, Weak<Opened>>> = Mutex::new(BTreeMap::new());
+
+    fn open_files() -> MutexGuard<'static, BTreeMap<PathBuf, Weak<Opened>>> {
+        OPEN.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The file that was opened by this path, and is still open.
+    pub(super) fn get(path: &Path) -> Option<Arc<Opened>> {
+        // The lock is not held when the result is dropped.
+        let found = open_files().get(path).cloned();
+        found?.upgrade()
+    }
+
+    /// Shares a file that was just opened; returns the one of whoever was faster.
+    pub(super) fn offer(new: Arc<Opened>) -> Arc<Opened> {
+        let mut open = open_files();
+        let before = open.get(&new.path).and_then(Weak::upgrade);
+        match before {
+            Some(before) if before.serves(&new.expected) => before,
+            before => {
+                open.insert(new.path.clone(), Arc::downgrade(&new));
+                // It may be the last that holds it, and dropping takes the lock.
+                drop(open);
+                drop(before);
+                new
+            }
+        }
+    }
+
+    impl Drop for Opened {
+        fn drop(&mut self) {
+            let mut open = open_files();
+            if open.get(&self.path).is_some_and(|file| file.strong_count() == 0) {
+                open.remove(&self.path);
+            }
+        }
     }
 }
 
@@ -256,12 +373,12 @@ impl Identity {
     }
 }
 
-/// Opens a regular file; `None` where the path leads to anything else.
+/// Opens a regular file; what else the path leads to is an error.
 ///
 /// A check of the name before opening would say nothing of what is opened then. So what it leads to is
 /// opened without waiting (a named pipe would otherwise wait for a writer, perhaps for ever), and
 /// looked at by its handle.
-fn open_regular(path: &Path) -> io::Result<Option<(File, Metadata)>> {
+fn open_regular(path: &Path) -> io::Result<(File, Metadata)> {
     let open = |flags| OpenOptions::new().read(true).custom_flags(flags).open(path);
     let file = match open(libc::O_NONBLOCK) {
         Ok(file) => file,
@@ -269,45 +386,44 @@ fn open_regular(path: &Path) -> io::Result<Option<(File, Metadata)>> {
         Err(error) if error.raw_os_error() == Some(libc::EWOULDBLOCK) => {
             let place = open(libc::O_PATH)?;
             if !place.metadata()?.is_file() {
-                return Ok(None);
+                return Err(no_file());
             }
             File::open(sys::path_of(&place))?
         }
         // Sockets cannot be opened, nor can devices without a driver.
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENXIO | libc::ENODEV)) => {
-            return Ok(None);
+            return Err(no_file());
         }
         Err(error) => return Err(error),
     };
     let metadata = file.metadata()?;
     if !metadata.is_file() {
-        return Ok(None);
+        return Err(no_file());
     }
     // io_uring fails a read that would wait, where the file system cannot say so and the flag is set.
     sys::set_blocking(&file)?;
-    Ok(Some((file, metadata)))
+    Ok((file, metadata))
 }
 
-fn open_direct(buffered: &File) -> (Option<File>, DirectIo) {
-    let align = match sys::dio_align(buffered) {
-        Ok(DioAlign::Unsupported) => return (None, DirectIo::Unsupported),
-        Ok(DioAlign::Bytes { memory, offset })
-            if memory.is_power_of_two() && offset.is_power_of_two() =>
-        {
-            (memory, offset)
-        }
-        // Kernels before 6.1 do not say. A page satisfies every block device; should a file
-        // system want more, its EINVAL sends the block through the page cache.
-        _ => (Limits::MIN_ALIGN, Limits::MIN_ALIGN),
-    };
+fn no_file() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, "not a regular file")
+}
+
+fn is_no_file(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::InvalidInput && error.raw_os_error().is_none()
+}
+
+/// Opens a file that is open once more, to be read around the page cache.
+fn open_direct(buffered: &File) -> io::Result<File> {
     // Through the handle: the name may lead elsewhere by now.
     let same = sys::path_of(buffered);
-    match OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(same) {
-        Ok(file) => {
-            (Some(file), DirectIo::Available { memory_align: align.0, offset_align: align.1 })
-        }
-        Err(e) => (None, DirectIo::Refused(e.raw_os_error().unwrap_or(libc::EINVAL))),
+    let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(same)?;
+    // The system takes the lowest number that is free.
+    let limit = sys::descriptor_limit();
+    if direct.as_raw_fd() as u64 >= limit - limit / 4 {
+        return Err(io::Error::from_raw_os_error(libc::EMFILE));
     }
+    Ok(direct)
 }
 
 #[cfg(test)]
@@ -444,21 +560,47 @@ mod tests {
     }
 
     #[test]
+    fn who_opens_a_file_that_is_open_shares_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        fs::write(&path, [1; 100]).unwrap();
+        let header = fs::metadata(&path).unwrap();
+        let open = || SourceFile::open(&path, Some(&header)).unwrap();
+        let shares = |a: &SourceFile, b: &SourceFile| Arc::ptr_eq(&a.opened, &b.opened);
+        let first = open();
+        assert!(shares(&first, &open()));
+        assert!(first.direct_if_open().is_none(), "nobody asked for it");
+        assert!(!shares(&first, &SourceFile::open(&path, None).unwrap()));
+        drop(first);
+        assert!(shared::get(&path).is_none());
+
+        let first = open();
+        let other = dir.path().join("b");
+        fs::write(&other, [2; 101]).unwrap();
+        fs::rename(&other, &path).unwrap();
+        assert!(SourceFile::open(&path, Some(&header)).is_err());
+        let second = SourceFile::open(&path, Some(&fs::metadata(&path).unwrap())).unwrap();
+        assert!(!shares(&first, &second));
+        drop(first);
+        assert!(shared::get(&path).is_some_and(|opened| Arc::ptr_eq(&opened, &second.opened)));
+    }
+
+    #[test]
     fn handles_wait_and_lead_to_the_file_whatever_its_name() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a");
         fs::write(&path, [1; 100]).unwrap();
-        let (file, _) = open_regular(&path).unwrap().unwrap();
+        let (file, _) = open_regular(&path).unwrap();
         // SAFETY: no memory is involved.
-        let flags = unsafe { libc::fcntl(std::os::fd::AsRawFd::as_raw_fd(&file), libc::F_GETFL) };
+        let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
         assert_eq!(flags & libc::O_NONBLOCK, 0);
         fs::rename(&path, dir.path().join("b")).unwrap();
         fs::write(&path, [2; 5]).unwrap();
         assert_eq!(fs::read(sys::path_of(&file)).unwrap(), [1; 100]);
-        assert!(open_regular(dir.path()).unwrap().is_none());
+        assert!(is_no_file(&open_regular(dir.path()).unwrap_err()));
         let socket = dir.path().join("s");
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
-        assert!(open_regular(&socket).unwrap().is_none());
+        assert!(is_no_file(&open_regular(&socket).unwrap_err()));
     }
 
     #[test]

@@ -67,6 +67,16 @@ pub(crate) fn set_blocking(file: &File) -> io::Result<()> {
     check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags & !libc::O_NONBLOCK) })
 }
 
+/// How many descriptors this process may have: each of them is a smaller number.
+pub(crate) fn descriptor_limit() -> u64 {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the call fills a live struct of its own type.
+    match unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } {
+        0 => limit.rlim_cur,
+        _ => u64::MAX,
+    }
+}
+
 /// A path that leads to an open file, whatever became of its name.
 pub(crate) fn path_of(file: &File) -> String {
     // Not `self`: its table of files is empty when the main thread has ended before others.
