@@ -413,3 +413,38 @@ fn many_shards_open_in_order() {
     }
     assert_eq!(names(&Checkpoint::open(folder.path()).unwrap()), all);
 }
+
+/// A check of the name before opening leaves a moment in which the name changes hands.
+#[test]
+fn a_pipe_that_takes_the_name_while_it_is_opened_is_not_waited_for() {
+    use std::os::unix::ffi::OsStrExt;
+    use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+    let folder = tempfile::tempdir().unwrap();
+    let [file, pipe] = ["a.safetensors", "pipe"].map(|name| folder.path().join(name));
+    write_file(&file, &["x"], 1);
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let stop = std::sync::Arc::new(AtomicBool::new(false));
+    let names = [&pipe, &file].map(|p| std::ffi::CString::new(p.as_os_str().as_bytes()).unwrap());
+    let stopped = stop.clone();
+    let swapping = std::thread::spawn(move || {
+        while !stopped.load(Relaxed) {
+            let (here, [a, b]) = (libc::AT_FDCWD, names.each_ref().map(|name| name.as_ptr()));
+            // SAFETY: both names are valid C strings.
+            unsafe { libc::renameat2(here, a, here, b, libc::RENAME_EXCHANGE) };
+        }
+    });
+    let (done, opened) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for _ in 0..20_000 {
+            match Checkpoint::open(&file) {
+                Ok(_) | Err(Error::NotAFile { .. }) => {}
+                Err(error) => panic!("{error}"),
+            }
+        }
+        done.send(())
+    });
+    let result = opened.recv_timeout(std::time::Duration::from_secs(120));
+    stop.store(true, Relaxed);
+    swapping.join().unwrap();
+    result.expect("opening waits for a writer");
+}

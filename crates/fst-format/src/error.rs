@@ -267,6 +267,16 @@ pub enum Error {
         /// The system's reason.
         source: io::Error,
     },
+    /// A file could not be opened, since the process has as many files open as it may.
+    #[error(
+        "{}: cannot open: this process has as many files open as it may; raise the limit, as with \
+         `ulimit -n`",
+        path.display()
+    )]
+    TooManyFiles {
+        /// The file.
+        path: PathBuf,
+    },
     /// Bytes could not be read.
     #[error("{}: cannot read bytes {}..{}: {source}", path.display(), range.start, range.end)]
     Read {

@@ -1,8 +1,10 @@
 //! Reading headers, several files at once.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::Scope;
@@ -17,15 +19,35 @@ const MAX_READERS: usize = 8;
 /// A header that took longer to read was waited for: it did not come from the page cache.
 const A_WAIT: Duration = Duration::from_micros(500);
 
-/// Opens a regular file. The check before opening keeps a named pipe from blocking for ever, the
-/// metadata is that of the file that was opened.
+/// Opens a regular file; the metadata is that of the file that was opened.
+///
+/// A check of the name before opening would say nothing of what is opened then. So what it leads to is
+/// opened without waiting (a named pipe would otherwise wait for a writer, perhaps for ever), and
+/// looked at by its handle.
 pub(crate) fn open_file(path: &Path) -> Result<(File, std::fs::Metadata), Error> {
-    let open_error = |source| Error::Open { path: path.to_owned(), source };
+    let open_error = |source: io::Error| match source.raw_os_error() {
+        Some(libc::EMFILE) => Error::TooManyFiles { path: path.to_owned() },
+        _ => Error::Open { path: path.to_owned(), source },
+    };
     let not_a_file = || Error::NotAFile { path: path.to_owned() };
-    if !std::fs::metadata(path).map_err(open_error)?.is_file() {
-        return Err(not_a_file());
-    }
-    let file = File::open(path).map_err(open_error)?;
+    let open = |flags| OpenOptions::new().read(true).custom_flags(flags).open(path);
+    let file = match open(libc::O_NONBLOCK) {
+        Ok(file) => file,
+        // Another process holds a lease on the file, which is waited for, but only if it is a file.
+        Err(error) if error.raw_os_error() == Some(libc::EWOULDBLOCK) => {
+            let place = open(libc::O_PATH).map_err(open_error)?;
+            if !place.metadata().map_err(open_error)?.is_file() {
+                return Err(not_a_file());
+            }
+            let same = format!("/proc/thread-self/fd/{}", place.as_raw_fd());
+            File::open(same).map_err(open_error)?
+        }
+        // Sockets cannot be opened, nor can devices without a driver.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENXIO | libc::ENODEV)) => {
+            return Err(not_a_file());
+        }
+        Err(error) => return Err(open_error(error)),
+    };
     let metadata = file.metadata().map_err(open_error)?;
     if metadata.is_file() { Ok((file, metadata)) } else { Err(not_a_file()) }
 }

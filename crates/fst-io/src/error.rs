@@ -19,6 +19,18 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+    /// The file cannot be opened, since the process has as many files open as it may.
+    #[error(
+        "{}: cannot open: this process may have no more than {limit} files open at once; raise the \
+         limit, as with `ulimit -n`",
+        path.display()
+    )]
+    TooManyFiles {
+        /// The file.
+        path: PathBuf,
+        /// The soft limit of the process on descriptors.
+        limit: u64,
+    },
     /// The file cannot be mapped into memory.
     #[error("{}: cannot map: {source}", path.display())]
     Map {
@@ -117,6 +129,13 @@ pub enum Change {
     /// It was written to.
     #[error("it was written to")]
     Written,
+    /// Its status changed (`ctime`), its length and modification time did not, and no other name,
+    /// mode or owner explains it.
+    #[error(
+        "its status change time is another while its modification time is not: it was written to and \
+         the time was set back, or its attributes were set"
+    )]
+    Status,
     /// Its name leads to another file now.
     #[error("another file took its name")]
     Replaced,

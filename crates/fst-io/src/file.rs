@@ -1,10 +1,14 @@
-//! Source files: opened twice (through the page cache and around it), watched for change.
+//! Source files: opened for reads through the page cache, and around it when that is asked for,
+//! shared within the process, watched for change.
 
+use std::collections::BTreeMap;
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use crate::error::{Change, Error};
 use crate::plan::Limits;
@@ -44,59 +48,79 @@ impl std::fmt::Display for DirectIo {
     }
 }
 
-/// A file to read from.
-#[derive(Debug)]
+/// A file to read from. A clone is the same open file.
+///
+/// The descriptor for direct reads is opened when it is first asked for.
+#[derive(Debug, Clone)]
 pub struct SourceFile {
+    opened: Arc<Opened>,
+}
+
+#[derive(Debug)]
+struct Opened {
     path: PathBuf,
     buffered: File,
-    direct: Option<File>,
-    direct_io: DirectIo,
+    /// Alignments of memory and offset that direct reads need, where they may be possible.
+    aligns: Option<(u64, u64)>,
+    direct: OnceLock<(Option<File>, DirectIo)>,
     /// Set when a direct read was refused at run time (EINVAL): later blocks do not try again.
     direct_off: AtomicBool,
     len: u64,
-    expected: Metadata,
+    expected: Identity,
 }
 
 impl SourceFile {
-    /// Opens `path` for reading, and for direct reading where the file system allows it.
+    /// Opens `path` for reading.
     ///
     /// `expected` is what the file was when its header was read; a file that is another by now is
-    /// refused. With `None`, the file as it is found is the expected one.
+    /// refused, as [`verify_unchanged`](Self::verify_unchanged) describes. Whoever in this process
+    /// opens the same file at the same time, as ranks do, shares its descriptors. With `None`, the
+    /// file as it is found is the expected one, and is opened anew.
     ///
     /// # Errors
     ///
-    /// [`Error::Open`], or [`Error::Changed`].
+    /// [`Error::Open`], [`Error::TooManyFiles`], or [`Error::Changed`].
     pub fn open(path: &Path, expected: Option<&Metadata>) -> Result<Self, Error> {
-        let fail = |source| Error::Open { path: path.to_owned(), source };
-        if let Some(expected) = expected {
-            // Before opening: should a named pipe have taken the name, that would block for ever.
-            Self::check_unchanged(path, expected)?;
+        let Some(expected) = expected else { return Self::open_as_found(path) };
+        let expected = Identity::of(expected);
+        if let Some(opened) = shared::get(path)
+            && expected.change(&opened.expected).is_none()
+            // The path still leads there.
+            && std::fs::metadata(path).is_ok_and(|now| opened.serves(&Identity::of(&now)))
+        {
+            return Ok(Self { opened });
         }
-        let buffered = File::open(path).map_err(fail)?;
-        let found = buffered.metadata().map_err(fail)?;
-        if let Some(change) = expected.and_then(|expected| change(expected, &found)) {
-            return Err(Error::Changed { path: path.to_owned(), change });
+        let file = match Self::open_as_found(path) {
+            Err(Error::Open { source, .. }) if is_no_file(&source) => {
+                Err(Error::Changed { path: path.to_owned(), change: Change::Replaced })
+            }
+            opened => opened,
+        }?;
+        match expected.change(&file.opened.expected) {
+            Some(change) => Err(Error::Changed { path: path.to_owned(), change }),
+            None => Ok(Self { opened: shared::offer(file.opened) }),
         }
-        let (direct, direct_io) = open_direct(path, &buffered, &found);
-        Ok(Self {
-            path: path.to_owned(),
-            buffered,
-            direct,
-            direct_io,
-            direct_off: AtomicBool::new(false),
-            len: found.len(),
-            expected: found,
-        })
+    }
+
+    fn open_as_found(path: &Path) -> Result<Self, Error> {
+        let (buffered, found) =
+            open_regular(path).map_err(|source| match source.raw_os_error() {
+                Some(libc::EMFILE) => {
+                    Error::TooManyFiles { path: path.to_owned(), limit: sys::descriptor_limit() }
+                }
+                _ => Error::Open { path: path.to_owned(), source },
+            })?;
+        Ok(Self { opened: Arc::new(Opened::new(path, buffered, &found)) })
     }
 
     /// The path that it was opened by.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.opened.path
     }
 
     /// Length in bytes when it was opened.
     pub fn len(&self) -> u64 {
-        self.len
+        self.opened.len
     }
 
     /// Whether the file held no byte when it was opened.
@@ -106,36 +130,44 @@ impl SourceFile {
 
     /// The file, read through the page cache.
     pub fn buffered(&self) -> &File {
-        &self.buffered
+        &self.opened.buffered
     }
 
     /// The file opened with `O_DIRECT`, unless that is not to be had.
+    ///
+    /// The last quarter of the descriptors that the process may have is left to others: files that
+    /// would need one of these are read through the page cache.
     pub fn direct(&self) -> Option<&File> {
-        if self.direct_off.load(Relaxed) { None } else { self.direct.as_ref() }
+        if self.opened.direct_off.load(Relaxed) { None } else { self.opened.direct().0.as_ref() }
     }
 
-    /// Whether and why direct reads are (not) used.
+    /// The file opened with `O_DIRECT`, if it was asked for before.
+    pub(crate) fn direct_if_open(&self) -> Option<&File> {
+        self.opened.direct.get()?.0.as_ref()
+    }
+
+    /// Whether direct reads are possible, as far as is known; opens nothing.
+    pub fn may_be_direct(&self) -> bool {
+        let opened = &self.opened;
+        !opened.direct_off.load(Relaxed)
+            && opened.direct.get().map_or(opened.aligns.is_some(), |(file, _)| file.is_some())
+    }
+
+    /// Whether and why direct reads are (not) used. Opens the file for them.
     pub fn direct_io(&self) -> &DirectIo {
-        &self.direct_io
+        &self.opened.direct().1
     }
 
     /// Alignment, in bytes, that blocks of this file must have, for memory and offset alike.
     pub fn align(&self) -> u64 {
-        match self.direct_io {
-            DirectIo::Available { memory_align, offset_align } => {
-                memory_align.max(offset_align).max(Limits::MIN_ALIGN)
-            }
-            _ => Limits::MIN_ALIGN,
-        }
+        let (memory, offset) = self.opened.aligns.unwrap_or_default();
+        memory.max(offset).max(Limits::MIN_ALIGN)
     }
 
     /// Alignment, in bytes, that direct reads of this file demand of memory: no more than
     /// [`align`](Self::align), and where the system tells, often far less.
     pub fn memory_align(&self) -> u64 {
-        match self.direct_io {
-            DirectIo::Available { memory_align, .. } => memory_align,
-            _ => Limits::MIN_ALIGN,
-        }
+        self.opened.aligns.map_or(Limits::MIN_ALIGN, |(memory, _)| memory)
     }
 
     /// Bytes of the file in the page cache.
@@ -144,88 +176,254 @@ impl SourceFile {
     ///
     /// The system's error where it cannot tell.
     pub fn resident_bytes(&self) -> io::Result<u64> {
-        crate::residency::resident_bytes(&self.buffered, 0, self.len())
+        crate::residency::resident_bytes(self.buffered(), 0, self.len())
     }
 
     /// A source of a length, and with a descriptor for direct reads, of the test's own choice.
     #[cfg(test)]
-    pub(crate) fn faked(path: &Path, direct: Option<File>, len: u64) -> Result<Self, Error> {
-        let opened = Self::open(path, None)?;
-        Ok(Self { direct, len, direct_io: DirectIo::NotTried, ..opened })
+    pub(crate) fn faked(path: &Path, direct: Option<File>, len: u64) -> io::Result<Self> {
+        let (buffered, found) = open_regular(path)?;
+        let mut opened = Opened::new(path, buffered, &found);
+        (opened.aligns, opened.len) = (None, len);
+        opened.direct = OnceLock::from((direct, DirectIo::NotTried));
+        Ok(Self { opened: Arc::new(opened) })
     }
 
     pub(crate) fn refuse_direct(&self) {
-        self.direct_off.store(true, Relaxed);
+        self.opened.direct_off.store(true, Relaxed);
     }
 
-    /// Checks that the file is still what it was when it was opened: same length, not written to,
-    /// and that its path still leads to it.
+    /// Checks that the file is still what it was when it was opened, by its handle, and that its path
+    /// does not lead to another file.
+    ///
+    /// - Its length and modification time must be the same, and its status change time (`ctime`) too,
+    ///   which nobody can set back. What moves that time and leaves the bytes alone is accepted where
+    ///   it shows: another number of links, another mode or owner, and a rename.
+    /// - A file that was removed or renamed is read from its handle, and is no error. Neither is an
+    ///   inode number that differs, as some file systems (FUSE) give out a new one at each look-up: a
+    ///   path leads to another file if any of the times or the length differs as well.
     ///
     /// # Errors
     ///
-    /// [`Error::Changed`], or [`Error::Open`] when the path is gone.
+    /// [`Error::Changed`], or [`Error::Open`] when the system cannot tell of the open file.
     pub fn verify_unchanged(&self) -> Result<(), Error> {
-        let path = || self.path.clone();
-        let fail = |source| Error::Open { path: path(), source };
-        let changed = |change| Error::Changed { path: path(), change };
-        let now = self.buffered.metadata().map_err(fail)?;
-        if let Some(change) = change(&self.expected, &now) {
-            return Err(changed(change));
-        }
-        Self::check_unchanged(&self.path, &self.expected)
-    }
-
-    /// Checks that `path` leads to the file that `expected` describes, as it was then.
-    pub(crate) fn check_unchanged(path: &Path, expected: &Metadata) -> Result<(), Error> {
-        let fail = |source| Error::Open { path: path.to_owned(), source };
-        let by_name = std::fs::metadata(path).map_err(fail)?;
-        match change(expected, &by_name) {
-            Some(change) => Err(Error::Changed { path: path.to_owned(), change }),
+        let path = || self.path().to_owned();
+        let now = self.buffered().metadata();
+        let now = now.map_err(|source| Error::Open { path: path(), source })?;
+        let by_name = std::fs::metadata(self.path()).ok();
+        let by_name = by_name.as_ref().map(Identity::of);
+        match self.opened.expected.change_of_open(&Identity::of(&now), by_name.as_ref()) {
+            Some(change) => Err(Error::Changed { path: path(), change }),
             None => Ok(()),
         }
     }
 
-    pub(crate) fn expected(&self) -> &Metadata {
-        &self.expected
+    pub(crate) fn expected(&self) -> Identity {
+        self.opened.expected
     }
 }
 
-fn open_direct(path: &Path, buffered: &File, found: &Metadata) -> (Option<File>, DirectIo) {
-    let align = match sys::dio_align(buffered) {
-        Ok(DioAlign::Unsupported) => return (None, DirectIo::Unsupported),
-        Ok(DioAlign::Bytes { memory, offset })
-            if memory.is_power_of_two() && offset.is_power_of_two() =>
-        {
-            (memory, offset)
+impl Opened {
+    fn new(path: &Path, buffered: File, found: &Metadata) -> Self {
+        let aligns = match sys::dio_align(&buffered) {
+            Ok(DioAlign::Unsupported) => None,
+            Ok(DioAlign::Bytes { memory, offset })
+                if memory.is_power_of_two() && offset.is_power_of_two() =>
+            {
+                Some((memory, offset))
+            }
+            // Kernels before 6.1 do not say. A page satisfies every block device; should a file
+            // system want more, its EINVAL sends the block through the page cache.
+            _ => Some((Limits::MIN_ALIGN, Limits::MIN_ALIGN)),
+        };
+        Self {
+            path: path.to_owned(),
+            buffered,
+            aligns,
+            direct: OnceLock::new(),
+            direct_off: AtomicBool::new(false),
+            len: found.len(),
+            expected: Identity::of(found),
         }
-        // Kernels before 6.1 do not say. A page satisfies every block device; should a file
-        // system want more, its EINVAL sends the block through the page cache.
-        _ => (Limits::MIN_ALIGN, Limits::MIN_ALIGN),
+    }
+
+    fn direct(&self) -> &(Option<File>, DirectIo) {
+        self.direct.get_or_init(|| {
+            let Some((memory_align, offset_align)) = self.aligns else {
+                return (None, DirectIo::Unsupported);
+            };
+            match open_direct(&self.buffered) {
+                Ok(file) => (Some(file), DirectIo::Available { memory_align, offset_align }),
+                Err(e) => (None, DirectIo::Refused(e.raw_os_error().unwrap_or(libc::EINVAL))),
+            }
+        })
+    }
+
+    /// Whether this is the file that a path leads to, unchanged in every respect.
+    fn serves(&self, by_name: &Identity) -> bool {
+        self.expected.status == by_name.status && self.expected.change(by_name).is_none()
+    }
+}
+
+/// The files that are open, so that each is opened once.
+mod shared {
+    use super::*;
+
+    static OPEN: Mutex<BTreeMap<PathBuf, Weak<Opened>>> = Mutex::new(BTreeMap::new());
+
+    fn open_files() -> MutexGuard<'static, BTreeMap<PathBuf, Weak<Opened>>> {
+        OPEN.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The file that was opened by this path, and is still open.
+    pub(super) fn get(path: &Path) -> Option<Arc<Opened>> {
+        // The lock is not held when the result is dropped.
+        let found = open_files().get(path).cloned();
+        found?.upgrade()
+    }
+
+    /// Shares a file that was just opened; returns the one of whoever was faster.
+    pub(super) fn offer(new: Arc<Opened>) -> Arc<Opened> {
+        let mut open = open_files();
+        let before = open.get(&new.path).and_then(Weak::upgrade);
+        match before {
+            Some(before) if before.serves(&new.expected) => before,
+            before => {
+                open.insert(new.path.clone(), Arc::downgrade(&new));
+                // It may be the last that holds it, and dropping takes the lock.
+                drop(open);
+                drop(before);
+                new
+            }
+        }
+    }
+
+    impl Drop for Opened {
+        fn drop(&mut self) {
+            let mut open = open_files();
+            if open.get(&self.path).is_some_and(|file| file.strong_count() == 0) {
+                open.remove(&self.path);
+            }
+        }
+    }
+}
+
+/// What tells that a file is the one that it was, and was not written to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Identity {
+    /// Device and inode.
+    place: (u64, u64),
+    len: u64,
+    /// Seconds and nanoseconds of the last write, as anybody may have set them.
+    modified: (i64, i64),
+    /// Of the last write or change of what follows, by the file system's clock.
+    status: (i64, i64),
+    links: u64,
+    /// Mode, user and group.
+    rights: (u32, u32, u32),
+}
+
+impl Identity {
+    pub(crate) fn of(file: &Metadata) -> Self {
+        Self {
+            place: (file.dev(), file.ino()),
+            len: file.len(),
+            modified: (file.mtime(), file.mtime_nsec()),
+            status: (file.ctime(), file.ctime_nsec()),
+            links: file.nlink(),
+            rights: (file.mode(), file.uid(), file.gid()),
+        }
+    }
+
+    /// How the file that a path or handle leads to now differs from this one.
+    fn change(&self, now: &Self) -> Option<Change> {
+        let same = self.place == now.place;
+        if self.len != now.len {
+            let (was, now) = (self.len, now.len);
+            Some(if same { Change::Length { was, now } } else { Change::Replaced })
+        } else if self.modified != now.modified {
+            Some(if same { Change::Written } else { Change::Replaced })
+        } else if self.status == now.status {
+            // An inode number alone says nothing.
+            None
+        } else if !same {
+            Some(Change::Replaced)
+        } else if (self.links, self.rights) != (now.links, now.rights) {
+            None
+        } else {
+            Some(Change::Status)
+        }
+    }
+
+    /// As [`change`](Self::change), of a file that stayed open, and of what its name leads to.
+    fn change_of_open(&self, handle: &Self, name: Option<&Self>) -> Option<Change> {
+        let elsewhere = name.is_none_or(|name| handle.change(name) == Some(Change::Replaced));
+        // A rename is a change of status that only the name shows.
+        let by_handle = self.change(handle).filter(|c| *c != Change::Status || !elsewhere);
+        by_handle.or_else(|| handle.change(name?))
+    }
+
+    /// Checks what `path` leads to, if anything.
+    pub(crate) fn check_name(&self, path: &Path) -> Result<(), Error> {
+        let Ok(by_name) = std::fs::metadata(path) else { return Ok(()) };
+        match self.change(&Self::of(&by_name)) {
+            Some(change) => Err(Error::Changed { path: path.to_owned(), change }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Opens a regular file; what else the path leads to is an error.
+///
+/// A check of the name before opening would say nothing of what is opened then. So what it leads to is
+/// opened without waiting (a named pipe would otherwise wait for a writer, perhaps for ever), and
+/// looked at by its handle.
+fn open_regular(path: &Path) -> io::Result<(File, Metadata)> {
+    let open = |flags| OpenOptions::new().read(true).custom_flags(flags).open(path);
+    let file = match open(libc::O_NONBLOCK) {
+        Ok(file) => file,
+        // Another process holds a lease on the file, which is waited for, but only if it is a file.
+        Err(error) if error.raw_os_error() == Some(libc::EWOULDBLOCK) => {
+            let place = open(libc::O_PATH)?;
+            if !place.metadata()?.is_file() {
+                return Err(no_file());
+            }
+            File::open(sys::path_of(&place))?
+        }
+        // Sockets cannot be opened, nor can devices without a driver.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENXIO | libc::ENODEV)) => {
+            return Err(no_file());
+        }
+        Err(error) => return Err(error),
     };
-    match OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path) {
-        // The name may lead elsewhere by now: the two descriptors must be of one file.
-        Ok(file) if file.metadata().is_ok_and(|m| same_file(&m, found)) => {
-            (Some(file), DirectIo::Available { memory_align: align.0, offset_align: align.1 })
-        }
-        Ok(_) => (None, DirectIo::Refused(libc::ESTALE)),
-        Err(e) => (None, DirectIo::Refused(e.raw_os_error().unwrap_or(libc::EINVAL))),
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Err(no_file());
     }
+    // io_uring fails a read that would wait, where the file system cannot say so and the flag is set.
+    sys::set_blocking(&file)?;
+    Ok((file, metadata))
 }
 
-fn same_file(a: &Metadata, b: &Metadata) -> bool {
-    (a.dev(), a.ino()) == (b.dev(), b.ino())
+fn no_file() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, "not a regular file")
 }
 
-fn change(was: &Metadata, now: &Metadata) -> Option<Change> {
-    if !same_file(was, now) {
-        Some(Change::Replaced)
-    } else if was.len() != now.len() {
-        Some(Change::Length { was: was.len(), now: now.len() })
-    } else if (was.mtime(), was.mtime_nsec()) != (now.mtime(), now.mtime_nsec()) {
-        Some(Change::Written)
-    } else {
-        None
+fn is_no_file(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::InvalidInput && error.raw_os_error().is_none()
+}
+
+/// Opens a file that is open once more, to be read around the page cache.
+fn open_direct(buffered: &File) -> io::Result<File> {
+    // Through the handle: the name may lead elsewhere by now.
+    let same = sys::path_of(buffered);
+    let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(same)?;
+    // The system takes the lowest number that is free.
+    let limit = sys::descriptor_limit();
+    if direct.as_raw_fd() as u64 >= limit - limit / 4 {
+        return Err(io::Error::from_raw_os_error(libc::EMFILE));
     }
+    Ok(direct)
 }
 
 #[cfg(test)]
@@ -278,6 +476,131 @@ mod tests {
         assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
         let error = SourceFile::open(&path, Some(&before)).unwrap_err();
         assert!(matches!(error, Error::Changed { .. }), "{error}");
+
+        let (done, opened) = std::sync::mpsc::channel();
+        std::thread::spawn(move || done.send(SourceFile::open(&path, None).map(drop)));
+        let opened = opened.recv_timeout(std::time::Duration::from_secs(60));
+        let error = opened.expect("opening waits for a writer").unwrap_err();
+        assert!(error.to_string().ends_with("not a regular file"), "{error}");
+    }
+
+    #[test]
+    fn a_write_whose_modification_time_is_set_back_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        fs::write(&path, [1; 100]).unwrap();
+        let header = fs::metadata(&path).unwrap();
+        let file = SourceFile::open(&path, Some(&header)).unwrap();
+        let writer = File::options().write(true).open(&path).unwrap();
+        // Clocks of file systems tick coarsely: until the change shows.
+        while fs::metadata(&path).unwrap().ctime_nsec() == header.ctime_nsec() {
+            std::os::unix::fs::FileExt::write_all_at(&writer, &[2; 50], 10).unwrap();
+            writer.set_modified(header.modified().unwrap()).unwrap();
+        }
+        let at_end = file.verify_unchanged().unwrap_err();
+        let at_open = SourceFile::open(&path, Some(&header)).unwrap_err();
+        for error in [at_end, at_open] {
+            assert!(matches!(error, Error::Changed { change: Change::Status, .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_leaves_the_bytes_alone_is_accepted() {
+        use std::os::unix::fs::PermissionsExt;
+        type Act = fn(&Path);
+        let acts: [Act; 4] = [
+            |path| fs::hard_link(path, path.with_extension("link")).unwrap(),
+            |path| fs::set_permissions(path, PermissionsExt::from_mode(0o400)).unwrap(),
+            |path| fs::rename(path, path.with_extension("moved")).unwrap(),
+            |path| fs::remove_file(path).unwrap(),
+        ];
+        for (number, act) in acts.into_iter().enumerate() {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("a");
+            fs::write(&path, [1; 100]).unwrap();
+            let file = SourceFile::open(&path, None).unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            act(&path);
+            file.verify_unchanged().unwrap_or_else(|error| panic!("{number}: {error}"));
+            file.expected().check_name(&path).unwrap();
+        }
+    }
+
+    #[test]
+    fn an_inode_number_alone_says_nothing() {
+        let was = Identity {
+            place: (1, 2),
+            len: 100,
+            modified: (5, 0),
+            status: (6, 0),
+            links: 1,
+            rights: (0o100644, 0, 0),
+        };
+        let found_anew = Identity { place: (1, 3), ..was };
+        assert_eq!(was.change(&found_anew), None);
+        assert_eq!(was.change_of_open(&was, Some(&found_anew)), None);
+        for other in [
+            Identity { len: 101, ..found_anew },
+            Identity { modified: (5, 1), ..found_anew },
+            Identity { status: (6, 1), ..found_anew },
+        ] {
+            assert_eq!(was.change(&other), Some(Change::Replaced));
+            assert_eq!(was.change_of_open(&was, Some(&other)), Some(Change::Replaced));
+        }
+        // The file that is open was written to, and its name gives another number.
+        let written = Identity { status: (6, 1), ..was };
+        let by_name = Identity { place: (1, 3), ..written };
+        assert_eq!(was.change_of_open(&written, Some(&by_name)), Some(Change::Status));
+        // Renamed, and renamed with another file in its place.
+        assert_eq!(was.change_of_open(&written, None), None);
+        assert_eq!(was.change_of_open(&written, Some(&found_anew)), Some(Change::Replaced));
+        let cut = Identity { len: 50, ..written };
+        let length = Change::Length { was: 100, now: 50 };
+        assert_eq!(was.change_of_open(&cut, None), Some(length));
+    }
+
+    #[test]
+    fn who_opens_a_file_that_is_open_shares_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        fs::write(&path, [1; 100]).unwrap();
+        let header = fs::metadata(&path).unwrap();
+        let open = || SourceFile::open(&path, Some(&header)).unwrap();
+        let shares = |a: &SourceFile, b: &SourceFile| Arc::ptr_eq(&a.opened, &b.opened);
+        let first = open();
+        assert!(shares(&first, &open()));
+        assert!(first.direct_if_open().is_none(), "nobody asked for it");
+        assert!(!shares(&first, &SourceFile::open(&path, None).unwrap()));
+        drop(first);
+        assert!(shared::get(&path).is_none());
+
+        let first = open();
+        let other = dir.path().join("b");
+        fs::write(&other, [2; 101]).unwrap();
+        fs::rename(&other, &path).unwrap();
+        assert!(SourceFile::open(&path, Some(&header)).is_err());
+        let second = SourceFile::open(&path, Some(&fs::metadata(&path).unwrap())).unwrap();
+        assert!(!shares(&first, &second));
+        drop(first);
+        assert!(shared::get(&path).is_some_and(|opened| Arc::ptr_eq(&opened, &second.opened)));
+    }
+
+    #[test]
+    fn handles_wait_and_lead_to_the_file_whatever_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        fs::write(&path, [1; 100]).unwrap();
+        let (file, _) = open_regular(&path).unwrap();
+        // SAFETY: no memory is involved.
+        let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
+        assert_eq!(flags & libc::O_NONBLOCK, 0);
+        fs::rename(&path, dir.path().join("b")).unwrap();
+        fs::write(&path, [2; 5]).unwrap();
+        assert_eq!(fs::read(sys::path_of(&file)).unwrap(), [1; 100]);
+        assert!(is_no_file(&open_regular(dir.path()).unwrap_err()));
+        let socket = dir.path().join("s");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        assert!(is_no_file(&open_regular(&socket).unwrap_err()));
     }
 
     #[test]

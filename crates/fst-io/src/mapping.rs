@@ -5,7 +5,6 @@
 //! truncated is killed (SIGBUS). [`Mapping::populate`] brings pages in through `madvise(2)`, which
 //! answers with an error instead.
 
-use std::fs::Metadata;
 use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
@@ -15,7 +14,7 @@ use std::{io, slice, thread};
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
 use crate::error::Error;
-use crate::file::SourceFile;
+use crate::file::{Identity, SourceFile};
 use crate::sys;
 
 /// Bytes that are brought in by one call: two huge pages, enough for storage to work on.
@@ -30,7 +29,7 @@ const MAX_THREADS: usize = 8;
 pub struct Mapping {
     map: Option<MmapRaw>,
     path: PathBuf,
-    expected: Metadata,
+    expected: Identity,
 }
 
 impl Mapping {
@@ -47,7 +46,7 @@ impl Mapping {
     /// other: [`Deref`] hands its bytes out as a slice, which must not change.
     pub unsafe fn new(file: &SourceFile) -> Result<Self, Error> {
         let path = file.path().to_owned();
-        let expected = file.expected().clone();
+        let expected = file.expected();
         if file.is_empty() {
             return Ok(Self { map: None, path, expected });
         }
@@ -124,13 +123,17 @@ impl Mapping {
         }
     }
 
-    /// Checks that the file is still what it was when it was opened.
+    /// Checks that the path does not lead to another file than the one that was mapped, and that that
+    /// is still what it was when it was opened.
+    ///
+    /// By name, since a mapping keeps no descriptor. Nothing is known of a file that was renamed or
+    /// removed; the mapping keeps its bytes.
     ///
     /// # Errors
     ///
-    /// [`Error::Changed`], or [`Error::Open`] when the path is gone.
+    /// [`Error::Changed`].
     pub fn verify_unchanged(&self) -> Result<(), Error> {
-        SourceFile::check_unchanged(&self.path, &self.expected)
+        self.expected.check_name(&self.path)
     }
 }
 

@@ -58,6 +58,31 @@ pub(crate) fn dio_align(file: &File) -> io::Result<DioAlign> {
     })
 }
 
+/// Has calls on an open file wait, if it was opened with `O_NONBLOCK`.
+pub(crate) fn set_blocking(file: &File) -> io::Result<()> {
+    // SAFETY: no memory is involved.
+    let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
+    check(flags)?;
+    // SAFETY: as above.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags & !libc::O_NONBLOCK) })
+}
+
+/// How many descriptors this process may have: each of them is a smaller number.
+pub(crate) fn descriptor_limit() -> u64 {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the call fills a live struct of its own type.
+    match unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } {
+        0 => limit.rlim_cur,
+        _ => u64::MAX,
+    }
+}
+
+/// A path that leads to an open file, whatever became of its name.
+pub(crate) fn path_of(file: &File) -> String {
+    // Not `self`: its table of files is empty when the main thread has ended before others.
+    format!("/proc/thread-self/fd/{}", file.as_raw_fd())
+}
+
 /// Reads at an offset into raw memory, once.
 ///
 /// # Safety
@@ -142,7 +167,7 @@ pub(crate) fn may_write(file: &File, owner: u32) -> bool {
     if user == owner || user == 0 {
         return true;
     }
-    let Ok(path) = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd())) else {
+    let Ok(path) = CString::new(path_of(file)) else {
         return false;
     };
     // SAFETY: the path is a valid C string.

@@ -8,6 +8,7 @@
 use std::fs;
 use std::io::Write;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -185,7 +186,11 @@ unsafe impl fst_io::sink::Sink for Meddler<'_> {
     }
 }
 
-fn load_while(path: &Path, engine: Engine, act: &(dyn Fn() + Send + Sync)) -> Error {
+fn load_while(
+    path: &Path,
+    engine: Engine,
+    act: &(dyn Fn() + Send + Sync),
+) -> Result<fst_io::ReadStats, Error> {
     let files = [SourceFile::open(path, None).unwrap()];
     let limits = Limits { block: 64 << 10, ..Limits::default() };
     let plan = ReadPlan::new(vec![Extent::new(0, 0..files[0].len())], limits).unwrap();
@@ -193,7 +198,7 @@ fn load_while(path: &Path, engine: Engine, act: &(dyn Fn() + Send + Sync)) -> Er
     let inner = InPlace::new(&plan, &layout, None, &|_, _| Ok(()));
     let sink = Meddler { inner, once: std::sync::Once::new(), act };
     let options = options(engine, CachePolicy::Residency, 1);
-    fst_io::read(&files, &plan, &sink, &options, &Control::new()).unwrap_err()
+    fst_io::read(&files, &plan, &sink, &options, &Control::new())
 }
 
 #[test]
@@ -204,7 +209,8 @@ fn a_file_that_shrinks_or_is_replaced_meanwhile_is_an_error() {
             fs::write(&path, noise(8 << 20, 3)).unwrap();
             let error = load_while(&path, engine, &|| {
                 fs::File::options().write(true).open(&path).unwrap().set_len(5 << 20).unwrap();
-            });
+            })
+            .unwrap_err();
             let told = matches!(&error, Error::EarlyEnd { end, needed, path: p }
                     if *p == path && *end >= 5 << 20 && end < needed)
                 || matches!(&error, Error::Changed { change: Change::Length { .. }, .. });
@@ -215,7 +221,8 @@ fn a_file_that_shrinks_or_is_replaced_meanwhile_is_an_error() {
                 let other = folder.path().join("other");
                 fs::write(&other, noise(8 << 20, 5)).unwrap();
                 fs::rename(&other, &path).unwrap();
-            });
+            })
+            .unwrap_err();
             assert!(
                 matches!(&error, Error::Changed { change: Change::Replaced, .. }),
                 "{engine}: {error}"
@@ -228,11 +235,31 @@ fn a_file_that_shrinks_or_is_replaced_meanwhile_is_an_error() {
                 file.write_all(b"x").unwrap();
                 // Clocks of file systems tick coarsely; the test must not depend on that.
                 file.set_modified(before + std::time::Duration::from_secs(1)).unwrap();
-            });
+            })
+            .unwrap_err();
             assert!(
                 matches!(&error, Error::Changed { change: Change::Written, .. }),
                 "{engine}: {error}"
             );
+
+            fs::write(&path, noise(8 << 20, 6)).unwrap();
+            let before = fs::metadata(&path).unwrap();
+            let error = load_while(&path, engine, &|| {
+                let mut file = fs::File::options().write(true).open(&path).unwrap();
+                while fs::metadata(&path).unwrap().ctime_nsec() == before.ctime_nsec() {
+                    file.write_all(b"x").unwrap();
+                    file.set_modified(before.modified().unwrap()).unwrap();
+                }
+            })
+            .unwrap_err();
+            assert!(
+                matches!(&error, Error::Changed { change: Change::Status, .. }),
+                "{engine}: {error}"
+            );
+
+            fs::write(&path, noise(8 << 20, 7)).unwrap();
+            let removed = load_while(&path, engine, &|| fs::remove_file(&path).unwrap());
+            assert_eq!(removed.unwrap().bytes_read, 8 << 20, "{engine}");
         }
     }
 }

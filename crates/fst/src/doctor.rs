@@ -189,15 +189,16 @@ fn cuda_report(ordinal: usize) -> CudaReport {
 
 fn examine_path(path: &Path, auto: &ResolvedEngine) -> Result<PathReport> {
     let checkpoint = Checkpoint::open(path)?;
-    let files = checkpoint
-        .shards()
-        .iter()
-        .map(|shard| SourceFile::open(shard.path(), Some(shard.file_metadata())))
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|e| locate(e, &[]))?;
-    let bytes: u64 = files.iter().map(SourceFile::len).sum();
-    let resident_bytes = files.iter().map(|file| file.resident_bytes().ok()).sum::<Option<u64>>();
-    let direct_io = files.first().map_or(DirectIo::NotTried, |file| file.direct_io().clone());
+    let (mut bytes, mut resident_bytes, mut direct_io) = (0, Some(0), None);
+    // One at a time: there may be more than a process can have open.
+    for shard in checkpoint.shards() {
+        let file = SourceFile::open(shard.path(), Some(shard.file_metadata()));
+        let file = file.map_err(|e| locate(e, &[]))?;
+        bytes += file.len();
+        resident_bytes = resident_bytes.zip(file.resident_bytes().ok()).map(|(sum, of)| sum + of);
+        direct_io.get_or_insert_with(|| file.direct_io().clone());
+    }
+    let direct_io = direct_io.unwrap_or(DirectIo::NotTried);
     let direct = matches!(direct_io, DirectIo::Available { .. });
     let engine = auto.used;
     let cold = if direct {
@@ -218,7 +219,7 @@ fn examine_path(path: &Path, auto: &ResolvedEngine) -> Result<PathReport> {
     };
     Ok(PathReport {
         path: path.to_owned(),
-        files: files.len(),
+        files: checkpoint.shards().len(),
         bytes,
         resident_bytes,
         direct_io,

@@ -183,7 +183,7 @@ impl<'d> Ways<'d> {
         }
         let start = item.info.file_range().start + runs.first;
         let end = start + runs.len;
-        if source.direct().is_some() {
+        if source.may_be_direct() {
             // What lies in whole aligned blocks of the file.
             let inner = start.next_multiple_of(align)..end / align * align;
             let address = (memory.as_ptr() as u64).wrapping_add(inner.start - start);
@@ -204,7 +204,7 @@ impl<'d> Ways<'d> {
             residency::resident_bytes(source.buffered(), start, end - start)
                 .is_ok_and(|bytes| bytes >= (end - start) / 8 * CACHED)
         };
-        if end - start >= COPY_IN_PLACE && (source.direct().is_none() || cached()) {
+        if end - start >= COPY_IN_PLACE && (!source.may_be_direct() || cached()) {
             self.cached.push((Extent::new(number, start..end), memory));
         } else {
             self.scratch.push((Piece::bytes(number, start..end), memory));

@@ -223,3 +223,42 @@ fn what_cannot_be_done_is_said() {
     let unknown = run(["load", other.to_str().unwrap(), "--world", "2"]);
     assert!(unknown.error().contains("no preset fits"), "{}", unknown.error());
 }
+
+/// Runs a command line of the program under limits that the shell sets.
+fn under(limits: &str, arguments: &str, path: &std::path::Path) -> std::process::Output {
+    let program = env!("CARGO_BIN_EXE_fst");
+    let line = format!("{limits}; exec {program} {arguments} '{}'", path.display());
+    std::process::Command::new("sh").args(["-c", &line]).output().unwrap()
+}
+
+#[test]
+fn more_files_than_may_be_open_are_no_hindrance_to_ranks() {
+    let folder = Folder::new();
+    let many = ["--model", "llama-2-7b", "--layers", "8", "--shrink", "64", "--shards", "60"];
+    let path = folder.synth("many", &many);
+    // Ranks share what they open, and direct reads leave descriptors to others. A soft limit is raised.
+    for (limits, arguments) in [
+        ("ulimit -n 128", "load --world 4 --preset llama"),
+        ("ulimit -n 100", "load --world 2 --preset llama"),
+        ("ulimit -n 100", "load"),
+        ("ulimit -Sn 40", "load --world 4 --preset llama"),
+        ("ulimit -n 40", "doctor"),
+    ] {
+        // Out of the page cache, so that the files are opened for direct reads as well.
+        for file in std::fs::read_dir(&path).unwrap() {
+            let file = std::fs::File::open(file.unwrap().path()).unwrap();
+            file.sync_all().unwrap();
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        }
+        let output = under(limits, arguments, &path);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{limits}, {arguments}: {stderr}");
+    }
+    for arguments in ["load", "load --world 2 --preset llama"] {
+        let output = under("ulimit -n 40", arguments, &path);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{stderr}");
+        let advice = "no more than 40 files open at once; raise the limit, as with `ulimit -n`";
+        assert!(stderr.contains(advice), "{arguments}: {stderr}");
+    }
+}

@@ -235,16 +235,16 @@ impl<'a> Job<'a> {
     /// Chooses the way of a block by what the page cache holds of it.
     pub(super) fn route(&self, block: &Block) -> Route {
         let file = self.file(block);
-        let direct = file.direct().map(|f| Route::Direct(f.as_raw_fd()));
+        let direct = || file.direct().map_or(Route::Buffered, |f| Route::Direct(f.as_raw_fd()));
         let resident = |part: u64| {
             residency::resident_bytes(file.buffered(), block.offset, block.need)
                 .is_ok_and(|bytes| bytes >= block.need / 8 * part)
         };
         match self.cache {
-            CachePolicy::Direct => direct.unwrap_or(Route::Buffered),
+            CachePolicy::Direct => direct(),
             // A few missing pages cost less than reading all of the block again.
             CachePolicy::Residency if resident(7) => Route::Cached,
-            CachePolicy::Residency => direct.unwrap_or(Route::Buffered),
+            CachePolicy::Residency => direct(),
             CachePolicy::Buffered if resident(7) => Route::Cached,
             CachePolicy::Buffered => Route::Buffered,
         }

@@ -79,8 +79,9 @@ fn new_ring(entries: u32) -> io::Result<IoUring> {
 /// What a ring knows before the first request.
 #[derive(Debug, Default)]
 struct Registered {
-    /// All files of the job, each with its descriptor through the page cache and the one around it.
-    files: bool,
+    /// The descriptors of all files of the job: that through the page cache, and the one around it
+    /// if it was open.
+    files: Vec<RawFd>,
     /// Addresses of the only buffer.
     buffer: Option<Range<usize>>,
 }
@@ -92,10 +93,12 @@ impl Registered {
         let submitter = ring.submitter();
         let both = |file: &SourceFile| {
             // -1 leaves a place empty.
-            [file.buffered().as_raw_fd(), file.direct().map_or(-1, AsRawFd::as_raw_fd)]
+            [file.buffered().as_raw_fd(), file.direct_if_open().map_or(-1, AsRawFd::as_raw_fd)]
         };
-        let descriptors: Vec<RawFd> = job.files.iter().flat_map(both).collect();
-        let files = submitter.register_files(&descriptors).is_ok();
+        let mut files: Vec<RawFd> = job.files.iter().flat_map(both).collect();
+        if submitter.register_files(&files).is_err() {
+            files.clear();
+        }
         let buffer = job.reused().and_then(|(start, len)| {
             let vec = libc::iovec { iov_base: start.as_ptr().cast(), iov_len: len };
             // SAFETY: the sink keeps the range allocated for longer than the job, hence the ring. Only
@@ -110,8 +113,9 @@ impl Registered {
     /// A read of this block's file into memory.
     fn read(&self, flight: &Flight<'_>, at: *mut u8, len: u32, offset: u64) -> squeue::Entry {
         let Flight { block, fd, direct, .. } = *flight;
-        let place = block.file as i32 * 2 + i32::from(direct);
-        let fd = types::Fd(if self.files { place } else { fd });
+        let place = block.file as usize * 2 + usize::from(direct);
+        let registered = self.files.get(place) == Some(&fd);
+        let fd = types::Fd(if registered { place as i32 } else { fd });
         let start = at as usize;
         let entry = match &self.buffer {
             Some(buffer) if buffer.start <= start && start + len as usize <= buffer.end => {
@@ -119,7 +123,7 @@ impl Registered {
             }
             _ => opcode::Read::new(fd, at, len).offset(offset).build(),
         };
-        if self.files { entry.flags(squeue::Flags::FIXED_FILE) } else { entry }
+        if registered { entry.flags(squeue::Flags::FIXED_FILE) } else { entry }
     }
 }
 

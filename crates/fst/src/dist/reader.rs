@@ -169,7 +169,7 @@ impl Ways {
         if inner_end.saturating_sub(inner_start) >= IN_PLACE {
             let inner = part.cut(inner_start, inner_end);
             let suits = (inner.dest.as_ptr() as u64).is_multiple_of(file.memory_align());
-            if suits || file.direct().is_none() {
+            if suits || !file.may_be_direct() {
                 self.bounce(part.cut(part.start, inner_start));
                 self.extents.push(Extent::new(part.file, inner_start..inner_end));
                 self.dests.push(Dest::InPlace(inner.dest));
