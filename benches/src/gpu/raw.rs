@@ -187,7 +187,7 @@ struct Discard<'a> {
 unsafe impl Sink for Discard<'_> {
     fn reserve(&self, _block: &Block, wait: bool) -> Result<Option<Target>, SinkError> {
         let block = match wait {
-            true => Some(self.pipeline.acquire()?),
+            true => self.pipeline.acquire_soon()?,
             false => self.pipeline.try_acquire()?,
         };
         let capacity = self.pipeline.block_bytes();

@@ -241,24 +241,33 @@ impl Pipeline {
     ///
     /// As for [`try_acquire`](Self::try_acquire).
     pub fn acquire(&self) -> Result<PinnedBlock> {
-        let mut waited = false;
         loop {
-            if let Some(block) = self.try_acquire()? {
+            if let Some(block) = self.acquire_soon()? {
                 return Ok(block);
             }
-            if !waited {
-                self.counters.ring_waits.fetch_add(1, Ordering::Relaxed);
-                waited = true;
-            }
-            if !self.wait_for_oldest()? {
-                let shared = self.ring.shared();
-                shared.sleep(|| {
-                    shared.has_free()
-                        || self.in_flight.load(Ordering::SeqCst) > 0
-                        || self.failure.get().is_some()
-                });
-            }
         }
+    }
+
+    /// A free block. Without one, waits for the oldest submission, or for a short while (50 ms) if
+    /// there is none; `None` when no block has come back by then.
+    ///
+    /// # Errors
+    ///
+    /// As for [`try_acquire`](Self::try_acquire).
+    pub fn acquire_soon(&self) -> Result<Option<PinnedBlock>> {
+        if let Some(block) = self.try_acquire()? {
+            return Ok(Some(block));
+        }
+        self.counters.ring_waits.fetch_add(1, Ordering::Relaxed);
+        if !self.wait_for_oldest()? {
+            let shared = self.ring.shared();
+            shared.sleep(|| {
+                shared.has_free()
+                    || self.in_flight.load(Ordering::SeqCst) > 0
+                    || self.failure.get().is_some()
+            });
+        }
+        self.try_acquire()
     }
 
     /// Takes back a block that was given up for its number by [`PinnedBlock::into_index`].

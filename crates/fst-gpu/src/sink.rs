@@ -80,7 +80,7 @@ unsafe impl Sink for PipelineSink<'_> {
             return Ok(None);
         }
         let pinned =
-            if wait { Some(self.pipeline.acquire()?) } else { self.pipeline.try_acquire()? };
+            if wait { self.pipeline.acquire_soon()? } else { self.pipeline.try_acquire()? };
         Ok(pinned.map(|pinned| {
             let start = pinned.as_ptr();
             // SAFETY: see the comment on the implementation.

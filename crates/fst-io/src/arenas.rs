@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use crate::budget::{Budget, Lease};
 use crate::buffer::{HostBuffer, SharedBuffer};
 use crate::error::Error;
-use crate::sink::SinkError;
+use crate::sink::{SinkError, WAIT};
 
 /// What arenas are made of: host memory here, device memory elsewhere.
 pub trait ArenaMemory: Sized + Send + Sync {
@@ -115,16 +115,18 @@ impl<'a, M: ArenaMemory> Arenas<'a, M> {
         }
     }
 
-    /// The arena, reserved now if it was not yet. `Ok(None)` when the budget has no room now, or
-    /// (with `wait`) was closed.
+    /// The arena, reserved now if it was not yet. `Ok(None)` when the budget has no room now, or,
+    /// with `wait`, had none within a short while ([`WAIT`]).
     ///
     /// # Errors
     ///
-    /// [`OverBudget`], or why there is no memory.
+    /// [`OverBudget`], or why there is no memory; [`Error::Cancelled`] when there is no room and the
+    /// budget was closed.
     pub fn get(&self, index: usize, wait: bool) -> Result<Option<Arc<M>>, SinkError> {
         if let Some(buffer) = self.existing(index) {
             return Ok(Some(buffer));
         }
+        let mut waited = false;
         loop {
             let seen = self.budget.map(Budget::generation);
             let mut reserved = self.reserved.lock().unwrap_or_else(|e| e.into_inner());
@@ -143,13 +145,22 @@ impl<'a, M: ArenaMemory> Arenas<'a, M> {
             // are there, and filling those is what frees memory. What another takes meanwhile may
             // be the very arena asked for, so any change is a reason to look again.
             drop(reserved);
-            let again = match (self.budget, seen) {
-                (Some(budget), Some(seen)) if wait => budget.wait_past(seen),
-                _ => false,
-            };
-            if !again {
+            let (Some(budget), Some(seen)) = (self.budget, seen) else { return Ok(None) };
+            if budget.is_closed() {
+                return Err(Error::Cancelled.into());
+            }
+            if !wait || waited {
                 return Ok(None);
             }
+            waited = true;
+            budget.wait_past_for(seen, WAIT);
+        }
+    }
+
+    /// Wakes those who wait in [`get`](Self::get).
+    pub fn wake(&self) {
+        if let Some(budget) = self.budget {
+            budget.wake();
         }
     }
 

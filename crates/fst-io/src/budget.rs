@@ -116,6 +116,16 @@ impl Budget {
         }
     }
 
+    /// Wakes those who wait, as if something had changed.
+    pub fn wake(&self) {
+        self.change(|_| true);
+    }
+
+    /// Whether it was [closed](Self::close).
+    pub fn is_closed(&self) -> bool {
+        self.state().closed
+    }
+
     /// Refuses all further requests, those that wait included.
     pub fn close(&self) {
         self.change(|state| {

@@ -25,6 +25,7 @@ pub mod plan;
 pub mod residency;
 pub mod scratch;
 pub mod sink;
+pub mod slots;
 pub mod stats;
 
 mod error;

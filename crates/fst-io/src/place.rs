@@ -224,6 +224,10 @@ unsafe impl Sink for InPlace<'_> {
 
     fn abandoned(&self, _block: &Block, _target: Target) {}
 
+    fn end(&self) {
+        self.arenas.wake();
+    }
+
     fn lost(&self, block: &Block, target: Target) -> Option<Target> {
         // The arena lacks this block, and is therefore never handed over.
         let leaked = self.arena_of(block).is_some_and(|arena| self.arenas.leak(arena));

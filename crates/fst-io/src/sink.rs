@@ -7,8 +7,12 @@
 
 use std::error::Error as StdError;
 use std::ptr::NonNull;
+use std::time::Duration;
 
 use crate::plan::Block;
+
+/// How long [`Sink::reserve`] waits at most before it says that nothing is free yet.
+pub const WAIT: Duration = Duration::from_millis(50);
 
 /// Why a sink could not take a block: its own error, passed through the reader unchanged.
 pub type SinkError = Box<dyn StdError + Send + Sync + 'static>;
@@ -87,12 +91,15 @@ pub unsafe trait Sink: Send + Sync {
     /// Lends memory for `block`.
     ///
     /// With `wait` false the answer is immediate, and `Ok(None)` means that nothing is free now.
-    /// With `wait` true the call blocks until memory is free; `Ok(None)` then means that the sink
-    /// was closed by its consumer, and the reader stops.
+    /// With `wait` true the call waits for some, but only for a short while ([`WAIT`]); `Ok(None)`
+    /// then means that nothing is free yet. The reader asks again, unless the read has ended
+    /// meanwhile: by an error or a panic on another thread, or because its owner cancelled it. A
+    /// sink therefore need not know of any of these.
     ///
     /// # Errors
     ///
-    /// The sink's own error ends the read.
+    /// The sink's own error ends the read. [`Error::Cancelled`](crate::Error::Cancelled) says that
+    /// the consumer wants no more.
     fn reserve(&self, block: &Block, wait: bool) -> Result<Option<Target>, SinkError>;
 
     /// Memory that targets come out of again and again, all in one range that stays allocated as long
@@ -112,6 +119,11 @@ pub unsafe trait Sink: Send + Sync {
 
     /// The read of `block` failed or was cancelled; its memory holds nothing of use.
     fn abandoned(&self, block: &Block, target: Target);
+
+    /// The read has ended early. Wakes those who wait in [`reserve`](Self::reserve), so that they
+    /// need not sit out the rest of their while. Readers call this by themselves, at the first
+    /// error, and when a sink or one of its callbacks panics. Does nothing unless implemented.
+    fn end(&self) {}
 
     /// The kernel does not tell any more whether it is done with the memory of `target`, and may
     /// write to it at any time from here on. A sink that owns the memory leaks it and returns

@@ -448,7 +448,7 @@ impl LandingSite<'_> {
                 &route,
                 Some(&admit),
                 load.crew.gds,
-                &watch.next(budget),
+                &watch.next(),
             )
         }
         .map_err(gds)?;

@@ -158,7 +158,7 @@ impl HostLoad {
             let on_arena =
                 |arena: usize, buffer: SharedBuffer| self.hand_out(arena, &buffer, deliver);
             let sink = InPlace::new(&self.plan, &self.layout, budget, &on_arena);
-            let control = watch.next(budget);
+            let control = watch.next();
             let stats = fst_io::read(&self.files, &self.plan, &sink, options, &control);
             reads.push(stats.map_err(located)?);
         }
@@ -181,7 +181,7 @@ impl HostLoad {
             let plan = &self.transform.plan;
             let slots = (SCRATCH / plan.limits().block).max(1) as usize;
             let sink = Scratch::new(plan, slots, &admit, &take).map_err(located)?;
-            let control = watch.next(budget);
+            let control = watch.next();
             let stats = fst_io::read(&self.files, plan, &sink, options, &control);
             let mut stats = stats.map_err(located)?;
             // Done inside of `reserve`, and a stage of its own.
@@ -249,13 +249,9 @@ impl Watch {
         Self { flag, ..Self::default() }
     }
 
-    /// Follows one more read, which takes its memory from `budget`.
-    pub(crate) fn next(&self, budget: Option<&Budget>) -> Arc<Control> {
-        let control = Control::with_flag(self.flag.clone());
-        let control = Arc::new(match budget {
-            Some(budget) => control.closing(budget),
-            None => control,
-        });
+    /// Follows one more read.
+    pub(crate) fn next(&self) -> Arc<Control> {
+        let control = Arc::new(Control::with_flag(self.flag.clone()));
         self.controls.lock().unwrap_or_else(|e| e.into_inner()).push(control.clone());
         control
     }

@@ -462,7 +462,7 @@ impl<'d> Planned<'d> {
             if !plan.blocks().is_empty() {
                 let sink = Lent::new(&plan, memory);
                 let sink = sink.map_err(|e| fst_io::Error::Sink(e.into()))?;
-                reads.push(fst_io::read(files, &plan, &sink, options, &watch.next(None))?);
+                reads.push(fst_io::read(files, &plan, &sink, options, &watch.next())?);
             }
         }
         let (plan, memory) = self.scratch;
@@ -472,7 +472,7 @@ impl<'d> Planned<'d> {
             let take = |block: &_, bytes: &[u8]| transform.take(block, bytes);
             let slots = (SCRATCH / plan.plan.limits().block).max(1) as usize;
             let sink = Scratch::new(&plan.plan, slots, &admit, &take)?;
-            reads.push(fst_io::read(files, &plan.plan, &sink, options, &watch.next(None))?);
+            reads.push(fst_io::read(files, &plan.plan, &sink, options, &watch.next())?);
         }
         Ok(reads)
     }

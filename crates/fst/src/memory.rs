@@ -10,7 +10,7 @@ use fst_io::sink::SinkError;
 
 /// The memory of a plan's arenas.
 pub(crate) trait Memory: Send + Sync {
-    /// Whether an arena can be written to; with `wait`, `false` means never.
+    /// Whether an arena can be written to; with `wait`, waits a short while until it can.
     fn ready(&self, arena: usize, wait: bool) -> Result<bool, SinkError>;
 
     /// Backs bytes `range` of an arena with memory, ahead of the writes to them. Best effort: what

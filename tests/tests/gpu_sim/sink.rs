@@ -183,7 +183,10 @@ fn a_block_that_the_kernel_may_write_to_for_ever_is_leaked() {
     let (told, ended) = std::sync::mpsc::channel();
     std::thread::scope(|scope| {
         let sink = &sink;
-        scope.spawn(move || told.send(sink.reserve(block, true).err()).unwrap());
+        scope.spawn(move || {
+            let error = std::iter::repeat_with(|| sink.reserve(block, true)).find_map(Result::err);
+            told.send(error).unwrap();
+        });
         let early = ended.recv_timeout(std::time::Duration::from_millis(50));
         assert!(early.is_err(), "nothing is free");
         assert!(sink.lost(block, target).is_none());

@@ -221,6 +221,16 @@ impl Slot {
     }
 }
 
+/// Ends the read when a worker unwinds: the others would otherwise wait for room that its block was
+/// to make.
+struct EndOnUnwind<'j, 'a>(&'j Job<'a>);
+
+impl Drop for EndOnUnwind<'_, '_> {
+    fn drop(&mut self) {
+        self.0.fail(GdsError::Cancelled);
+    }
+}
+
 impl Job<'_> {
     fn fail(&self, error: GdsError) {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
@@ -231,6 +241,13 @@ impl Job<'_> {
     }
 
     fn work(&self) -> Result<(u64, u64), GdsError> {
+        let unwinding = EndOnUnwind(self);
+        let result = self.work_off();
+        std::mem::forget(unwinding);
+        result
+    }
+
+    fn work_off(&self) -> Result<(u64, u64), GdsError> {
         let stream = Stream::new(self.device)?;
         let pitch = pitch(self.plan.limits().block);
         let arena = DeviceArena::new(self.device, worker_bytes(pitch, self.slots))?;

@@ -126,15 +126,13 @@ impl<'a> Job<'a> {
     /// Ends the read. The first error is the one reported.
     pub(super) fn fail(&self, error: Error) {
         let mut failure = self.failure.lock().unwrap_or_else(|e| e.into_inner());
-        failure.get_or_insert(error);
+        if failure.is_some() {
+            return;
+        }
+        *failure = Some(error);
         self.stopped.store(true, Relaxed);
         drop(failure);
-        self.control.ended();
-    }
-
-    /// Ends the read because the taker of blocks wants no more.
-    fn close(&self) {
-        self.fail(Error::Cancelled);
+        self.sink.0.end();
     }
 
     pub(super) fn finish(self) -> Result<(), Error> {
@@ -148,7 +146,8 @@ impl<'a> Job<'a> {
         &self.files[block.file as usize]
     }
 
-    /// Memory for a block. `None` when there is none now, or the read is over.
+    /// Memory for a block. `None` when there is none now, or the read is over; with `wait`, only
+    /// when the read is over.
     pub(super) fn reserve(
         &self,
         block: &Block,
@@ -156,21 +155,20 @@ impl<'a> Job<'a> {
         stats: &mut WorkerStats,
     ) -> Option<Target> {
         let began = Instant::now();
-        let answer = self.sink.0.reserve(block, wait);
-        stats.reserve += began.elapsed();
-        match answer {
-            Ok(Some(target)) => Some(target),
-            Ok(None) => {
-                if wait {
-                    self.close();
+        let target = loop {
+            match self.sink.0.reserve(block, wait) {
+                // Sinks wait for a short while at a time: the read may have ended meanwhile.
+                Ok(None) if wait && !self.is_stopped() => {}
+                Ok(target) => break target,
+                Err(error) => {
+                    let cancelled = matches!(error.downcast_ref(), Some(Error::Cancelled));
+                    self.fail(if cancelled { Error::Cancelled } else { Error::Sink(error) });
+                    break None;
                 }
-                None
             }
-            Err(error) => {
-                self.fail(Error::Sink(error));
-                None
-            }
-        }
+        };
+        stats.reserve += began.elapsed();
+        target
     }
 
     /// Faults in a piece of a target's memory, from `done` on, if it is fresh, so that the kernel

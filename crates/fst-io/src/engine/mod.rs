@@ -20,7 +20,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread;
 use std::time::Instant;
 
-use crate::budget::Budget;
 use crate::error::Error;
 use crate::file::SourceFile;
 use crate::numa::{self, Bound};
@@ -161,7 +160,6 @@ pub struct ReadOptions {
 pub struct Control {
     cancelled: Arc<AtomicBool>,
     landed: AtomicU64,
-    budget: Option<Budget>,
 }
 
 impl Control {
@@ -173,15 +171,6 @@ impl Control {
     /// A handle whose read also ends when `cancelled` becomes true. One flag can end many reads.
     pub fn with_flag(cancelled: Arc<AtomicBool>) -> Self {
         Self { cancelled, ..Self::default() }
-    }
-
-    /// Closes `budget` when the read ends early. Sinks whose memory comes within a budget need
-    /// this: a worker that waits for memory would otherwise wait for ever once another has failed,
-    /// since what lacks a block is never complete and gives nothing back.
-    #[must_use]
-    pub fn closing(mut self, budget: &Budget) -> Self {
-        self.budget = Some(budget.clone());
-        self
     }
 
     /// Ends the read as soon as the requests in flight are over; it returns
@@ -200,13 +189,6 @@ impl Control {
         self.landed.load(Relaxed)
     }
 
-    /// Wakes those who wait for memory: the read is over.
-    pub(crate) fn ended(&self) {
-        if let Some(budget) = &self.budget {
-            budget.close();
-        }
-    }
-
     /// Counts bytes that have landed; for readers of other kinds, such as cuFile's.
     pub fn add_landed(&self, bytes: u64) {
         self.landed.fetch_add(bytes, Relaxed);
@@ -223,6 +205,10 @@ impl Control {
 /// # Errors
 ///
 /// The first [`Error`] that any worker met.
+///
+/// # Panics
+///
+/// When `sink` or one of its callbacks does, after all workers have ended.
 pub fn read(
     files: &[SourceFile],
     plan: &ReadPlan,
@@ -246,11 +232,14 @@ pub fn read(
     let near = numa::processors_near(files);
     let run = |worker: usize| {
         let _bound = near.as_ref().and_then(Bound::to);
-        match engine.used {
+        let unwinding = EndOnUnwind(&job);
+        let stats = match engine.used {
             Engine::Uring => uring::work(&job, worker),
             Engine::Mmap => mmap::work(&job, worker),
             _ => pread::work(&job, worker),
-        }
+        };
+        std::mem::forget(unwinding);
+        stats
     };
     let mut stats = ReadStats::new(engine.clone(), workers, plan);
     thread::scope(|scope| {
@@ -281,6 +270,15 @@ pub fn read(
     }
     stats.seconds = started.elapsed().as_secs_f64();
     Ok(stats)
+}
+
+/// Ends the read when a worker unwinds: the others would otherwise wait for memory that it held.
+struct EndOnUnwind<'j, 'a>(&'j Job<'a>);
+
+impl Drop for EndOnUnwind<'_, '_> {
+    fn drop(&mut self) {
+        self.0.fail(Error::Cancelled);
+    }
 }
 
 #[cfg(test)]

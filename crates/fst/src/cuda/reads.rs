@@ -171,7 +171,7 @@ impl Run<'_> {
         };
         let admit = |block: &Block, _wait: bool| site.has_room(block);
         let (route, admit): (Route<'_>, Admit<'_>) = (&route, &admit);
-        let control = self.watch.next(None);
+        let control = self.watch.next();
         let options = CachedOptions::default();
         let pipeline = self.direct()?;
         // SAFETY: as for staged blocks.
@@ -212,10 +212,10 @@ impl Run<'_> {
             return Ok(());
         }
         let (site, load, budget) = (self.site, self.site.load, self.budget);
-        let (options, control) = (self.options, self.watch.next(budget));
+        let (options, control) = (self.options, self.watch.next());
         let pipeline = self.pipeline()?;
         let route = |block: &Block| site.route(block);
-        let admit = |block: &Block, wait: bool| loop {
+        let admit = |block: &Block, wait: bool| {
             let seen = budget.map(Budget::generation);
             pipeline.poll()?;
             site.take_arrivals()?;
@@ -224,12 +224,12 @@ impl Run<'_> {
             }
             // Waiting for the budget must not keep anybody from seeing copies end: it is these
             // that complete the tensors whose memory will come back.
-            let again = match (budget, seen) {
-                (Some(budget), Some(seen)) if wait => budget.wait_past_for(seen, POLL),
-                _ => false,
-            };
-            if !again {
-                return Ok(false);
+            match (budget, seen) {
+                (Some(budget), Some(seen)) if wait && !budget.wait_past_for(seen, POLL) => {
+                    // Closed: nobody listens any more.
+                    Err(fst_io::Error::Cancelled.into())
+                }
+                _ => Ok(false),
             }
         };
         // SAFETY: every destination lies in an arena of the plan, at the place of one tensor;

@@ -191,7 +191,7 @@ unsafe impl Backend for CudaRank<'_> {
         // SAFETY: the ranges' memory is writable and nobody else's by this function's contract, and
         // the flush below waits for all copies to it.
         let sink = unsafe { PipelineSink::new(&self.pipeline, &route) };
-        let read = fst_io::read(files, &plan, &sink, options, &watch.next(None));
+        let read = fst_io::read(files, &plan, &sink, options, &watch.next());
         // Also when reading failed: copies may be on their way.
         let flushed = self.pipeline.flush();
         let stats = read.map_err(|error| {

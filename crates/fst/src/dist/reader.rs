@@ -5,13 +5,14 @@
 
 use std::path::Path;
 use std::ptr::NonNull;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
-use std::sync::{Condvar, Mutex};
 
 use fst_dist::{Backend, Cause, CopyAt, HostBackend, ReadAt, ReadInto, Reader, Space, Staging};
 use fst_io::place::NoPlace;
 use fst_io::plan::{Block, Limits, ReadPlan};
 use fst_io::sink::{Sink, SinkError, Target};
+use fst_io::slots::Slots;
 use fst_io::{Extent, HostBuffer, ReadOptions, ReadStats, SourceFile};
 
 use crate::host::Watch;
@@ -31,7 +32,8 @@ pub(super) struct FileReader<'a> {
     options: ReadOptions,
     gap: u64,
     watch: &'a Watch,
-    bounce: Bounce,
+    /// For what cannot be read in place.
+    bounce: Slots,
     stats: Mutex<Vec<ReadStats>>,
 }
 
@@ -43,7 +45,7 @@ impl<'a> FileReader<'a> {
         gap: u64,
         watch: &'a Watch,
     ) -> Result<Self, fst_io::Error> {
-        let bounce = Bounce::new()?;
+        let bounce = Slots::new(SLOTS, SLOT as u64)?;
         Ok(Self { files, number, options, gap, watch, bounce, stats: Mutex::default() })
     }
 
@@ -85,7 +87,7 @@ impl Reader for FileReader<'_> {
         let plan = ReadPlan::new(extents, limits).map_err(|e| (first, e.into()))?;
         let state = plan.blocks().iter().map(|_| AtomicU8::new(FREE)).collect();
         let sink = Places { plan: &plan, dests, parts: bounced, bounce: &self.bounce, state };
-        let control = self.watch.next(None);
+        let control = self.watch.next();
         match fst_io::read(self.files, &plan, &sink, &self.options, &control) {
             Ok(stats) => {
                 self.stats.lock().unwrap_or_else(|e| e.into_inner()).push(stats);
@@ -206,37 +208,6 @@ impl Ways {
     }
 }
 
-/// Slots for what cannot be read in place.
-struct Bounce {
-    memory: HostBuffer,
-    free: Mutex<Vec<u64>>,
-    freed: Condvar,
-}
-
-impl Bounce {
-    fn new() -> Result<Self, fst_io::Error> {
-        let memory = HostBuffer::new(SLOT * SLOTS)?;
-        Ok(Self { memory, free: Mutex::new((0..SLOTS as u64).collect()), freed: Condvar::new() })
-    }
-
-    fn take(&self, wait: bool) -> Option<u64> {
-        let mut free = self.free.lock().unwrap_or_else(|e| e.into_inner());
-        loop {
-            match free.pop() {
-                Some(slot) => return Some(slot),
-                None if !wait => return None,
-                // Slots come back whenever a block has landed or failed, on any thread.
-                None => free = self.freed.wait(free).unwrap_or_else(|e| e.into_inner()),
-            }
-        }
-    }
-
-    fn release(&self, slot: u64) {
-        self.free.lock().unwrap_or_else(|e| e.into_inner()).push(slot);
-        self.freed.notify_one();
-    }
-}
-
 const FREE: u8 = 0;
 const LENT: u8 = 1;
 const LANDED: u8 = 2;
@@ -250,7 +221,7 @@ struct Places<'a> {
     /// By extent, which is also by segment.
     dests: Vec<Dest>,
     parts: Vec<Part>,
-    bounce: &'a Bounce,
+    bounce: &'a Slots,
     /// Per block of the plan: [`FREE`], then [`LENT`] once, then [`LANDED`].
     state: Vec<AtomicU8>,
 }
@@ -292,7 +263,7 @@ impl Places<'_> {
     fn scatter(&self, block: &Block, slot: u64, parts: &[Part]) -> Result<(), SinkError> {
         let start = slot as usize * SLOT;
         // SAFETY: the slot's target came back, so that nobody writes to it until `release`.
-        let bytes = unsafe { self.bounce.memory.slice(start..start + block.need as usize) };
+        let bytes = unsafe { self.bounce.memory().slice(start..start + block.need as usize) };
         let bytes = bytes.ok_or_else(|| Self::no_place(block))?;
         for part in parts {
             let (from, to) = (part.start.max(block.offset), part.end().min(block.need_end()));
@@ -333,13 +304,12 @@ unsafe impl Sink for Places<'_> {
                 }
                 let Some(slot) = self.bounce.take(wait) else { return Ok(None) };
                 if let Err(error) = self.step(block, FREE, LENT) {
-                    self.bounce.release(slot);
+                    // SAFETY: it was just taken.
+                    unsafe { self.bounce.release(slot) };
                     return Err(error);
                 }
-                // SAFETY: `slot` is below the number of slots that the memory was made for.
-                let ptr = unsafe { self.bounce.memory.as_ptr().add(slot as usize * SLOT) };
                 // SAFETY: see the comment on the implementation.
-                Ok(Some(unsafe { Target::new(ptr, SLOT, slot) }))
+                Ok(self.bounce.start(slot).map(|ptr| unsafe { Target::new(ptr, SLOT, slot) }))
             }
         }
     }
@@ -350,14 +320,19 @@ unsafe impl Sink for Places<'_> {
         let Dest::Bounce(parts) = dest else { return Ok(()) };
         let parts = self.parts.get(parts.clone()).unwrap_or_default();
         let result = self.scatter(block, target.token(), parts);
-        self.bounce.release(target.token());
+        self.abandoned(block, target);
         result
     }
 
     fn abandoned(&self, _block: &Block, target: Target) {
         if target.token() != IN_PLACE_TOKEN {
-            self.bounce.release(target.token());
+            // SAFETY: the slot was taken for the target, which came back.
+            unsafe { self.bounce.release(target.token()) };
         }
+    }
+
+    fn end(&self) {
+        self.bounce.wake();
     }
 }
 
