@@ -67,6 +67,9 @@ pub(crate) struct Reading {
     /// Do not show progress; it is shown only on a terminal anyway
     #[arg(long)]
     pub(crate) no_progress: bool,
+    /// Load even if the system tells of less memory than the load fills
+    #[arg(long)]
+    pub(crate) no_memory_check: bool,
 }
 
 impl Reading {

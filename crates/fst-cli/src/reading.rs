@@ -18,6 +18,7 @@ pub(crate) fn loader(reading: &Reading) -> Result<Loader, Failure> {
     let mut loader = Loader::new()
         .device(reading.device().open()?)
         .engine(reading.engine)
+        .check_memory(!reading.no_memory_check)
         .cancel(cancel.clone());
     loader = select(loader, &reading.select);
     interrupt::on_stop(move || cancel.cancel());
@@ -53,40 +54,6 @@ pub(crate) fn spare<'p>(
     Ok(())
 }
 
-/// Refuses to fill more memory than there is: the system would end programs, this one or others.
-/// Whatever is converted or sliced is left to the system, as are limits of a group of processes.
-pub(crate) fn check_memory(
-    checkpoint: &Checkpoint,
-    select: &Select,
-    paths: &[PathBuf],
-) -> Result<(), Failure> {
-    let Some(available) = available_memory() else { return Ok(()) };
-    let selected = selected(checkpoint, select).map_err(|e| failure(paths, checkpoint, &e))?;
-    let needed = selected.iter().fold(0u64, |sum, tensor| sum.saturating_add(tensor.byte_len()));
-    if needed <= available {
-        return Ok(());
-    }
-    let what = format!(
-        "needs {} of memory, and {} are available; load a part with --select, or --map it",
-        text::bytes(needed),
-        text::bytes(available)
-    );
-    Err(match paths.first() {
-        Some(path) => Failure::at(path, what),
-        None => Failure::of(what),
-    })
-}
-
-/// Memory that can be had without ending anybody, swap included (`proc_meminfo(5)`).
-fn available_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let field = |name: &str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-        line.trim().strip_suffix(" kB")?.parse::<u64>().ok()
-    };
-    Some((field("MemAvailable:")? + field("SwapFree:").unwrap_or(0)) * 1024)
-}
-
 /// The tensors that match any of the patterns, or all where there are none. As with a load, each
 /// pattern must match some.
 pub(crate) fn selected<'c>(
@@ -115,7 +82,15 @@ pub(crate) fn failure(paths: &[PathBuf], checkpoint: &Checkpoint, error: &Error)
     if matches!(error, Error::Cancelled) {
         return Failure::Interrupted;
     }
-    let message = error.to_string();
+    let message = match error {
+        Error::Memory { needed, available, limit, .. } => format!(
+            "needs {} of memory, and {} are available ({limit}); load a part with --select, --map it, \
+             or give --no-memory-check",
+            text::bytes(*needed),
+            text::bytes(*available)
+        ),
+        error => error.to_string(),
+    };
     let about = |path: &Path| message.starts_with(&format!("{}: ", path.display()));
     match paths.first() {
         Some(path) if !checkpoint.shards().iter().any(|shard| about(shard.path())) => {

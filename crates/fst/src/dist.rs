@@ -287,7 +287,7 @@ impl Loader {
         let fingerprint = fingerprint::of(&items, &files)?;
         let plan = self.ranks.plan(&items, fingerprint)?;
         let view = plan.rank(group.rank());
-        let outputs = Outputs::new(self.target(), &view, &items, group)?;
+        let outputs = Outputs::new(self.target(), &view, &items, group, !self.unchecked)?;
         report.push("plan", began.elapsed(), 0);
 
         let began = Instant::now();

@@ -12,6 +12,7 @@ use fst_gpu::CudaDevice;
 use fst_gpu::cufile::GdsStatus;
 use fst_io::{DirectIo, Engine, ResolvedEngine, SourceFile};
 
+use crate::available::AvailableMemory;
 use crate::device::Device;
 use crate::error::Result;
 use crate::host::locate;
@@ -27,6 +28,8 @@ pub struct Doctor {
     pub cores: usize,
     /// Memory of the machine in bytes, and how much of it can be had now.
     pub memory: Option<(u64, u64)>,
+    /// Memory that a load can fill now, and the limit that leaves no more.
+    pub available: Option<AvailableMemory>,
     /// Transparent huge pages.
     pub huge_pages: HugePages,
     /// Why io_uring cannot be used; `None` if it can.
@@ -118,6 +121,7 @@ impl Doctor {
             kernel: read_line("/proc/sys/kernel/osrelease"),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
             memory: memory(),
+            available: AvailableMemory::now(),
             huge_pages: huge_pages(),
             io_uring_refusal,
             auto,

@@ -143,6 +143,20 @@ pub enum Error {
         /// The smallest that works, in bytes.
         needed: u64,
     },
+    /// There is less host memory than the load fills. See
+    /// [`Loader::check_memory`](crate::Loader::check_memory).
+    #[error(
+        "{needed} bytes of memory are needed, and {available} are available ({limit}); load a part, \
+         map the files, or stream within a budget"
+    )]
+    Memory {
+        /// Bytes needed, by all ranks that share the memory together.
+        needed: u64,
+        /// Bytes available.
+        available: u64,
+        /// What leaves no more.
+        limit: crate::available::MemoryLimit,
+    },
     /// The reader waits for memory that the tensors handed out so far hold.
     #[error(
         "nothing could be read for {:.1} s: tensors that are still held fill the memory budget of \

@@ -130,6 +130,14 @@ impl HostLoad {
         placed.max(self.transform.least_memory())
     }
 
+    /// Bytes of all arenas, and of the scratch memory beside them.
+    pub(crate) fn memory(&self) -> u64 {
+        let transformed = self.transform.arenas.iter().map(|(len, _)| *len);
+        let arenas = self.layout.arenas().iter().copied().chain(transformed);
+        let scratch = if self.uses_scratch() { SCRATCH } else { 0 };
+        arenas.fold(scratch, u64::saturating_add)
+    }
+
     /// Whether scratch memory is used beside the arenas.
     pub(crate) fn uses_scratch(&self) -> bool {
         !self.transformed.is_empty()

@@ -14,6 +14,7 @@ use fst_io::plan::{Limits, ReadPlan};
 use fst_io::scratch::Scratch;
 use fst_io::{CachePolicy, Extent, ReadOptions, ReadStats, SourceFile, residency};
 
+use crate::available;
 use crate::cuda::CudaLoad;
 use crate::error::{DeviceError, Error, Result};
 use crate::host::{SCRATCH, SCRATCH_BLOCK, Watch, locate, open_files};
@@ -290,6 +291,7 @@ impl Loader {
                 ways.sort(item, file, &files[file as usize], align, memory);
             }
         }
+        available::check(!self.unchecked && !ways.scratch.is_empty(), SCRATCH)?;
         let load = Planned::new(ways, align).map_err(|e| locate(e, &items))?;
         report.push("plan", began.elapsed(), 0);
 

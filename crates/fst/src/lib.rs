@@ -36,6 +36,7 @@
 //! It does not download checkpoints, does not read formats other than safetensors, and does not
 //! compute with tensors.
 
+mod available;
 mod cached;
 mod cuda;
 mod device;
@@ -58,6 +59,7 @@ mod tensor;
 mod transform;
 mod verify;
 
+pub use available::{AvailableMemory, MemoryLimit};
 pub use cached::{CachedCopy, DeviceCopy};
 pub use device::Device;
 #[cfg(feature = "mpi")]

@@ -4,6 +4,7 @@ use fst_format::Checkpoint;
 use fst_gpu::cufile::{GdsMode, GdsStatus};
 use fst_io::{Budget, Engine, ReadOptions, ReadStats, ResolvedEngine, SourceFile};
 
+use crate::available;
 use crate::cached::{DeviceCopy, DeviceOptions};
 use crate::cuda::CudaLoad;
 use crate::device::Device;
@@ -98,10 +99,11 @@ impl Load {
         }
     }
 
-    /// Refuses, before anything is read, what the device has no room for.
-    pub(crate) fn check_memory(&self, read: &ReadOptions) -> Result<()> {
+    /// Refuses, before anything is read, what the device has no room for; with `host`, also what the
+    /// host has none for.
+    pub(crate) fn check_memory(&self, read: &ReadOptions, host: bool) -> Result<()> {
         match self {
-            Self::Host(_) => Ok(()),
+            Self::Host(load) => available::check(host, load.memory()),
             Self::Cuda(load) => load.check_memory(read),
         }
     }

@@ -54,6 +54,8 @@ pub struct Loader {
     pub(crate) read: ReadOptions,
     pub(crate) budget: Option<u64>,
     pub(crate) in_order: bool,
+    /// Memory is filled without asking how much there is.
+    pub(crate) unchecked: bool,
     pub(crate) stall_timeout: Option<Duration>,
     /// Mappings are left to those who touch them.
     pub(crate) lazy: bool,
@@ -185,6 +187,15 @@ impl Loader {
         self
     }
 
+    /// Whether a load is refused ([`Error::Memory`]) that would fill more host memory than there is,
+    /// by [what the system tells](crate::AvailableMemory); it is unless told otherwise. Say no where the
+    /// system's figures are known to be wrong: it ends a process that takes too much, without a word.
+    #[must_use]
+    pub fn check_memory(mut self, check: bool) -> Self {
+        self.unchecked = !check;
+        self
+    }
+
     /// How long a [`stream`](Self::stream) waits, when nothing is read because tensors that are
     /// still held fill its budget, before it says so ([`Error::Stalled`]); by default 10 s.
     #[must_use]
@@ -236,7 +247,7 @@ impl Loader {
         let arena = if self.manifest.is_some() { VERIFY_ARENA } else { ARENA };
         let load = Load::new(&self.device, checkpoint, items, arena, false)?;
         let load = load.with_options(self.device_options);
-        load.check_memory(&self.read)?;
+        load.check_memory(&self.read, !self.unchecked)?;
         report.add_files(load.files());
         report.push("plan", began.elapsed(), 0);
 
@@ -280,7 +291,8 @@ impl Loader {
     }
 
     /// Loads the selected tensors and hands each out as soon as it is complete, keeping what is in
-    /// memory within the [budget](Self::memory_budget) (by default 2 GiB).
+    /// memory within the [budget](Self::memory_budget) (by default 2 GiB, or half of what is available
+    /// where that is less).
     ///
     /// Tensors come in no particular order unless [`in_order`](Self::in_order) is set. Those that
     /// are still held count against the budget, so holding them holds the reader back. Dropping the

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use fst_format::Checkpoint;
 use fst_io::Budget;
 
+use crate::available::{self, AvailableMemory};
 use crate::error::{Error, Result};
 use crate::host::{Deliver, Watch, locate};
 use crate::load::{Load, resolve_engine};
@@ -21,8 +22,11 @@ use crate::report::LoadReport;
 use crate::tensor::Tensor;
 use crate::verify::{Hashed, verified};
 
-/// The budget when none was set, in bytes.
-const DEFAULT_BUDGET: u64 = 2 << 30;
+/// The budget when none was set, in bytes: 2 GiB, or half of what there is where that is less.
+fn default_budget() -> u64 {
+    let available = AvailableMemory::now().map_or(u64::MAX, |available| available.bytes);
+    (2 << 30).min(available / 2)
+}
 
 /// Bytes of an arena where the budget is tight.
 const SHORT_ARENA: u64 = 1 << 20;
@@ -68,7 +72,7 @@ impl TensorStream {
         if let Some(manifest) = &manifest {
             manifest.check(checkpoint, &items)?;
         }
-        let limit = loader.budget.unwrap_or(DEFAULT_BUDGET);
+        let limit = loader.budget.unwrap_or_else(default_budget);
         let plan = |arena| -> Result<(Load, u64)> {
             let load = Load::new(device, checkpoint, items.clone(), arena, loader.in_order)?;
             let load = load.with_options(loader.device_options).within(limit, loader.in_order);
@@ -84,6 +88,8 @@ impl TensorStream {
             return Err(Error::Budget { budget: limit, needed });
         }
         let scratch = load.scratch(&loader.read);
+        let most = load.items().iter().fold(scratch, |sum, item| sum.saturating_add(item.len()));
+        available::check(!loader.unchecked && device.is_host(), limit.min(most))?;
         report.add_files(load.files());
         report.push("plan", began.elapsed(), 0);
 

@@ -20,6 +20,7 @@ struct Report<'d> {
     kernel: &'d str,
     cores: usize,
     memory: Option<Memory>,
+    for_a_load: Option<ForALoad>,
     huge_pages: &'static str,
     io_uring: Offer<'d>,
     auto: Auto<'d>,
@@ -74,6 +75,13 @@ struct Memory {
     available: u64,
 }
 
+/// Memory that a load can fill, and what leaves no more.
+#[derive(Serialize)]
+struct ForALoad {
+    available: u64,
+    limit: String,
+}
+
 /// Something that is there, or why it is not.
 #[derive(Serialize)]
 struct Offer<'d> {
@@ -118,6 +126,10 @@ impl<'d> Report<'d> {
             kernel: &doctor.kernel,
             cores: doctor.cores,
             memory: doctor.memory.map(|(total, available)| Memory { total, available }),
+            for_a_load: doctor.available.as_ref().map(|available| ForALoad {
+                available: available.bytes,
+                limit: available.limit.to_string(),
+            }),
             huge_pages: match doctor.huge_pages {
                 HugePages::Always => "always",
                 HugePages::OnRequest => "on request",
@@ -213,6 +225,10 @@ fn render(doctor: &Doctor) -> String {
     if let Some((total, available)) = doctor.memory {
         let (total, available) = (text::bytes(total), text::bytes(available));
         fact("memory", format!("{total}, {available} available"));
+    }
+    if let Some(available) = &doctor.available {
+        let limit = visible(&available.limit.to_string());
+        fact("for a load", format!("{} ({limit})", text::bytes(available.bytes)));
     }
     fact(
         "huge pages",

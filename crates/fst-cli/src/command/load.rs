@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use fst::{Checkpoint, Error, LoadReport, Loader, Stage, Tensors};
+use fst::{AvailableMemory, Checkpoint, Error, LoadReport, Loader, Stage, Tensors};
 use fst_cli::models::Model;
 use fst_cli::synth::{Recipe, SynthError, Watch};
 use rustix::fs::{Advice, fadvise};
@@ -84,10 +84,6 @@ fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
     }
     if let Some(group) = args.ranks.dist {
         return ranks::load_as_one(args, paths, &checkpoint, loader, group);
-    }
-    let whole = args.dtype.is_none() && args.slice.is_empty();
-    if whole && !args.map && !args.reading.device().is_cuda() {
-        reading::check_memory(&checkpoint, &args.reading.select, paths)?;
     }
     let progress = Progress::new("loading", 0, !args.reading.no_progress);
     let bar = progress.bar();
@@ -187,7 +183,14 @@ fn headline(args: &LoadArgs, report: &LoadReport, figures: &Figures) -> String {
     }
     // What is mapped is not moved, so that the whole has no rate to speak of.
     let took = styled(RESULT, took);
+    // Pages of files count as available: what is more than that cannot all have stayed.
+    let available = AvailableMemory::now().map_or(u64::MAX, |available| available.bytes);
     match (mapping_time(report), figures.mapped_bytes) {
+        (Some(mapped), bytes_mapped) if bytes_mapped > available => format!(
+            "{tensors}, {bytes} mapped in {}, all read once after {took}; {} of memory hold a part",
+            text::seconds(mapped),
+            text::bytes(available)
+        ),
         (Some(mapped), _) => format!(
             "{tensors}, {bytes} mapped in {}, all in memory after {took}",
             text::seconds(mapped)

@@ -316,9 +316,44 @@ fn what_cannot_be_done_here_is_an_error() {
 fn more_than_there_is_memory_for_is_refused_before_it_is_read() {
     let folder = Folder::new();
     let path = hole(&folder, 8 << 40);
-    let run = run(["load", path.to_str().unwrap()]);
     let start = format!("{}: needs 8.80 TB of memory, and ", path.display());
-    assert!(run.error().starts_with(&start), "{}", run.stderr);
+    let args = ["load", path.to_str().unwrap()];
+    for more in [&[][..], &["--engine", "mmap"], &["--dtype", "F32"]] {
+        let run = run([&args, more].concat());
+        assert!(run.error().starts_with(&start), "{more:?}: {}", run.stderr);
+    }
+    // Two ranks that keep all of it count together, wherever they get to know it.
+    for command in ["load", "sum"] {
+        let run = run([command, args[1], "--world", "2", "--preset", "llama"]);
+        let start = format!("{}: needs ", path.display());
+        let error = run.stderr.lines().last().unwrap().strip_prefix("error: ").unwrap();
+        assert!(error.starts_with(&start) && error.contains("memory"), "{command}: {error}");
+    }
+}
+
+#[test]
+fn a_limit_of_the_process_counts() {
+    let folder = Folder::new();
+    let path = hole(&folder, 600 << 20);
+    let limited = |args: &[&str]| {
+        let program = fst(args);
+        let limit = "ulimit -v 500000 && exec \"$0\" \"$@\"";
+        let mut shell = std::process::Command::new("sh");
+        shell.args(["-c", limit]).arg(program.get_program()).args(program.get_args());
+        shell.output().unwrap()
+    };
+    let path = path.to_str().unwrap();
+    for more in [&[][..], &["--world", "1", "--preset", "llama"], &["--slice", "a:0:0..550000000"]]
+    {
+        let output = limited(&[&["load", path], more].concat());
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{more:?}: {error}");
+        assert!(error.contains("needs ") && error.contains("RLIMIT_AS"), "{more:?}: {error}");
+    }
+    // Whoever says so gets as far as memory goes.
+    let output = limited(&["load", path, "--no-memory-check"]);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(1) && !error.contains("needs"), "{error}");
 }
 
 #[test]

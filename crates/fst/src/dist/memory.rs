@@ -33,9 +33,10 @@ impl Outputs {
         view: &RankPlan<'_>,
         items: &[Item],
         group: &dyn Group,
+        check_host: bool,
     ) -> Result<Self> {
         let Some(device) = device.as_cuda() else {
-            room::claim_nothing(group)?;
+            room::claim_host(group, check_host, room::needed(view, items))?;
             return Ok(Self::Host(HostOutputs::new(view, items)?));
         };
         let staging = view.staging_bytes() + STAGE_ALIGN;

@@ -1,13 +1,18 @@
-//! Whether the ranks that share a device have room on it together: asked before any of them reserves
+//! Whether the ranks that share a device, or a host's memory, have room there together: asked before any of them reserves
 //! memory there or reads a byte.
 
-use fst_dist::Group;
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use fst_dist::{Group, RankPlan};
 use fst_gpu::CudaDevice;
 use serde::{Deserialize, Serialize};
 
 use super::DistError;
+use crate::available::{AvailableMemory, MemoryLimit};
 use crate::device::Device;
-use crate::error::{DeviceError, Result};
+use crate::error::{DeviceError, Error, Result};
+use crate::loader::ARENA;
+use crate::options::Item;
 
 /// What a rank needs of the device that it loads to; it travels between ranks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,9 +27,54 @@ struct Claim {
     largest: (String, u64),
 }
 
-/// Tells the other ranks that this one needs nothing of a device.
-pub(super) fn claim_nothing(group: &dyn Group) -> Result<()> {
-    gather(group, None).map(drop)
+/// Bytes of host memory that a rank fills: its shards as they arrive or as they are converted, an arena
+/// at a time, and its staging memory.
+pub(super) fn needed(view: &RankPlan<'_>, items: &[Item]) -> u64 {
+    let (mut arrived, mut made, mut moved) = (0u64, 0u64, 0u64);
+    for output in view.outputs() {
+        let item = output.tensors.first().and_then(|&tensor| items.get(tensor as usize));
+        let bits =
+            item.filter(|item| item.dtype != item.info.dtype()).map(|item| item.dtype.bits());
+        let converted = bits.map(|bits| {
+            let elements = output.shape.iter().fold(1, |all: u64, dim| all.saturating_mul(*dim));
+            elements.saturating_mul(u64::from(bits)) / 8
+        });
+        moved = moved.max(converted.map_or(0, |_| output.bytes.max(ARENA)));
+        arrived = arrived.saturating_add(output.bytes);
+        made = made.saturating_add(converted.unwrap_or(output.bytes));
+    }
+    let beside = moved.min(arrived).saturating_add(view.staging_bytes());
+    arrived.max(made).saturating_add(beside)
+}
+
+/// Tells the other ranks that this one needs `needed` bytes of host memory, and refuses, if `check` says
+/// so, where there is no room for all that share it: those of one machine and control group.
+pub(super) fn claim_host(group: &dyn Group, check: bool, needed: u64) -> Result<()> {
+    let own = AvailableMemory::now();
+    let free = own.as_ref().filter(|_| check).map_or(u64::MAX, |own| own.bytes);
+    let uuid = host(own.as_ref().is_some_and(|own| own.limit == MemoryLimit::AddressSpace));
+    let claim = Claim { uuid, needed, free, largest: Default::default() };
+    let claims = gather(group, Some(&claim))?;
+    match (crowd(&claims, &claim), own) {
+        (Some(Crowd { needed, free, .. }), Some(own)) if check => {
+            Err(Error::Memory { needed, available: free, limit: own.limit })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What processes have in common that share memory: the machine and the control group. With `alone`,
+/// this process only.
+fn host(alone: bool) -> [u8; 16] {
+    let read = |path: &str| std::fs::read(path).unwrap_or_default();
+    let mut hasher = DefaultHasher::new();
+    // The same until the machine starts anew (`random(4)`).
+    read("/proc/sys/kernel/random/boot_id").hash(&mut hasher);
+    let machine = hasher.finish();
+    std::fs::read_link("/proc/self/ns/cgroup").ok().hash(&mut hasher);
+    read("/proc/self/cgroup").hash(&mut hasher);
+    alone.then(std::process::id).hash(&mut hasher);
+    (u128::from(machine) << 64 | u128::from(hasher.finish())).to_le_bytes()
 }
 
 /// Tells the other ranks that this one needs `needed` bytes of `device`, of which `largest` is the
