@@ -116,8 +116,8 @@ pub enum ShardError {
         /// The later of the two ranges.
         range: Range<u64>,
     },
-    /// Shape and element width overflow 64 bits.
-    #[error("the shape overflows 64 bits")]
+    /// The sizes of what ranks keep, padding included, overflow 63 bits.
+    #[error("what ranks keep of it, padding included, overflows 63 bits")]
     Overflow,
 }
 

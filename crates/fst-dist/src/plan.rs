@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use sha2::{Digest as _, Sha256};
 
-use crate::error::PlanError;
+use crate::error::{PlanError, ShardError};
 use crate::load::RankLoad;
 use crate::partition::{self, Choice, Class, Costs};
 use crate::rank::RankPlan;
@@ -80,9 +80,18 @@ impl Planner {
         let mut table = ClassTable::default();
         let mut class_of = Vec::with_capacity(tensors.len());
         let mut fusing: Vec<(Arc<str>, u32, u32)> = Vec::new();
+        let mut bytes = 0u64;
         for (index, tensor) in (0u32..).zip(tensors.iter()) {
             let spec = shard(tensor);
             class_of.push(table.class(tensor, &spec, world, gap)?);
+            // Every other size of the plan is a part of this: what all ranks together can keep.
+            let most = table.classes[class_of[index as usize] as usize].resolved.most_bytes();
+            let all = bytes.checked_add(most * u64::from(world));
+            let Some(all) = all.filter(|&all| all <= i64::MAX as u64) else {
+                let (tensor, source) = (tensor.name.clone(), ShardError::Overflow);
+                return Err(PlanError::Shard { tensor, source });
+            };
+            bytes = all;
             if let Some(fuse) = spec.fuse {
                 fusing.push((fuse.name, fuse.position, index));
             }

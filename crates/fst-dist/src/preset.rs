@@ -303,9 +303,11 @@ impl PresetRules {
     fn cut(&self, tensor: &TensorDesc, role: Role, leaf: &str, transposed: bool) -> Shard {
         let preset = &self.preset;
         if role == Role::Vocab {
-            return match tensor.shape.is_empty() {
-                true => Shard::replicate(),
-                false => Shard::vocab_rows(preset.vocab_multiple),
+            return match tensor.shape.first() {
+                None => Shard::replicate(),
+                // Padding a few rows could make a tensor many times its size.
+                Some(&rows) if rows <= preset.vocab_multiple => Split::along(0).into(),
+                Some(_) => Shard::vocab_rows(preset.vocab_multiple),
             };
         }
         let Some(dim) = cut_dim(role, leaf, transposed) else {
@@ -513,6 +515,7 @@ mod tests {
         assert_eq!(kept("model.layers.3.mlp.gate_up_proj.weight", &[32, 16]), [8, 16]);
         assert_eq!(kept("model.layers.3.input_layernorm.weight", &[16]), [16]);
         assert_eq!(kept("model.embed_tokens.weight", &[1000, 16]), [256, 16]);
+        assert_eq!(kept("model.embed_tokens.weight", &[8, 16]), [2, 16], "no padding to 64 rows");
     }
 
     #[test]

@@ -48,6 +48,8 @@ impl Resolved {
                 };
                 let outer = product(&shape[..dim]).ok_or(ShardError::Overflow)?;
                 let inner = product(&shape[dim + 1..]).and_then(|n| n.checked_mul(bits));
+                // With no rows the whole is empty, and one row may still be too long.
+                let inner = inner.filter(|inner| inner.checked_mul(extent).is_some());
                 (outer, extent, inner.ok_or(ShardError::Overflow)?)
             }
         };
@@ -62,7 +64,11 @@ impl Resolved {
             inner_bits,
         };
         resolved.check(world)?;
-        Ok(resolved)
+        let all = resolved.most_bytes().checked_mul(resolved.world);
+        match all {
+            Some(all) if all <= i64::MAX as u64 => Ok(resolved),
+            _ => Err(ShardError::Overflow),
+        }
     }
 
     fn check(&self, world: u32) -> Result<(), ShardError> {
@@ -71,7 +77,9 @@ impl Resolved {
             Kind::Replicate => {}
             Kind::VocabRows { multiple } => {
                 let padded = extent.checked_next_multiple_of(*multiple);
-                padded.and_then(|n| n.checked_add(self.world)).ok_or(ShardError::Overflow)?;
+                let padded = padded.and_then(|n| n.checked_add(self.world));
+                let bits = padded.and_then(|n| n.checked_mul(self.inner_bits));
+                bits.ok_or(ShardError::Overflow)?;
             }
             Kind::Keep(ranks) => {
                 if let Some(&rank) = ranks.iter().find(|&&rank| rank >= world) {
@@ -133,9 +141,16 @@ impl Resolved {
         self.bytes_along(self.extent)
     }
 
+    /// The most bytes that any rank keeps, and that all ranks keep of it without copies; padding
+    /// included.
+    pub(crate) fn most_bytes(&self) -> u64 {
+        let indices = self.extent.max(self.vocab_block().saturating_mul(self.world));
+        self.outer.saturating_mul(self.bytes_along(indices))
+    }
+
     /// Bytes of `indices` indices along the cut dimension, within a row.
     pub(crate) fn bytes_along(&self, indices: u64) -> u64 {
-        // Products stay below the tensor's own bits but for padding, which is below u64 by far.
+        // `new` has found the bits of the whole tensor, and of all ranks' padded rows, within u64.
         (u128::from(indices) * u128::from(self.inner_bits) / 8) as u64
     }
 

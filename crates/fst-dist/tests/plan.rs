@@ -262,3 +262,59 @@ fn what_cannot_be_planned_is_refused_by_name() {
     let error = planner.plan(tensors, |_| Shard::replicate()).unwrap_err();
     assert!(matches!(error, PlanError::ByteLength { ref tensor, .. } if tensor == "t3"), "{error}");
 }
+
+/// Dimensions and numbers around those that overflow.
+fn extreme() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        0..10u64,
+        (0..64u32, 0..3u64).prop_map(|(bit, less)| (1u64 << bit).saturating_sub(less)),
+        Just(u64::MAX),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    /// Whatever a header claims and a caller asks for: a plan whose sizes are all sound, or an error.
+    #[test]
+    fn sizes_that_overflow_are_refused(
+        tensors in proptest::collection::vec(
+            (proptest::collection::vec(extreme(), 0..4), prop_oneof![Just(4u32), Just(8), Just(16), Just(64)],
+             0..5u8, extreme(), 0..3usize),
+            1..5,
+        ),
+        world in prop_oneof![1..9u32, Just(4096)],
+    ) {
+        let mut table = Vec::new();
+        let mut specs = Vec::new();
+        for (i, (shape, bits, kind, number, dim)) in tensors.into_iter().enumerate() {
+            let elements = shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d));
+            let bytes = elements.and_then(|n| n.checked_mul(u64::from(bits))).map(|n| n / 8);
+            let name = if kind == 0 { "embed_tokens.weight".to_owned() } else { format!("t{i}") };
+            let file_range = 0..bytes.unwrap_or(u64::MAX);
+            table.push(TensorDesc { name, bits, shape, shard: i as u32, file_range });
+            specs.push(match kind {
+                0 => None,
+                1 => Some(Shard::vocab_rows(number)),
+                2 => Some(Split::along(dim).unit(number.max(1)).into()),
+                3 => Some(Shard::split(dim)),
+                _ => Some(Shard::replicate()),
+            });
+        }
+        let rules = fst_dist::Preset::llama().rules(&table, world);
+        let shard = |t: &TensorDesc| specs[t.shard as usize].clone().unwrap_or_else(|| rules.shard(t));
+        let Ok(plan) = Planner::new(Topology::one_node(world)).plan(table, shard) else { return Ok(()) };
+        let mut kept = 0u64;
+        for rank in [0, world / 2, world - 1] {
+            let view = plan.rank(rank);
+            for output in view.outputs() {
+                let elements = output.shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d)).unwrap();
+                let bits = elements.checked_mul(u64::from(output.bits)).unwrap();
+                prop_assert_eq!(output.bytes, bits / 8, "{:?}", output);
+                prop_assert!(output.padding <= output.bytes, "{:?}", output);
+                kept = kept.checked_add(output.bytes).unwrap();
+            }
+        }
+        prop_assert!(kept <= i64::MAX as u64);
+    }
+}
