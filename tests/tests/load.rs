@@ -265,6 +265,44 @@ fn a_file_that_shrank_or_changed_since_it_was_opened_is_refused() {
 }
 
 #[test]
+fn a_file_that_was_written_to_and_had_its_time_set_back_is_refused() {
+    use std::os::unix::fs::{FileExt, MetadataExt};
+    let dir = tempfile::tempdir().unwrap();
+    let paths = checkpoint(dir.path());
+    let checkpoint = Checkpoint::open_all(&paths).unwrap();
+    let before = fs::metadata(&paths[0]).unwrap();
+    let file = fs::File::options().write(true).open(&paths[0]).unwrap();
+    while file.metadata().unwrap().ctime_nsec() == before.ctime_nsec() {
+        file.write_all_at(&[7; 100], before.len() - 100).unwrap();
+        file.set_modified(before.modified().unwrap()).unwrap();
+    }
+    for engine in ENGINES {
+        let error = Loader::new().engine(engine).load(&checkpoint).unwrap_err();
+        let change = fst::io::Change::Status;
+        assert!(
+            matches!(
+                &error,
+                Error::Io { source: fst::io::Error::Changed { change: c, .. }, .. } if *c == change
+            ),
+            "{error}"
+        );
+    }
+    // SAFETY: nothing is mapped, as the file is another.
+    assert!(unsafe { Loader::new().map(&checkpoint) }.is_err());
+}
+
+#[test]
+fn a_file_that_got_another_name_is_loaded() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = checkpoint(dir.path());
+    let want = official(&paths);
+    let opened = Checkpoint::open_all(&paths).unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    fs::hard_link(&paths[0], dir.path().join("link")).unwrap();
+    assert!(ours(&Loader::new().load(&opened).unwrap()) == want);
+}
+
+#[test]
 fn types_are_send_and_sync() {
     fn check<T: Send + Sync>() {}
     check::<Tensor>();

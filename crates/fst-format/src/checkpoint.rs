@@ -236,7 +236,7 @@ impl Shard {
     }
 
     /// What the file system said of the open file whose header was parsed. A loader that opens
-    /// the path again compares device, inode, length and times to see that it got the same file.
+    /// the path again compares length and times to see that it got the same file.
     #[must_use]
     pub fn file_metadata(&self) -> &std::fs::Metadata {
         &self.file_metadata
