@@ -11,7 +11,7 @@ use fst::gpu::{
 };
 use fst::io::engine::CachePolicy;
 use fst::io::plan::{Block, Limits, ReadPlan};
-use fst::io::sink::{Sink, SinkError, Target};
+use fst::io::sink::{Origin, Sink, SinkError, Target};
 use fst::io::{Control, Extent, ReadOptions, SourceFile, read};
 use serde_json::{Value, json};
 
@@ -105,7 +105,7 @@ pub fn ceiling(device: &CudaDevice, paths: &[PathBuf], sizes: Sizes) -> Result<(
     let start = Instant::now();
     let whole = Whole::open(paths, sizes.block_bytes)?;
     let options = sizes.options(CachePolicy::Direct);
-    let sink = Discard { pipeline: &pipeline };
+    let sink = Discard { pipeline: &pipeline, origin: Origin::new() };
     let stats = read(&whole.files, &whole.plan, &sink, &options, &Control::new())?;
     let seconds = start.elapsed().as_secs_f64();
     let direct: Vec<String> = whole.files.iter().map(|f| f.direct_io().to_string()).collect();
@@ -180,21 +180,23 @@ pub fn mapped(device: &CudaDevice, path: &PathBuf, most: usize, threads: usize) 
 /// Lends pinned blocks and takes them back, whatever is in them.
 struct Discard<'a> {
     pipeline: &'a Pipeline,
+    origin: Origin,
 }
 
 // SAFETY: a target is a pinned block given up for its number: nobody else has it until the number
 // comes back with the target. The ring lives as long as the pipeline, which is borrowed.
 unsafe impl Sink for Discard<'_> {
-    fn reserve(&self, _block: &Block, wait: bool) -> Result<Option<Target>, SinkError> {
-        let block = match wait {
+    fn reserve(&self, block: &Block, wait: bool) -> Result<Option<Target>, SinkError> {
+        let pinned = match wait {
             true => self.pipeline.acquire_soon()?,
             false => self.pipeline.try_acquire()?,
         };
         let capacity = self.pipeline.block_bytes();
-        Ok(block.map(|block| {
-            let start = block.as_ptr();
+        Ok(pinned.map(|pinned| {
+            let start = pinned.as_ptr();
+            let token = u64::from(pinned.into_index());
             // SAFETY: see the comment on the implementation.
-            unsafe { Target::new(start, capacity, u64::from(block.into_index())) }
+            unsafe { Target::new(&self.origin, block, start, capacity, token) }
         }))
     }
 
@@ -203,8 +205,10 @@ unsafe impl Sink for Discard<'_> {
         Ok(())
     }
 
-    fn abandoned(&self, _block: &Block, target: Target) {
-        // SAFETY: the target came from `reserve` and comes back once, by value.
-        drop(unsafe { self.pipeline.block(target.token() as u32) });
+    fn abandoned(&self, block: &Block, target: Target) {
+        if self.origin.made(block, &target) {
+            // SAFETY: the target came from `reserve` and comes back once, by value.
+            drop(unsafe { self.pipeline.block(target.token() as u32) });
+        }
     }
 }

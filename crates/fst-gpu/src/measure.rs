@@ -128,9 +128,16 @@ unsafe impl Sync for Sample<'_> {}
 impl Sample<'_> {
     fn on_threads(&self, threads: usize, work: impl Fn() -> Result<()> + Sync) -> Result<()> {
         std::thread::scope(|scope| {
-            let handles: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(&work)).collect();
-            handles.into_iter().try_for_each(|h| match h.join() {
-                Ok(result) => result,
+            let handles: Vec<_> = (1..threads)
+                .filter_map(|i| {
+                    let thread = std::thread::Builder::new().name(format!("fst-measure-{i}"));
+                    // Fewer threads measure what fewer threads reach.
+                    thread.spawn_scoped(scope, &work).ok()
+                })
+                .collect();
+            let own = work();
+            handles.into_iter().fold(own, |result, h| match h.join() {
+                Ok(other) => result.and(other),
                 Err(panic) => std::panic::resume_unwind(panic),
             })
         })

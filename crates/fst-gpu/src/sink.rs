@@ -3,7 +3,7 @@
 
 use crate::pipeline::{CopyOp, Done, Pipeline};
 use fst_io::plan::Block;
-use fst_io::sink::{Sink, SinkError, Target};
+use fst_io::sink::{Origin, Sink, SinkError, Target};
 use std::fmt;
 
 /// What is to happen with a block that has landed. Offsets count from the block's first byte.
@@ -33,6 +33,7 @@ pub type Admit<'a> = &'a (dyn Fn(&Block, bool) -> Result<bool, SinkError> + Send
 /// After the read, [`Pipeline::flush`] waits for the copies.
 pub struct PipelineSink<'a> {
     pipeline: &'a Pipeline,
+    origin: Origin,
     admit: Option<Admit<'a>>,
     route: Route<'a>,
 }
@@ -50,7 +51,7 @@ impl<'a> PipelineSink<'a> {
     ///
     /// What [`Pipeline::submit`] asks of destinations holds for all that `route` names.
     pub unsafe fn new(pipeline: &'a Pipeline, route: Route<'a>) -> Self {
-        Self { pipeline, admit: None, route }
+        Self { pipeline, origin: Origin::new(), admit: None, route }
     }
 
     /// Asks `admit` before a block is read. It makes room for the block's destinations (device
@@ -84,11 +85,15 @@ unsafe impl Sink for PipelineSink<'_> {
         Ok(pinned.map(|pinned| {
             let start = pinned.as_ptr();
             // SAFETY: see the comment on the implementation.
-            unsafe { Target::new(start, capacity, u64::from(pinned.into_index())) }
+            unsafe {
+                let token = u64::from(pinned.into_index());
+                Target::new(&self.origin, block, start, capacity, token)
+            }
         }))
     }
 
     fn landed(&self, block: &Block, target: Target) -> Result<(), SinkError> {
+        self.origin.check(block, &target)?;
         // SAFETY: the target came from `reserve` and is given back once, by value.
         let pinned = unsafe { self.pipeline.block(target.token() as u32) };
         let Some(pinned) = pinned else { return Ok(()) };
@@ -98,12 +103,17 @@ unsafe impl Sink for PipelineSink<'_> {
         Ok(())
     }
 
-    fn abandoned(&self, _block: &Block, target: Target) {
-        // SAFETY: as in `landed`.
-        drop(unsafe { self.pipeline.block(target.token() as u32) });
+    fn abandoned(&self, block: &Block, target: Target) {
+        if self.origin.made(block, &target) {
+            // SAFETY: as in `landed`.
+            drop(unsafe { self.pipeline.block(target.token() as u32) });
+        }
     }
 
-    fn lost(&self, _block: &Block, _target: Target) -> Option<Target> {
+    fn lost(&self, block: &Block, target: Target) -> Option<Target> {
+        if !self.origin.made(block, &target) {
+            return target.forget();
+        }
         // The block never comes back to the ring, whose memory stays mapped and pinned.
         self.pipeline.ring().shared().set_stuck();
         // Its reader is gone with it: others must not wait for the block.

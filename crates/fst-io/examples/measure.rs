@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use fst_io::place::{InPlace, Layout};
 use fst_io::plan::{Block, Limits, ReadPlan};
-use fst_io::sink::{Sink, SinkError, Target};
+use fst_io::sink::{Origin, Sink, SinkError, Target};
 use fst_io::{Control, Extent, HostBuffer, ReadOptions, SharedBuffer, SourceFile};
 
 fn main() {
@@ -63,7 +63,7 @@ fn main() {
         let cpu = cpu_seconds();
         let began = Instant::now();
         let stats = if let Some(memory) = &there {
-            let sink = There { memory, plan: &plan, layout: &layout };
+            let sink = There { memory, plan: &plan, layout: &layout, origin: Origin::new() };
             fst_io::read(&files, &plan, &sink, &options, &control).unwrap()
         } else {
             let sink = InPlace::new(&plan, &layout, None, &keep);
@@ -108,6 +108,7 @@ struct There<'a> {
     memory: &'a HostBuffer,
     plan: &'a ReadPlan,
     layout: &'a Layout,
+    origin: Origin,
 }
 
 // SAFETY: a block's place is its own, as in `InPlace`, and each block is read once.
@@ -121,7 +122,7 @@ unsafe impl Sink for There<'_> {
         // SAFETY: the place lies in the buffer, as was just checked.
         let ptr = unsafe { self.memory.as_ptr().add(at) };
         // SAFETY: see the comment on the implementation.
-        Ok(Some(unsafe { Target::new(ptr, block.len as usize, 0) }))
+        Ok(Some(unsafe { Target::new(&self.origin, block, ptr, block.len as usize, 0) }))
     }
     fn landed(&self, _block: &Block, _target: Target) -> Result<(), SinkError> {
         Ok(())

@@ -168,12 +168,6 @@ impl<'a, M: ArenaMemory> Arenas<'a, M> {
         self.arenas.get(index)?.buffer.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
-    /// Keeps an arena's memory, and its part of the budget, for as long as the process lives. False
-    /// when it is not reserved, or was handed over.
-    pub(crate) fn leak(&self, index: usize) -> bool {
-        self.existing(index).map(std::mem::forget).is_some()
-    }
-
     /// Memory for an arena, or `None` when the budget has no room for it now.
     fn reserve(&self, bytes: u64) -> Result<Option<M>, SinkError> {
         let lease = match self.budget {

@@ -4,9 +4,8 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 
-use crate::place::NoPlace;
+use crate::ledger::{Ledger, NoPlace};
 use crate::plan::{Block, ReadPlan};
 use crate::sink::{Sink, SinkError, Target};
 
@@ -34,20 +33,14 @@ pub enum Misfit {
     },
 }
 
-const FREE: u8 = 0;
-const LENT: u8 = 1;
-const LANDED: u8 = 2;
-
 /// The sink of loads into a caller's memory: each segment of the plan lands in one piece of it.
 ///
 /// Once the read has succeeded, every byte of every piece has been written.
 pub struct Lent<'d> {
-    plan: &'d ReadPlan,
+    ledger: Ledger<'d>,
     /// Per segment, the start of its memory: exclusively this value's for `'d`, and as long as the
     /// segment.
     pieces: Vec<NonNull<u8>>,
-    /// Per block of the plan: [`FREE`], then [`LENT`] once, then [`LANDED`].
-    state: Vec<AtomicU8>,
     memory: PhantomData<&'d mut [MaybeUninit<u8>]>,
 }
 
@@ -86,16 +79,10 @@ impl<'d> Lent<'d> {
         }
         let start = |piece: &'d mut [MaybeUninit<u8>]| NonNull::from(piece).cast::<u8>();
         Ok(Self {
-            plan,
+            ledger: Ledger::new(plan),
             pieces: pieces.into_iter().map(start).collect(),
-            state: plan.blocks().iter().map(|_| AtomicU8::new(FREE)).collect(),
             memory: PhantomData,
         })
-    }
-
-    fn no_place(block: &Block) -> SinkError {
-        let Block { index, file, offset, .. } = *block;
-        NoPlace { index, file, offset }.into()
     }
 }
 
@@ -103,33 +90,23 @@ impl<'d> Lent<'d> {
 // is as long as the segment (checked by `new`), so that the block's whole length lies in it; blocks
 // lie apart in their segment, and pieces apart from each other. The memory is borrowed exclusively
 // for `'d`, which outlives this value and so the readers that borrow it. A block's place is lent
-// once: `reserve` checks that the block is the plan's own and `FREE`.
+// once: the ledger checks that the block is the plan's own and free.
 unsafe impl Sink for Lent<'_> {
     fn reserve(&self, block: &Block, _wait: bool) -> Result<Option<Target>, SinkError> {
-        let index = block.index as usize;
-        if self.plan.blocks().get(index) != Some(block) {
-            return Err(Self::no_place(block));
-        }
-        let segment = self.plan.segments().get(block.segment as usize);
+        self.ledger.free(block)?;
+        let segment = self.ledger.plan().segments().get(block.segment as usize);
         let piece = self.pieces.get(block.segment as usize);
         let (Some(segment), Some(piece)) = (segment, piece) else {
-            return Err(Self::no_place(block));
+            return Err(NoPlace::of(block).into());
         };
-        if self.state[index].compare_exchange(FREE, LENT, Relaxed, Relaxed).is_err() {
-            return Err(Self::no_place(block));
-        }
         // SAFETY: the block lies in its segment, and the piece is as long as that.
         let ptr = unsafe { piece.add((block.offset - segment.start) as usize) };
         // SAFETY: see the comment on the implementation.
-        Ok(Some(unsafe { Target::new(ptr, block.len as usize, 0) }))
+        Ok(Some(unsafe { self.ledger.lend(block, ptr, block.len as usize, 0) }?))
     }
 
-    fn landed(&self, block: &Block, _target: Target) -> Result<(), SinkError> {
-        let state = self.state.get(block.index as usize);
-        match state.map(|state| state.compare_exchange(LENT, LANDED, Relaxed, Relaxed)) {
-            Some(Ok(_)) => Ok(()),
-            _ => Err(Self::no_place(block)),
-        }
+    fn landed(&self, block: &Block, target: Target) -> Result<(), SinkError> {
+        Ok(self.ledger.landed(block, &target)?)
     }
 
     fn abandoned(&self, _block: &Block, _target: Target) {}

@@ -18,6 +18,7 @@ pub mod arenas;
 pub mod budget;
 pub mod buffer;
 pub mod engine;
+pub mod ledger;
 pub mod lent;
 pub mod mapping;
 pub mod place;

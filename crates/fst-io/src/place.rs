@@ -4,14 +4,16 @@
 
 use std::fmt;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 
 use crate::arenas::{Arenas, OnArena};
 use crate::budget::Budget;
 use crate::buffer::{HUGE_PAGE, HostBuffer};
 use crate::extent::Extent;
+use crate::ledger::Ledger;
 use crate::plan::{Block, ReadPlan};
 use crate::sink::{Sink, SinkError, Target};
+
+pub use crate::ledger::NoPlace;
 
 /// Where a segment lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +27,8 @@ pub struct Place {
 /// The arenas that a plan's segments fill, and each segment's place.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
+    /// What it was made with.
+    limit: u64,
     arenas: Vec<u64>,
     places: Vec<Place>,
 }
@@ -37,23 +41,28 @@ impl Layout {
         /// block covers whole huge pages and no two workers fault the same one.
         const LARGE: u64 = 64 << 20;
         let huge = HUGE_PAGE as u64;
-        let mut layout = Self { arenas: Vec::new(), places: Vec::new() };
+        let mut layout = Self { limit: arena, arenas: Vec::new(), places: Vec::new() };
         for segment in plan.segments() {
             let at = |end: u64| match segment.len() {
                 LARGE.. => {
                     let phase = segment.start % huge;
-                    (end.saturating_sub(phase)).next_multiple_of(huge) + phase
+                    end.saturating_sub(phase).checked_next_multiple_of(huge)?.checked_add(phase)
                 }
-                _ => end.next_multiple_of(plan.limits().align),
+                _ => end.checked_next_multiple_of(plan.limits().align),
             };
-            let place = match layout.arenas.last_mut() {
-                Some(end) if at(*end) + segment.len() <= arena => {
-                    let offset = at(*end);
-                    *end = offset + segment.len();
+            // Where the segment starts and ends behind what lies there already, if it fits.
+            let behind = layout.arenas.last().and_then(|end| {
+                let offset = at(*end)?;
+                Some((offset, offset.checked_add(segment.len()).filter(|end| *end <= arena)?))
+            });
+            let place = match (layout.arenas.last_mut(), behind) {
+                (Some(last), Some((offset, end))) => {
+                    *last = end;
                     Place { arena: layout.arenas.len() - 1, offset }
                 }
                 _ => {
-                    let offset = at(0);
+                    // Extents end within 63 bits.
+                    let offset = at(0).unwrap_or(0);
                     layout.arenas.push(offset + segment.len());
                     Place { arena: layout.arenas.len() - 1, offset }
                 }
@@ -90,10 +99,6 @@ impl Layout {
     }
 }
 
-const FREE: u8 = 0;
-const LENT: u8 = 1;
-const LANDED: u8 = 2;
-
 /// Told when a block is in place, from reader threads.
 pub type OnLanded<'a> = &'a (dyn Fn(&Block) + Send + Sync);
 
@@ -102,11 +107,10 @@ pub type OnLanded<'a> = &'a (dyn Fn(&Block) + Send + Sync);
 /// An arena is reserved when its first block is read, within the budget if there is one, and
 /// handed over when its last block has landed.
 pub struct InPlace<'a> {
-    plan: &'a ReadPlan,
-    layout: &'a Layout,
+    ledger: Ledger<'a>,
+    /// `None` if it is another plan's.
+    layout: Option<&'a Layout>,
     arenas: Arenas<'a>,
-    /// Per block of the plan: [`FREE`], then [`LENT`] once, then [`LANDED`].
-    state: Vec<AtomicU8>,
     on_landed: Option<OnLanded<'a>>,
 }
 
@@ -116,20 +120,16 @@ impl fmt::Debug for InPlace<'_> {
     }
 }
 
-/// A block was handed to [`InPlace`] that it has no (more) place for.
+/// The layout given to [`InPlace`] was made for another plan.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("block {index} at offset {offset} of file {file} has no place, or had it already")]
-pub struct NoPlace {
-    /// Index of the block.
-    pub index: u32,
-    /// Index of its file.
-    pub file: u32,
-    /// Its first byte in the file.
-    pub offset: u64,
-}
+#[error(
+    "the layout was made for another plan: make one with `Layout::new` for the plan that is read"
+)]
+pub struct ForeignLayout;
 
 impl<'a> InPlace<'a> {
-    /// A sink for `plan`, whose arenas are those of `layout`, made for the same plan. Every arena
+    /// A sink for `plan`, whose arenas are those of `layout`, made for an equal plan: with another's the
+    /// read ends with [`ForeignLayout`]. Every arena
     /// goes to `on_arena` once, when it is complete. With a budget, the arenas that live at once,
     /// here or with whoever holds them, stay within it; one that is larger ends the read.
     pub fn new(
@@ -143,10 +143,9 @@ impl<'a> InPlace<'a> {
             arenas[place.arena].1 += segment.blocks.len() as u64;
         }
         Self {
-            plan,
-            layout,
+            ledger: Ledger::new(plan),
+            layout: (*layout == Layout::new(plan, layout.limit)).then_some(layout),
             arenas: Arenas::new(arenas, budget, on_arena),
-            state: plan.blocks().iter().map(|_| AtomicU8::new(FREE)).collect(),
             on_landed: None,
         }
     }
@@ -157,81 +156,56 @@ impl<'a> InPlace<'a> {
         self
     }
 
-    fn arena_of(&self, block: &Block) -> Option<usize> {
-        Some(self.layout.places().get(block.segment as usize)?.arena)
+    /// Where a block's segment lies.
+    fn place(&self, block: &Block) -> Result<Place, SinkError> {
+        let layout = self.layout.ok_or(ForeignLayout)?;
+        let place = layout.places().get(block.segment as usize);
+        Ok(*place.ok_or_else(|| NoPlace::of(block))?)
     }
 
-    /// The place of a block in its arena.
-    fn place(&self, block: &Block, arena: &HostBuffer) -> Option<Target> {
-        let segment = self.plan.segments().get(block.segment as usize)?;
-        let place = self.layout.places().get(block.segment as usize)?;
-        let offset = usize::try_from(place.offset + (block.offset - segment.start)).ok()?;
-        let capacity = arena.capacity().checked_sub(offset)?;
-        let len = usize::try_from(block.len).ok()?;
+    /// A block's memory in its arena.
+    fn memory(&self, block: &Block, place: Place, arena: &HostBuffer) -> Option<NonNull<u8>> {
+        let segment = self.ledger.plan().segments().get(block.segment as usize)?;
+        let within = block.offset.checked_sub(segment.start)?;
+        let offset = usize::try_from(place.offset.checked_add(within)?).ok()?;
+        let end = offset.checked_add(usize::try_from(block.len).ok()?)?;
         let ptr = NonNull::new(arena.as_ptr().as_ptr().wrapping_add(offset))?;
-        if len > capacity {
-            return None;
-        }
-        // SAFETY: the range lies in the arena, and is this block's alone; `Sink` below says why
-        // it stays so.
-        Some(unsafe { Target::new(ptr, len, 0) }.fresh())
+        (end <= arena.capacity()).then_some(ptr)
     }
 }
 
-// SAFETY: every target is the place of one block of the plan, lent once in this value's life:
-// `reserve` checks that the block is the plan's own and `FREE`; the plan's segments
-// lie apart in the layout, and its blocks apart in their segment. `place` checks that the range
-// lies in the arena. The arena cannot go before its blocks have landed: `arenas` holds it until
-// then, and readers borrow this value. Nobody else sees an arena before that, when no
-// block of it is on loan any more.
+// SAFETY: every target is the place of one block of the plan, lent once in this value's life: the
+// ledger checks that the block is the plan's own and free. The layout is the plan's own, too, so that
+// the plan's segments lie apart in it; its blocks lie apart in their segment. `memory` checks that
+// the range lies in the arena, of which the target has a share. Nobody else sees an arena before all
+// its blocks have landed: that is when no block of it is on loan any more.
 unsafe impl Sink for InPlace<'_> {
     fn reserve(&self, block: &Block, wait: bool) -> Result<Option<Target>, SinkError> {
-        let Block { index, file, offset, .. } = *block;
-        let no_place = || NoPlace { index, file, offset };
-        if self.plan.blocks().get(index as usize) != Some(block) {
-            return Err(no_place().into());
-        }
-        let arena = self.arena_of(block).ok_or_else(no_place)?;
-        let state = &self.state[index as usize];
-        if state.load(Relaxed) != FREE {
-            return Err(no_place().into());
-        }
-        let Some(arena) = self.arenas.get(arena, wait)? else {
-            return Ok(None);
-        };
-        if state.compare_exchange(FREE, LENT, Relaxed, Relaxed).is_err() {
-            return Err(no_place().into());
-        }
-        self.place(block, &arena).map(Some).ok_or_else(|| no_place().into())
+        self.ledger.free(block)?;
+        let place = self.place(block)?;
+        let Some(arena) = self.arenas.get(place.arena, wait)? else { return Ok(None) };
+        let ptr = self.memory(block, place, &arena).ok_or_else(|| NoPlace::of(block))?;
+        // SAFETY: see the comment on the implementation.
+        let target = unsafe { self.ledger.lend(block, ptr, block.len as usize, 0) }?;
+        Ok(Some(target.owned_by(arena).fresh()))
     }
 
-    fn landed(&self, block: &Block, _target: Target) -> Result<(), SinkError> {
-        let Block { index, file, offset, .. } = *block;
-        let landed = self
-            .state
-            .get(index as usize)
-            .is_some_and(|state| state.compare_exchange(LENT, LANDED, Relaxed, Relaxed).is_ok());
-        let Some(index) = self.arena_of(block).filter(|_| landed) else {
-            return Err(NoPlace { index, file, offset }.into());
-        };
+    fn landed(&self, block: &Block, target: Target) -> Result<(), SinkError> {
+        self.ledger.landed(block, &target)?;
+        // Its share of the arena ends before somebody takes the arena over.
+        drop(target);
+        let place = self.place(block)?;
         if let Some(hook) = self.on_landed {
             hook(block);
         }
-        // SAFETY: the block went from `LENT` to `LANDED`, once; its target came back, and is not
-        // lent again.
-        unsafe { self.arenas.fill(index, 1) }
+        // SAFETY: the block has landed, once; its target came back, and is not lent again.
+        unsafe { self.arenas.fill(place.arena, 1) }
     }
 
     fn abandoned(&self, _block: &Block, _target: Target) {}
 
     fn end(&self) {
         self.arenas.wake();
-    }
-
-    fn lost(&self, block: &Block, target: Target) -> Option<Target> {
-        // The arena lacks this block, and is therefore never handed over.
-        let leaked = self.arena_of(block).is_some_and(|arena| self.arenas.leak(arena));
-        (!leaked).then_some(target)
     }
 }
 

@@ -5,6 +5,7 @@ use std::fmt;
 use std::ptr::NonNull;
 
 use crate::error::Error;
+use crate::ledger::Ledger;
 use crate::plan::{Block, ReadPlan};
 use crate::sink::{Sink, SinkError, Target};
 use crate::slots::Slots;
@@ -18,6 +19,7 @@ pub type Take<'a> = &'a (dyn Fn(&Block, &[u8]) -> Result<(), SinkError> + Send +
 
 /// The sink of loads that transform what they read.
 pub struct Scratch<'a> {
+    ledger: Ledger<'a>,
     /// Slots of the plan's block length.
     slots: Slots,
     admit: Admit<'a>,
@@ -37,35 +39,38 @@ impl<'a> Scratch<'a> {
     ///
     /// [`Error::Memory`].
     pub fn new(
-        plan: &ReadPlan,
+        plan: &'a ReadPlan,
         slots: usize,
         admit: Admit<'a>,
         take: Take<'a>,
     ) -> Result<Self, Error> {
         let slots = slots.clamp(1, plan.blocks().len().max(1));
-        Ok(Self { slots: Slots::new(slots, plan.limits().block)?, admit, take })
+        let slots = Slots::new(slots, plan.limits().block)?;
+        Ok(Self { ledger: Ledger::new(plan), slots, admit, take })
     }
 }
 
-// SAFETY: a slot's number is free or inside exactly one target: it is taken to make the target, and
-// released only when the target has come back by value. Slots are disjoint ranges of memory that
+// SAFETY: the blocks are the plan's, and no longer than its longest, which a slot holds. A slot's number
+// is free or inside exactly one target: it is taken to make the target, and released only when that
+// very target has come back by value. Slots are disjoint ranges of memory that
 // this value owns and readers borrow. A target that is dropped loses its slot, so that nobody else
 // gets it.
 unsafe impl Sink for Scratch<'_> {
     fn reserve(&self, block: &Block, wait: bool) -> Result<Option<Target>, SinkError> {
         let len = self.slots.slot_len();
-        if block.len > len as u64 {
-            return Err(format!("a block of {} bytes for slots of {len}", block.len).into());
-        }
+        self.ledger.free(block)?;
         if !(self.admit)(block, wait)? {
             return Ok(None);
         }
         let Some(slot) = self.slots.take(wait) else { return Ok(None) };
-        let target = self.slots.start(slot).map(|ptr| {
-            // SAFETY: see the comment on the implementation.
-            unsafe { Target::new(ptr, len, slot) }
-        });
-        Ok(target)
+        let Some(ptr) = self.slots.start(slot) else { return Ok(None) };
+        // SAFETY: see the comment on the implementation.
+        let target = unsafe { self.ledger.lend(block, ptr, len, slot) };
+        if target.is_err() {
+            // SAFETY: it was just taken.
+            unsafe { self.slots.release(slot) };
+        }
+        Ok(Some(target?.owned_by(self.slots.memory().clone())))
     }
 
     fn reused(&self) -> Option<(NonNull<u8>, usize)> {
@@ -74,6 +79,7 @@ unsafe impl Sink for Scratch<'_> {
     }
 
     fn landed(&self, block: &Block, target: Target) -> Result<(), SinkError> {
+        self.ledger.landed(block, &target)?;
         let len = self.slots.slot_len();
         let start = target.token() as usize * len;
         let end = start + (block.need as usize).min(len);
@@ -84,17 +90,14 @@ unsafe impl Sink for Scratch<'_> {
         result
     }
 
-    fn abandoned(&self, _block: &Block, target: Target) {
-        // SAFETY: the slot was taken for the target, which came back.
-        unsafe { self.slots.release(target.token()) };
+    fn abandoned(&self, block: &Block, target: Target) {
+        if self.ledger.check(block, &target).is_ok() {
+            // SAFETY: the slot was taken for the target, which came back.
+            unsafe { self.slots.release(target.token()) };
+        }
     }
 
     fn end(&self) {
         self.slots.wake();
-    }
-
-    fn lost(&self, _block: &Block, _target: Target) -> Option<Target> {
-        std::mem::forget(self.slots.memory().clone());
-        None
     }
 }

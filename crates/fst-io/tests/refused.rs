@@ -462,3 +462,12 @@ fn signals_do_not_disturb_a_read() {
         over.store(true, Relaxed);
     });
 }
+
+#[test]
+fn without_threads_one_reads() {
+    let folder = disk_folder();
+    let path = file_in(folder.path());
+    let refuse = |call| Refuse { call, when: None, errno: libc::EAGAIN };
+    let lines = under_filter(&path, &[refuse(libc::SYS_clone3), refuse(libc::SYS_clone)]);
+    assert_eq!(count(&lines, "pread: pread"), 3, "{lines:?}");
+}

@@ -203,3 +203,58 @@ fn a_block_that_the_kernel_may_write_to_for_ever_is_leaked() {
     assert_eq!(fst_gpu::release_kept(), 0, "nor kept");
     sim.skip_check();
 }
+
+#[test]
+fn targets_of_another_pipeline_are_refused() {
+    let _machine = machine();
+    let device = CudaDevice::open(0).unwrap();
+    let ring =
+        RingOptions { block_bytes: BLOCK as usize, blocks: 2, afterwards: Afterwards::Release };
+    let limits = Limits { block: BLOCK, ..Limits::default() };
+    let plan = ReadPlan::new(vec![Extent::new(0, 0..2 * BLOCK)], limits).unwrap();
+    let [block, other] = [&plan.blocks()[0], &plan.blocks()[1]];
+    let route = |_: &Block| Ok(Landing::default());
+    let pipeline = || Pipeline::new(&device, PipelineOptions { ring, streams: 1 }).unwrap();
+    let (own, foreign) = (pipeline(), pipeline());
+    // SAFETY: nothing is copied.
+    let sinks = [&own, &foreign].map(|pipeline| unsafe { PipelineSink::new(pipeline, &route) });
+    let reserve = |sink: &PipelineSink<'_>| sink.reserve(block, true).unwrap().unwrap();
+    assert!(sinks[0].landed(block, reserve(&sinks[1])).is_err());
+    sinks[0].abandoned(block, reserve(&sinks[1]));
+    assert!(sinks[0].landed(other, reserve(&sinks[0])).is_err());
+    sinks[0].landed(block, reserve(&sinks[0])).unwrap();
+    own.flush().unwrap();
+}
+
+#[test]
+fn a_panic_where_blocks_are_routed_ends_the_read() {
+    let _machine = machine();
+    let device = CudaDevice::open(0).unwrap();
+    let case = case();
+    let files: Vec<SourceFile> =
+        case.paths.iter().map(|path| SourceFile::open(path, None).unwrap()).collect();
+    let limits = Limits { block: BLOCK, ..Limits::default() };
+    let plan = ReadPlan::new(case.extents.clone(), limits).unwrap();
+    for engine in [Engine::Auto, Engine::Pread, Engine::Mmap] {
+        let ring =
+            RingOptions { block_bytes: BLOCK as usize, blocks: 2, afterwards: Afterwards::Release };
+        let pipeline = Pipeline::new(&device, PipelineOptions { ring, streams: 1 }).unwrap();
+        let route = |_: &Block| -> Result<Landing, SinkError> { panic!("as the test wants") };
+        // No room for anybody else's block, however long they wait for it.
+        let first = std::sync::atomic::AtomicBool::new(true);
+        let admit = |_: &Block, wait: bool| {
+            let first = first.swap(false, std::sync::atomic::Ordering::Relaxed);
+            if wait && !first {
+                std::thread::sleep(fst_io::sink::WAIT);
+            }
+            Ok(first)
+        };
+        // SAFETY: nothing is copied.
+        let sink = unsafe { PipelineSink::new(&pipeline, &route) }.with_admission(&admit);
+        let mut options = ReadOptions::default();
+        (options.engine, options.workers) = (engine, Some(3));
+        let read = || fst_io::read(&files, &plan, &sink, &options, &Control::new()).map(drop);
+        let read = std::panic::catch_unwind(std::panic::AssertUnwindSafe(read));
+        assert!(read.is_err(), "{engine}: {read:?}");
+    }
+}

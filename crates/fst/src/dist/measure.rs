@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fst_dist::group::Op;
+use fst_dist::group::{Control, Op};
 use fst_dist::{Dst, Group, GroupError, LocalGroup, Src, Storage, Topology};
 use fst_format::Checkpoint;
 use fst_io::Engine;
@@ -112,8 +112,7 @@ fn rate(bytes: u64, seconds: f64) -> f64 {
 
 /// How long the slowest of `ranks` ranks takes for its messages, when all send to the next.
 fn copies(ranks: u32) -> Result<Duration, GroupError> {
-    let rank = |group: LocalGroup| {
-        let group: Arc<dyn Group> = Arc::new(group);
+    let rank = |group: &dyn Group| {
         let (rank, world) = (group.rank(), group.world_size());
         let (data, mut into) = (vec![rank as u8; MESSAGE], vec![0; MESSAGE]);
         let mut pass = || {
@@ -129,12 +128,27 @@ fn copies(ranks: u32) -> Result<Duration, GroupError> {
         Ok(began.elapsed())
     };
     std::thread::scope(|scope| {
-        let groups = LocalGroup::host(ranks).into_iter();
-        let threads: Vec<_> = groups.map(|group| scope.spawn(move || rank(group))).collect();
+        let groups = LocalGroup::host(ranks).into_iter().map(Arc::new);
+        let mut refused = None;
+        let threads = groups.map_while(|group| {
+            let thread = std::thread::Builder::new().name(format!("fst-rank-{}", group.rank()));
+            let own = group.clone();
+            match thread.spawn_scoped(scope, move || rank(&*own)) {
+                Ok(thread) => Some(thread),
+                Err(error) => {
+                    // The others wait for this rank.
+                    group.abort(&format!("cannot start its thread: {error}"));
+                    refused = group.failure();
+                    None
+                }
+            }
+        });
+        let threads: Vec<_> = threads.collect();
         let ends = threads
             .into_iter()
             .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-        ends.collect::<Result<Vec<_>, _>>().map(|ends| ends.into_iter().max().unwrap_or_default())
+        let ends = ends.collect::<Result<Vec<_>, _>>();
+        refused.map_or(ends, Err).map(|ends| ends.into_iter().max().unwrap_or_default())
     })
 }
 

@@ -6,10 +6,9 @@
 use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 
 use fst_dist::{Backend, Cause, CopyAt, HostBackend, ReadAt, ReadInto, Reader, Space, Staging};
-use fst_io::place::NoPlace;
+use fst_io::ledger::{Ledger, NoPlace};
 use fst_io::plan::{Block, Limits, ReadPlan};
 use fst_io::sink::{Sink, SinkError, Target};
 use fst_io::slots::Slots;
@@ -85,8 +84,8 @@ impl Reader for FileReader<'_> {
         // Every extent is a segment of its own: each has its own way.
         let limits = Limits { align, gap: 0, segment: 1, ..Limits::default() };
         let plan = ReadPlan::new(extents, limits).map_err(|e| (first, e.into()))?;
-        let state = plan.blocks().iter().map(|_| AtomicU8::new(FREE)).collect();
-        let sink = Places { plan: &plan, dests, parts: bounced, bounce: &self.bounce, state };
+        let ledger = Ledger::new(&plan);
+        let sink = Places { ledger, dests, parts: bounced, bounce: &self.bounce };
         let control = self.watch.next();
         match fst_io::read(self.files, &plan, &sink, &self.options, &control) {
             Ok(stats) => {
@@ -208,22 +207,16 @@ impl Ways {
     }
 }
 
-const FREE: u8 = 0;
-const LENT: u8 = 1;
-const LANDED: u8 = 2;
-
 /// The token of targets that are in place.
 const IN_PLACE_TOKEN: u64 = u64::MAX;
 
 /// The sink of one batch of ranges.
 struct Places<'a> {
-    plan: &'a ReadPlan,
+    ledger: Ledger<'a>,
     /// By extent, which is also by segment.
     dests: Vec<Dest>,
     parts: Vec<Part>,
     bounce: &'a Slots,
-    /// Per block of the plan: [`FREE`], then [`LENT`] once, then [`LANDED`].
-    state: Vec<AtomicU8>,
 }
 
 // SAFETY: the pointers are parts of slices that the caller of `Reader::read` lends exclusively for
@@ -233,30 +226,14 @@ unsafe impl Send for Places<'_> {}
 unsafe impl Sync for Places<'_> {}
 
 impl Places<'_> {
-    fn no_place(block: &Block) -> SinkError {
-        let Block { index, file, offset, .. } = *block;
-        NoPlace { index, file, offset }.into()
-    }
-
-    /// The way of a block, if it is one of the plan's.
-    fn dest(&self, block: &Block) -> Result<(&Dest, u64), SinkError> {
-        if self.plan.blocks().get(block.index as usize) != Some(block) {
-            return Err(Self::no_place(block));
-        }
-        let segment = self.plan.segments().get(block.segment as usize);
+    /// The way of a block, and where its segment starts.
+    fn dest(&self, block: &Block) -> Result<(&Dest, u64), NoPlace> {
+        let segment = self.ledger.plan().segments().get(block.segment as usize);
         let dest = segment.and_then(|segment| {
             let dest = self.dests.get(segment.extents.start as usize)?;
             (segment.extents.len() == 1).then_some((dest, segment.start))
         });
-        dest.ok_or_else(|| Self::no_place(block))
-    }
-
-    fn step(&self, block: &Block, from: u8, to: u8) -> Result<(), SinkError> {
-        let state = self.state.get(block.index as usize);
-        match state.map(|state| state.compare_exchange(from, to, Relaxed, Relaxed)) {
-            Some(Ok(_)) => Ok(()),
-            _ => Err(Self::no_place(block)),
-        }
+        dest.ok_or_else(|| NoPlace::of(block))
     }
 
     /// Copies what a slot has for its parts.
@@ -264,7 +241,7 @@ impl Places<'_> {
         let start = slot as usize * SLOT;
         // SAFETY: the slot's target came back, so that nobody writes to it until `release`.
         let bytes = unsafe { self.bounce.memory().slice(start..start + block.need as usize) };
-        let bytes = bytes.ok_or_else(|| Self::no_place(block))?;
+        let bytes = bytes.ok_or_else(|| NoPlace::of(block))?;
         for part in parts {
             let (from, to) = (part.start.max(block.offset), part.end().min(block.need_end()));
             if from >= to {
@@ -272,7 +249,7 @@ impl Places<'_> {
             }
             let within = (from - block.offset) as usize..(to - block.offset) as usize;
             let part = part.cut(from, to);
-            let bytes = bytes.get(within).ok_or_else(|| Self::no_place(block))?;
+            let bytes = bytes.get(within).ok_or_else(|| NoPlace::of(block))?;
             // SAFETY: the part lies in a slice that is lent exclusively for this read; parts lie
             // apart, and each byte of one arrives in one block, which lands once.
             unsafe { part.dest.as_ptr().copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
@@ -286,37 +263,39 @@ impl Places<'_> {
 // in an extent that is read in place. Those extents start and end at multiples of the plan's
 // alignment, so that their segment is the extent itself, the block's whole length lies in the
 // extent's memory, and blocks lie apart; that memory is lent exclusively for the call that this
-// sink lives in. `reserve` lends a block's place once.
+// sink lives in. The ledger lends a block's place once, and knows the targets that are its own.
 unsafe impl Sink for Places<'_> {
     fn reserve(&self, block: &Block, wait: bool) -> Result<Option<Target>, SinkError> {
+        self.ledger.free(block)?;
         let (dest, segment) = self.dest(block)?;
         match dest {
             Dest::InPlace(start) => {
-                self.step(block, FREE, LENT)?;
                 // SAFETY: within the extent's memory, see above.
                 let ptr = unsafe { start.add((block.offset - segment) as usize) };
+                let len = block.len as usize;
                 // SAFETY: see the comment on the implementation.
-                Ok(Some(unsafe { Target::new(ptr, block.len as usize, IN_PLACE_TOKEN) }))
+                Ok(Some(unsafe { self.ledger.lend(block, ptr, len, IN_PLACE_TOKEN) }?))
             }
             Dest::Bounce(_) => {
                 if block.len > SLOT as u64 {
-                    return Err(Self::no_place(block));
+                    return Err(NoPlace::of(block).into());
                 }
                 let Some(slot) = self.bounce.take(wait) else { return Ok(None) };
-                if let Err(error) = self.step(block, FREE, LENT) {
+                let Some(ptr) = self.bounce.start(slot) else { return Ok(None) };
+                // SAFETY: see the comment on the implementation.
+                let target = unsafe { self.ledger.lend(block, ptr, SLOT, slot) };
+                if target.is_err() {
                     // SAFETY: it was just taken.
                     unsafe { self.bounce.release(slot) };
-                    return Err(error);
                 }
-                // SAFETY: see the comment on the implementation.
-                Ok(self.bounce.start(slot).map(|ptr| unsafe { Target::new(ptr, SLOT, slot) }))
+                Ok(Some(target?.owned_by(self.bounce.memory().clone())))
             }
         }
     }
 
     fn landed(&self, block: &Block, target: Target) -> Result<(), SinkError> {
+        self.ledger.landed(block, &target)?;
         let (dest, _) = self.dest(block)?;
-        self.step(block, LENT, LANDED)?;
         let Dest::Bounce(parts) = dest else { return Ok(()) };
         let parts = self.parts.get(parts.clone()).unwrap_or_default();
         let result = self.scatter(block, target.token(), parts);
@@ -324,8 +303,8 @@ unsafe impl Sink for Places<'_> {
         result
     }
 
-    fn abandoned(&self, _block: &Block, target: Target) {
-        if target.token() != IN_PLACE_TOKEN {
+    fn abandoned(&self, block: &Block, target: Target) {
+        if target.token() != IN_PLACE_TOKEN && self.ledger.check(block, &target).is_ok() {
             // SAFETY: the slot was taken for the target, which came back.
             unsafe { self.bounce.release(target.token()) };
         }
