@@ -6,6 +6,7 @@
 //! reads into host memory and copies: then the pinned pipeline is the faster way, and
 //! [`GdsStatus`] says so.
 
+mod kernel;
 mod read;
 mod status;
 
@@ -13,6 +14,7 @@ pub use read::{GdsError, GdsOptions, GdsStats, read};
 pub use status::{GdsMode, GdsStatus};
 
 use crate::buffer::device::DeviceArena;
+use crate::device::CudaDevice;
 use crate::error::Error;
 use libloading::Library;
 use std::ffi::{c_int, c_uint, c_void};
@@ -20,7 +22,7 @@ use std::fmt;
 use std::fs::File;
 use std::mem::ManuallyDrop;
 use std::os::fd::AsRawFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 /// The names under which cuFile is looked for.
@@ -45,6 +47,30 @@ pub enum CuFileError {
         library: String,
         /// The first function not found in it.
         symbol: &'static str,
+    },
+    /// The kernel's list of modules cannot be read. The driver is not opened then: the library would
+    /// look for the list without end.
+    #[error(
+        "cuFile is not opened without {}, for which it would wait for ever: {reason}; \
+         mount /proc, or use another engine",
+        path.display()
+    )]
+    NoModuleList {
+        /// The list.
+        path: PathBuf,
+        /// The system's words.
+        reason: String,
+    },
+    /// The `nvidia-fs` module is loaded and its device nodes are missing. The driver is not opened
+    /// then: the library would close descriptors that are not its own.
+    #[error(
+        "the nvidia-fs module is loaded, and {} is missing: make its device nodes visible \
+         (in a container, pass /dev/nvidia-fs*), or use another engine",
+        path.display()
+    )]
+    NoDeviceNode {
+        /// The first node.
+        path: PathBuf,
     },
     /// A call failed.
     #[error("{call} failed: {} ({code}), CUDA code {cuda}", code_name(*code))]
@@ -199,9 +225,11 @@ impl CuFile {
     ///
     /// # Errors
     ///
-    /// [`CuFileError::NotFound`], [`CuFileError::MissingSymbol`], [`CuFileError::Call`].
+    /// [`CuFileError::NotFound`], [`CuFileError::MissingSymbol`]; [`CuFileError::NoModuleList`],
+    /// [`CuFileError::NoDeviceNode`] and [`CuFileError::Device`] where its driver must not be opened;
+    /// [`CuFileError::Call`].
     pub fn open() -> Result<&'static Self, CuFileError> {
-        Self::open_named(&CUFILE_LIBRARIES)
+        Self::open_named(&CUFILE_LIBRARIES, Some(Path::new("/")))
     }
 
     /// The same with the library at `path`, for one that the system's search does not find. The
@@ -211,17 +239,28 @@ impl CuFile {
     ///
     /// As for [`open`](Self::open).
     pub fn open_at(path: &Path) -> Result<&'static Self, CuFileError> {
-        Self::open_named(&[&path.to_string_lossy()])
+        Self::open_named(&[&path.to_string_lossy()], Some(Path::new("/")))
     }
 
-    fn open_named(names: &[&str]) -> Result<&'static Self, CuFileError> {
+    /// The same with a simulated library, which needs nothing of the kernel, for tests.
+    #[doc(hidden)]
+    pub fn open_simulated(path: &Path) -> Result<&'static Self, CuFileError> {
+        Self::open_named(&[&path.to_string_lossy()], None)
+    }
+
+    fn open_named(names: &[&str], root: Option<&Path>) -> Result<&'static Self, CuFileError> {
         if let Some(open) = CUFILE.get() {
             return Ok(open);
         }
         let found = Self::look_for(names)?;
+        root.map_or(Ok(()), kernel::check)?;
+        if CudaDevice::count()? == 0 {
+            return Err(Error::NoDevice { ordinal: 0, count: 0 }.into());
+        }
         // SAFETY: the function as declared in cufile.h. Opening twice, by another user of the
         // library in this process too, is counted there.
-        match check(unsafe { (found.driver_open)() }, "cuFileDriverOpen") {
+        let opened = kernel::keeping_descriptor_0(|| unsafe { (found.driver_open)() });
+        match check(opened, "cuFileDriverOpen") {
             Ok(()) | Err(CuFileError::Call { code: 5026, .. }) => {}
             Err(error) => return Err(error),
         }
