@@ -103,6 +103,19 @@ pub enum CuFileError {
     Device(#[from] Error),
 }
 
+/// Whether `cuFileBufRegister` refuses with this code memory that cuFile can still read into by way
+/// of its own.
+fn is_no_room(code: i32) -> bool {
+    matches!(
+        code,
+        // An unsupported limit, I/O or device; invalid memory type, mapping size or range; not pinned.
+        5003 | 5008 | 5009 | 5013 | 5016 | 5017 | 5036
+        // The module's ioctl; internal errors, which a failed mapping is one of; no memory;
+        // registration itself.
+        | 5010 | 5030 | 5043 | 5045
+    )
+}
+
 /// The name of a `CUfileOpError`.
 fn code_name(code: i32) -> &'static str {
     match code {
@@ -139,6 +152,11 @@ fn code_name(code: i32) -> &'static str {
         5033 => "nvidia-fs setup error",
         5034 => "I/O disabled",
         5036 => "device memory could not be pinned",
+        5043 => "cuFile is out of memory",
+        5044 => "I/O error",
+        5045 => "device memory could not be registered",
+        5047 => "invalid CUDA context",
+        5048 => "nvidia-fs internal error",
         _ => "cuFile error",
     }
 }
@@ -394,10 +412,8 @@ impl CuFile {
     ///
     /// [`CuFileError::Call`] for other reasons.
     pub fn lend_arena(&'static self, arena: &DeviceArena) -> Result<GdsArena, CuFileError> {
-        // An unsupported limit, I/O or device; invalid memory type, mapping size or range; not pinned.
-        const NO_ROOM: [i32; 7] = [5003, 5008, 5009, 5013, 5016, 5017, 5036];
         match self.register_arena(arena) {
-            Err(CuFileError::Call { code, .. }) if NO_ROOM.contains(&code) => {
+            Err(CuFileError::Call { code, .. }) if is_no_room(code) => {
                 Ok(GdsArena { cufile: self, arena: arena.clone(), registered: false })
             }
             registered => registered,
@@ -543,6 +559,13 @@ mod tests {
             error,
             CuFileError::MissingSymbol { library: "libc.so.6".into(), symbol: "cuFileDriverOpen" }
         );
+    }
+
+    #[test]
+    fn memory_that_is_refused_is_told_from_other_failures() {
+        assert!([5003, 5010, 5030, 5036, 5043, 5045].into_iter().all(is_no_room));
+        assert!(![5001, 5011, 5015, 5044].into_iter().any(is_no_room));
+        assert_eq!(code_name(5045), "device memory could not be registered");
     }
 
     #[test]
