@@ -282,6 +282,27 @@ fn tensors_are_handed_to_cudarc_and_dlpack_without_a_copy() {
 }
 
 #[test]
+fn only_the_last_owner_exports_for_writing() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = open(&crowded_checkpoint(dir.path()));
+    let tensors = Loader::new().load(&checkpoint).unwrap();
+    let shared = tensors.get("big").unwrap().clone();
+    assert!(matches!(shared.into_dlpack(), Err(Error::NotWritable { .. })));
+    let mut all: Vec<_> = tensors.into_iter().collect();
+    let index = all.iter().position(|tensor| tensor.name() == "big").unwrap();
+    let tensor = all.swap_remove(index);
+    let before: Vec<Vec<u8>> = all.iter().map(|t| t.bytes().unwrap().to_vec()).collect();
+    let (read_only, len) = (tensor.dlpack().unwrap(), tensor.byte_len());
+    assert!(matches!(tensor.clone().into_dlpack(), Err(Error::NotWritable { .. })));
+    drop(read_only);
+    let source = tensor.into_dlpack().unwrap();
+    // SAFETY: memory that the export alone refers to.
+    unsafe { (source.address as usize as *mut u8).write_bytes(0xA5, len) };
+    // The neighbours in its arena are what they were.
+    assert!(all.iter().zip(&before).all(|(tensor, bytes)| tensor.bytes().unwrap() == bytes));
+}
+
+#[test]
 fn cufile_loads_what_the_pipeline_loads() {
     let dir = tempfile::tempdir().unwrap();
     let checkpoint = open(&crowded_checkpoint(dir.path()));
