@@ -121,7 +121,7 @@ fn cufile_fills_the_callers_memory() {
     let checkpoint = open(&crowded_checkpoint(dir.path()));
     let host = Loader::new().load(&checkpoint).unwrap();
     let sim = simulated_or_skip!(1, MEMORY);
-    fst::gpu::cufile::CuFile::open_at(sim.path()).unwrap();
+    fst::gpu::cufile::CuFile::open_simulated(sim.path()).unwrap();
     let room = Room::new(&host, 8);
     let loader = Loader::new().device(Device::cuda(0).unwrap()).engine(Engine::Gds);
     loader.load_into(&checkpoint, room.destinations()).unwrap();

@@ -139,7 +139,7 @@ fn memory_beside_the_tensors_counts_before_anything_is_read() {
         let load = |memory: u64| {
             let sim = Sim::load().unwrap().exclusive(1, memory);
             assert!(sim.add_kernels(fst_cuda_sim_kernels::LIBRARY.as_ref()));
-            fst::gpu::cufile::CuFile::open_at(sim.path()).unwrap();
+            fst::gpu::cufile::CuFile::open_simulated(sim.path()).unwrap();
             let loader = loader.clone().device(Device::cuda(0).unwrap()).engine(engine);
             match loader.cached_copy(way).load(&checkpoint) {
                 Ok(tensors) => {
@@ -179,7 +179,7 @@ fn streams_keep_to_their_budget_with_all_that_they_take() {
         let loader = loader.engine(engine);
         let least = {
             let sim = simulated_or_skip!(1, MEMORY);
-            fst::gpu::cufile::CuFile::open_at(sim.path()).unwrap();
+            fst::gpu::cufile::CuFile::open_simulated(sim.path()).unwrap();
             let loader = loader.clone().device(Device::cuda(0).unwrap());
             match loader.memory_budget(1 << 20).stream(&checkpoint) {
                 Err(Error::Budget { needed, .. }) => needed,
@@ -282,11 +282,32 @@ fn tensors_are_handed_to_cudarc_and_dlpack_without_a_copy() {
 }
 
 #[test]
+fn only_the_last_owner_exports_for_writing() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = open(&crowded_checkpoint(dir.path()));
+    let tensors = Loader::new().load(&checkpoint).unwrap();
+    let shared = tensors.get("big").unwrap().clone();
+    assert!(matches!(shared.into_dlpack(), Err(Error::NotWritable { .. })));
+    let mut all: Vec<_> = tensors.into_iter().collect();
+    let index = all.iter().position(|tensor| tensor.name() == "big").unwrap();
+    let tensor = all.swap_remove(index);
+    let before: Vec<Vec<u8>> = all.iter().map(|t| t.bytes().unwrap().to_vec()).collect();
+    let (read_only, len) = (tensor.dlpack().unwrap(), tensor.byte_len());
+    assert!(matches!(tensor.clone().into_dlpack(), Err(Error::NotWritable { .. })));
+    drop(read_only);
+    let source = tensor.into_dlpack().unwrap();
+    // SAFETY: memory that the export alone refers to.
+    unsafe { (source.address as usize as *mut u8).write_bytes(0xA5, len) };
+    // The neighbours in its arena are what they were.
+    assert!(all.iter().zip(&before).all(|(tensor, bytes)| tensor.bytes().unwrap() == bytes));
+}
+
+#[test]
 fn cufile_loads_what_the_pipeline_loads() {
     let dir = tempfile::tempdir().unwrap();
     let checkpoint = open(&crowded_checkpoint(dir.path()));
     let sim = simulated_or_skip!(1, MEMORY);
-    fst::gpu::cufile::CuFile::open_at(sim.path()).unwrap();
+    fst::gpu::cufile::CuFile::open_simulated(sim.path()).unwrap();
     for dtype in [None, Some(Dtype::F32)] {
         let mut loader = Loader::new().slice("huge", 1, 3..1500);
         if let Some(dtype) = dtype {
@@ -346,7 +367,7 @@ fn cufile_streams_more_than_its_slots_hold() {
     let checkpoint = open(&[path]);
     let host = Loader::new().load(&checkpoint).unwrap();
     let sim = simulated_or_skip!(1, MEMORY);
-    fst::gpu::cufile::CuFile::open_at(sim.path()).unwrap();
+    fst::gpu::cufile::CuFile::open_simulated(sim.path()).unwrap();
     let loader = Loader::new().device(Device::cuda(0).unwrap()).engine(Engine::Gds);
     let loader = loader.memory_budget(16 << 20).stall_timeout(std::time::Duration::from_secs(60));
     let mut count = 0;

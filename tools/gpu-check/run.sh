@@ -106,30 +106,30 @@ gds() {
 
 # wheel_libs NAME: the folder of a library that came with torch.
 wheel_libs() {
-    timeout 30 "$python" - "$1" 2>/dev/null <<'END'
+    timeout -k 5 30 "$python" - "$1" 2>/dev/null <<'END'
 import glob, os, sys, nvidia
 found = [path for base in nvidia.__path__ for path in glob.glob(base + "/**/" + sys.argv[1], recursive=True)]
 print(os.path.dirname(found[0]) if found else "")
 END
 }
 
-synth() { timeout "$(left "$1")" "$here/fst" synth "$2" "${@:3}" --no-progress >>"$out/synth.log" 2>&1 || rm -rf "$2"; }
+synth() { timeout -k 5 "$(left "$1")" "$here/fst" synth "$2" "${@:3}" --no-progress >>"$out/synth.log" 2>&1 || rm -rf "$2"; }
 
 {
     date -u +'%Y-%m-%d %H:%M UTC'
     cat "$here/revision.txt" 2>/dev/null
     [ "${#driver[@]}" -eq 0 ] || echo "SIMULATED DRIVER: this shows that everything runs; the figures mean nothing"
-    timeout 20 nvidia-smi --query-gpu=name,memory.total,driver_version,pcie.link.gen.current,pcie.link.width.current \
+    timeout -k 5 20 nvidia-smi --query-gpu=name,memory.total,driver_version,pcie.link.gen.current,pcie.link.width.current \
         --format=csv,noheader 2>/dev/null || echo "nvidia-smi is not there"
     echo "$(nproc) cores, $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1), $(free -g 2>/dev/null | awk '/^Mem/ {print $2 " GiB"}')"
     echo "Linux $(uname -r); data on $(df -T "$data" | awk 'NR == 2 {print $2 " (" $1 ")"}'); $(df -h "$shm" 2>/dev/null | awk 'NR == 2 {print "tmpfs with " $4 " free"}')"
 } >"$out/machine.txt"
 cat "$out/machine.txt"
-timeout 30 env "${driver[@]}" "$here/fst" doctor >"$out/doctor.txt" 2>&1 || tell doctor "FAILED (status $?)"
+timeout -k 5 30 env "${driver[@]}" "$here/fst" doctor >"$out/doctor.txt" 2>&1 || tell doctor "FAILED (status $?)"
 
 # Peers are unpacked while the tests run.
 with_peers=()
-if [ -d "$here/wheels" ] && timeout 90 "$python" -c 'import torch' 2>/dev/null; then
+if [ -d "$here/wheels" ] && timeout -k 5 90 "$python" -c 'import torch' 2>/dev/null; then
     site=$out/peers/site
     mkdir -p "$site"
     cp "$here/gpu_load.py" "$out/peers/"
@@ -137,7 +137,7 @@ if [ -d "$here/wheels" ] && timeout 90 "$python" -c 'import torch' 2>/dev/null; 
         unpack() {
             local to=$site/$1; shift
             [ -d "$to" ] && return
-            timeout 60 "$python" -m pip install -q --no-index --no-deps --find-links "$here/wheels" --target "$to.partial" "$@" && mv "$to.partial" "$to"
+            timeout -k 5 60 "$python" -m pip install -q --no-index --no-deps --find-links "$here/wheels" --target "$to.partial" "$@" && mv "$to.partial" "$to"
         }
         unpack safetensors-0.8.0 safetensors==0.8.0
         unpack safetensors-0.9.0rc1 safetensors==0.9.0rc1

@@ -1,12 +1,14 @@
-//! Ctrl-C: the first one asks the work to stop, a second one ends the program at once. Temporary
-//! folders are removed either way.
+//! Ctrl-C and the signals that ask a program to end: the first one asks the work to stop, a second
+//! one ends the program at once, and so does the first where no work heeds it. Temporary folders are
+//! removed either way.
 
+use std::ffi::c_int;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Mutex, MutexGuard};
+use std::thread;
 use std::time::Duration;
-use std::{process, thread};
 
 use crate::failure::Failure;
 
@@ -14,10 +16,13 @@ use crate::failure::Failure;
 static STOP: AtomicBool = AtomicBool::new(false);
 
 /// What to do at the first ctrl-C, and what to remove at the second.
-static ON_STOP: Mutex<Actions> = Mutex::new(Actions { cancel: Vec::new(), folders: Vec::new() });
+static ON_STOP: Mutex<Actions> =
+    Mutex::new(Actions { cancel: Vec::new(), folders: Vec::new(), watched: false });
 
 struct Actions {
     cancel: Vec<Box<dyn Fn() + Send>>,
+    /// Whether any work looks at [`STOP`].
+    watched: bool,
     folders: Vec<PathBuf>,
 }
 
@@ -29,16 +34,25 @@ fn actions() -> MutexGuard<'static, Actions> {
 /// handlers, they end the program as they always do.
 pub(crate) fn catch() {
     let _ = ctrlc::set_handler(|| {
-        if STOP.swap(true, Ordering::SeqCst) {
-            for folder in &actions().folders {
+        let again = STOP.swap(true, Ordering::SeqCst);
+        let actions = actions();
+        let heeded = actions.watched || !actions.cancel.is_empty();
+        if again || !heeded {
+            for folder in &actions.folders {
                 let _ = std::fs::remove_dir_all(folder);
             }
-            process::exit(130);
+            _exit(130);
         }
-        for cancel in &actions().cancel {
+        for cancel in &actions.cancel {
             cancel();
         }
     });
+}
+
+unsafe extern "C" {
+    /// Ends the process without what libraries have registered for its end: they may wait for the
+    /// very thing that does not come to an end.
+    safe fn _exit(status: c_int) -> !;
 }
 
 /// Whether the user has asked to stop.
@@ -48,6 +62,7 @@ pub(crate) fn requested() -> bool {
 
 /// The flag behind [`requested`], for work that looks at it itself.
 pub(crate) fn flag() -> &'static AtomicBool {
+    actions().watched = true;
     &STOP
 }
 
@@ -68,6 +83,7 @@ const NOTICED: Duration = Duration::from_millis(20);
 pub(crate) fn unless_stopped<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Failure> {
+    actions().watched = true;
     let (send, receive) = channel();
     let worker = thread::Builder::new().name("fst-work".to_owned()).spawn(move || {
         // Nobody waits for it once the user has asked to stop.

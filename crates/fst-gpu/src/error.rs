@@ -25,6 +25,15 @@ pub enum Error {
         /// The first function not found in it.
         symbol: String,
     },
+    /// The library found is the stub that CUDA's toolkit brings for linking.
+    #[error(
+        "the driver library {library} that was found first is the CUDA toolkit's stub, which only \
+         serves to link programs: take its folder (stubs) out of LD_LIBRARY_PATH"
+    )]
+    StubDriver {
+        /// The library opened.
+        library: String,
+    },
     /// The driver is older than CUDA 12.0.
     #[error("the driver is too old: it offers CUDA {found}, needed is {needed} (series 525)")]
     DriverTooOld {

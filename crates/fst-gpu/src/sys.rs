@@ -166,6 +166,7 @@ fn open(names: &'static [&'static str]) -> Result<Driver> {
 }
 
 fn check(name: &'static str, library: Library) -> Result<Driver> {
+    let file = name;
     let library = ManuallyDrop::new(library);
     for symbol in NEEDED {
         // SAFETY: the symbol is only looked for.
@@ -195,7 +196,12 @@ fn check(name: &'static str, library: Library) -> Result<Driver> {
             library.get(b"cuInit\0").map_err(|_| missing(name, "cuInit"))?;
         let name: libloading::Symbol<'_, unsafe extern "C" fn(u32, *mut *const c_char) -> u32> =
             library.get(b"cuGetErrorName\0").map_err(|_| missing(name, "cuGetErrorName"))?;
-        let error = |call, number| Error::Init { call, code: named(number, *name) };
+        let error = |call, number| match number {
+            // CUDA_ERROR_STUB_LIBRARY. cudarc opens the library under the same names and would call
+            // the stub, whatever else is found here.
+            34 => Error::StubDriver { library: file.to_owned() },
+            _ => Error::Init { call, code: named(number, *name) },
+        };
         match version(&mut encoded) {
             0 => {}
             number => return Err(error("cuDriverGetVersion", number)),
@@ -332,6 +338,23 @@ mod tests {
             error,
             Error::MissingSymbol { library: "libc.so.6".into(), symbol: "cuInit".into() }
         );
+    }
+
+    #[test]
+    fn a_stub_is_called_one() {
+        let folder = std::env::temp_dir().join(format!("fst-stub-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let (source, stub) = (folder.join("stub.c"), folder.join("libcuda.so"));
+        let functions = NEEDED.iter().map(|name| format!("int {name}(void) {{ return 34; }}\n"));
+        std::fs::write(&source, functions.collect::<String>()).unwrap();
+        let mut compiler = std::process::Command::new("cc");
+        compiler.args(["-shared", "-fPIC", "-o"]).args([&stub, &source]);
+        assert!(compiler.status().unwrap().success());
+        let name: &'static str = Box::leak(stub.to_str().unwrap().into());
+        let Err(error) = open(Box::leak(Box::new([name]))) else { panic!("took a stub") };
+        std::fs::remove_dir_all(&folder).unwrap();
+        assert_eq!(error, Error::StubDriver { library: name.to_owned() });
+        assert!(error.to_string().contains("stub"), "{error}");
     }
 
     #[test]

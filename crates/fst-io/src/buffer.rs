@@ -132,7 +132,8 @@ impl SharedBuffer {
     ///
     /// # Safety
     ///
-    /// Nobody writes to the buffer from here on, whoever else may hold a reference to it.
+    /// Nobody writes to the buffer from here on, whoever else may hold a reference to it; but for the
+    /// only owner of a range of it, if no slice of these bytes is made any more, by [`Deref`] included.
     pub unsafe fn new(buffer: Arc<HostBuffer>) -> Self {
         Self(buffer)
     }
@@ -156,6 +157,18 @@ impl SharedBuffer {
     /// A buffer without bytes.
     pub fn empty() -> Self {
         Self(Arc::new(HostBuffer { map: None, len: 0, lease: None }))
+    }
+
+    /// The bytes of `range`, or `None` when it lies outside. No slice is made of the other bytes, which
+    /// may have other owners.
+    pub fn bytes(&self, range: Range<usize>) -> Option<&[u8]> {
+        // SAFETY: nobody writes any more, by the contract of `new`.
+        unsafe { self.0.slice(range) }
+    }
+
+    /// Where `range` starts, or `None` when it lies outside.
+    pub fn address(&self, range: &Range<usize>) -> Option<NonNull<u8>> {
+        NonNull::new(self.0.start_of(range)?)
     }
 
     /// Length in bytes of what is reserved for this buffer.

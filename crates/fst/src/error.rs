@@ -29,6 +29,14 @@ pub enum Error {
         /// What failed.
         source: fst_io::Error,
     },
+    /// A tensor that cannot be handed over for writing.
+    #[error("{tensor} cannot be exported for writing: {reason}")]
+    NotWritable {
+        /// Its name.
+        tensor: String,
+        /// Who else relies on its bytes, and what to do.
+        reason: &'static str,
+    },
     /// There is no tensor of this name.
     #[error("no tensor named {name:?}")]
     UnknownTensor {

@@ -1,6 +1,5 @@
 //! Tensors that own their memory, and the set that a load returns.
 
-use std::any::Any;
 use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
@@ -31,6 +30,8 @@ pub struct Tensor {
     /// The shape, where it is not the one in the checkpoint.
     shape: Option<Box<[usize]>>,
     data: Data,
+    /// Shared by all that may look at the elements: who holds the only reference owns them.
+    owners: Arc<()>,
 }
 
 /// Where the elements are.
@@ -46,7 +47,8 @@ pub(crate) enum Data {
 
 impl Tensor {
     pub(crate) fn new(info: TensorInfo, dtype: Dtype, shape: Option<&[usize]>, data: Data) -> Self {
-        Self { info, name: None, dtype, shape: shape.map(Into::into), data }
+        let shape = shape.map(Into::into);
+        Self { info, name: None, dtype, shape, data, owners: Arc::default() }
     }
 
     /// The same tensor by another name.
@@ -118,7 +120,7 @@ impl Tensor {
     /// [`Error::NotOnHost`] when they are in a device's memory.
     pub fn bytes(&self) -> Result<&[u8]> {
         let bytes = match &self.data {
-            Data::Host { arena, offset, len } => arena.get(*offset..*offset + *len),
+            Data::Host { arena, offset, len } => arena.bytes(*offset..*offset + *len),
             Data::Cuda { .. } => None,
             Data::Mapped { map, offset, len } => map.get(*offset..*offset + *len),
         };
@@ -140,7 +142,7 @@ impl Tensor {
             Ok::<(), Error>(())
         })?;
         let data = Data::Host { arena, offset: 0, len: *len as usize };
-        Ok(Self { data, ..self.clone() })
+        Ok(Self { data, owners: Arc::default(), ..self.clone() })
     }
 
     /// Address of the first element in the memory of its CUDA device; `None` for tensors in host
@@ -165,39 +167,61 @@ impl Tensor {
         self.check_dtype::<T>()?;
         let view = ArenaView::new(&memory.arena, stream, *offset, self.elements())
             .map_err(DeviceError::Cuda)?;
-        // The memory counts against a stream's budget as long as the view uses it.
-        Ok(view.keeping(memory.clone()))
+        // The memory counts against a stream's budget as long as the view uses it, and the elements
+        // have another reader.
+        Ok(view.keeping(Arc::new(self.clone())))
     }
 
-    /// The tensor for export through DLPack, without a copy; whoever takes it keeps the memory
-    /// alive until it calls the deleter. Other tensors may share the arena, and host tensors are
-    /// shared by reference in Rust: consumers must not write
-    /// ([`Writes::Forbidden`](fst_gpu::dlpack::Writes)).
+    /// The tensor for export through DLPack, without a copy, to be read only; whoever takes it keeps
+    /// the memory alive until it calls the deleter. This tensor, its clones and other exports share
+    /// the elements: export it as [`Writes::Forbidden`](fst_gpu::dlpack::Writes), and give it to
+    /// consumers that heed the flag. Some do not (PyTorch writes to what it was told is read-only), and
+    /// the unversioned form has none: a write through such an export while anyone reads the tensor is
+    /// undefined behaviour, the consumer's. [`into_dlpack`](Self::into_dlpack) is for them.
     ///
     /// # Errors
     ///
     /// [`DeviceError::NoCounterpart`] for elements that DLPack has no code for.
     pub fn dlpack(&self) -> Result<DlSource> {
-        let (owner, address, device): (Arc<dyn Any + Send + Sync>, u64, DlDevice) = match &self.data
-        {
-            Data::Host { arena, .. } => {
-                let address = self.bytes()?.as_ptr() as u64;
-                (Arc::new(arena.clone()), address, DlDevice::CPU)
+        self.clone().export()
+    }
+
+    /// Hands the tensor over to whoever takes the export, without a copy, who may write to it
+    /// ([`Writes::Allowed`](fst_gpu::dlpack::Writes)): nobody else can look at its elements any more.
+    /// Other tensors of the arena are not affected.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotWritable`] when a clone, a view or another export of it lives, or when it is
+    /// [mapped](crate::Loader::map); otherwise as for [`dlpack`](Self::dlpack).
+    pub fn into_dlpack(mut self) -> Result<DlSource> {
+        let reason = if self.is_mapped() {
+            "its bytes are those of a file; load it instead of mapping it"
+        } else if Arc::get_mut(&mut self.owners).is_none() {
+            "a clone, a view or another export of it is in use; drop these first"
+        } else {
+            return self.export();
+        };
+        Err(Error::NotWritable { tensor: self.name().to_owned(), reason })
+    }
+
+    /// An export that owns `self`.
+    fn export(self) -> Result<DlSource> {
+        let (address, device) = match &self.data {
+            Data::Host { arena, offset, len } => {
+                let address = arena.address(&(*offset..*offset + *len));
+                (address.map_or(0, |address| address.as_ptr() as u64), DlDevice::CPU)
             }
-            Data::Mapped { map, .. } => {
-                let address = self.bytes()?.as_ptr() as u64;
-                (map.clone(), address, DlDevice::CPU)
-            }
+            Data::Mapped { .. } => (self.bytes()?.as_ptr() as u64, DlDevice::CPU),
             Data::Cuda { memory, offset, .. } => {
                 let arena = &memory.arena;
-                let device = DlDevice::cuda(arena.device().ordinal());
-                (memory.clone(), arena.address() + offset, device)
+                (arena.address() + offset, DlDevice::cuda(arena.device().ordinal()))
             }
         };
         let dtype = dl_dtype(self.dtype)
             .ok_or(DeviceError::NoCounterpart { dtype: self.dtype, as_what: "DLPack" })?;
         let shape = self.shape().iter().map(|dim| *dim as i64).collect();
-        Ok(DlSource { owner, address, device, dtype, shape })
+        Ok(DlSource { owner: Arc::new(self), address, device, dtype, shape })
     }
 
     fn check_dtype<T: Element>(&self) -> Result<()> {

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 fn open(sim: &cuda_sim::Sim) -> &'static CuFile {
-    CuFile::open_at(sim.path()).unwrap()
+    CuFile::open_simulated(sim.path()).unwrap()
 }
 
 fn load(

@@ -1,10 +1,14 @@
 //! `fst inspect` against the official parser.
 
 use std::collections::BTreeMap;
+use std::io::Read;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use safetensors::SafeTensors;
 
-use crate::fixture::{Folder, run, write_raw};
+use crate::fixture::{Folder, fst, run, write_raw};
 
 #[test]
 fn json_says_what_the_official_parser_says() {
@@ -149,4 +153,30 @@ fn a_selection_is_counted_alone() {
     assert!(text.contains(&format!("  of {count} tensors, ")) && text.contains(files), "{text}");
     let text = run(["inspect", path]).stdout;
     assert!(!text.contains("  of "), "{text}");
+}
+
+#[test]
+fn one_signal_ends_what_no_load_heeds() {
+    let folder = Folder::new();
+    let args = ["--model", "qwen3-30b-a3b", "--shrink", "64", "--layers", "8"];
+    let path = folder.synth("many", &args);
+    let mut program = fst(["inspect", path.to_str().unwrap(), "--json"]);
+    let mut child = program.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    // The program fills the pipe, which nobody reads on, and waits there.
+    let mut output = child.stdout.take().unwrap();
+    output.read_exact(&mut [0]).unwrap();
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        if Instant::now() > deadline {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            panic!("the program goes on after a signal");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    assert_eq!(status.code(), Some(130));
 }

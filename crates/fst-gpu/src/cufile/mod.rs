@@ -6,6 +6,7 @@
 //! reads into host memory and copies: then the pinned pipeline is the faster way, and
 //! [`GdsStatus`] says so.
 
+mod kernel;
 mod read;
 mod status;
 
@@ -13,6 +14,7 @@ pub use read::{GdsError, GdsOptions, GdsStats, read};
 pub use status::{GdsMode, GdsStatus};
 
 use crate::buffer::device::DeviceArena;
+use crate::device::CudaDevice;
 use crate::error::Error;
 use libloading::Library;
 use std::ffi::{c_int, c_uint, c_void};
@@ -20,7 +22,7 @@ use std::fmt;
 use std::fs::File;
 use std::mem::ManuallyDrop;
 use std::os::fd::AsRawFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 /// The names under which cuFile is looked for.
@@ -45,6 +47,30 @@ pub enum CuFileError {
         library: String,
         /// The first function not found in it.
         symbol: &'static str,
+    },
+    /// The kernel's list of modules cannot be read. The driver is not opened then: the library would
+    /// look for the list without end.
+    #[error(
+        "cuFile is not opened without {}, for which it would wait for ever: {reason}; \
+         mount /proc, or use another engine",
+        path.display()
+    )]
+    NoModuleList {
+        /// The list.
+        path: PathBuf,
+        /// The system's words.
+        reason: String,
+    },
+    /// The `nvidia-fs` module is loaded and its device nodes are missing. The driver is not opened
+    /// then: the library would close descriptors that are not its own.
+    #[error(
+        "the nvidia-fs module is loaded, and {} is missing: make its device nodes visible \
+         (in a container, pass /dev/nvidia-fs*), or use another engine",
+        path.display()
+    )]
+    NoDeviceNode {
+        /// The first node.
+        path: PathBuf,
     },
     /// A call failed.
     #[error("{call} failed: {} ({code}), CUDA code {cuda}", code_name(*code))]
@@ -75,6 +101,19 @@ pub enum CuFileError {
     /// The device's part failed.
     #[error(transparent)]
     Device(#[from] Error),
+}
+
+/// Whether `cuFileBufRegister` refuses with this code memory that cuFile can still read into by way
+/// of its own.
+fn is_no_room(code: i32) -> bool {
+    matches!(
+        code,
+        // An unsupported limit, I/O or device; invalid memory type, mapping size or range; not pinned.
+        5003 | 5008 | 5009 | 5013 | 5016 | 5017 | 5036
+        // The module's ioctl; internal errors, which a failed mapping is one of; no memory;
+        // registration itself.
+        | 5010 | 5030 | 5043 | 5045
+    )
 }
 
 /// The name of a `CUfileOpError`.
@@ -113,6 +152,11 @@ fn code_name(code: i32) -> &'static str {
         5033 => "nvidia-fs setup error",
         5034 => "I/O disabled",
         5036 => "device memory could not be pinned",
+        5043 => "cuFile is out of memory",
+        5044 => "I/O error",
+        5045 => "device memory could not be registered",
+        5047 => "invalid CUDA context",
+        5048 => "nvidia-fs internal error",
         _ => "cuFile error",
     }
 }
@@ -199,9 +243,11 @@ impl CuFile {
     ///
     /// # Errors
     ///
-    /// [`CuFileError::NotFound`], [`CuFileError::MissingSymbol`], [`CuFileError::Call`].
+    /// [`CuFileError::NotFound`], [`CuFileError::MissingSymbol`]; [`CuFileError::NoModuleList`],
+    /// [`CuFileError::NoDeviceNode`] and [`CuFileError::Device`] where its driver must not be opened;
+    /// [`CuFileError::Call`].
     pub fn open() -> Result<&'static Self, CuFileError> {
-        Self::open_named(&CUFILE_LIBRARIES)
+        Self::open_named(&CUFILE_LIBRARIES, Some(Path::new("/")))
     }
 
     /// The same with the library at `path`, for one that the system's search does not find. The
@@ -211,17 +257,28 @@ impl CuFile {
     ///
     /// As for [`open`](Self::open).
     pub fn open_at(path: &Path) -> Result<&'static Self, CuFileError> {
-        Self::open_named(&[&path.to_string_lossy()])
+        Self::open_named(&[&path.to_string_lossy()], Some(Path::new("/")))
     }
 
-    fn open_named(names: &[&str]) -> Result<&'static Self, CuFileError> {
+    /// The same with a simulated library, which needs nothing of the kernel, for tests.
+    #[doc(hidden)]
+    pub fn open_simulated(path: &Path) -> Result<&'static Self, CuFileError> {
+        Self::open_named(&[&path.to_string_lossy()], None)
+    }
+
+    fn open_named(names: &[&str], root: Option<&Path>) -> Result<&'static Self, CuFileError> {
         if let Some(open) = CUFILE.get() {
             return Ok(open);
         }
         let found = Self::look_for(names)?;
+        root.map_or(Ok(()), kernel::check)?;
+        if CudaDevice::count()? == 0 {
+            return Err(Error::NoDevice { ordinal: 0, count: 0 }.into());
+        }
         // SAFETY: the function as declared in cufile.h. Opening twice, by another user of the
         // library in this process too, is counted there.
-        match check(unsafe { (found.driver_open)() }, "cuFileDriverOpen") {
+        let opened = kernel::keeping_descriptor_0(|| unsafe { (found.driver_open)() });
+        match check(opened, "cuFileDriverOpen") {
             Ok(()) | Err(CuFileError::Call { code: 5026, .. }) => {}
             Err(error) => return Err(error),
         }
@@ -355,10 +412,8 @@ impl CuFile {
     ///
     /// [`CuFileError::Call`] for other reasons.
     pub fn lend_arena(&'static self, arena: &DeviceArena) -> Result<GdsArena, CuFileError> {
-        // An unsupported limit, I/O or device; invalid memory type, mapping size or range; not pinned.
-        const NO_ROOM: [i32; 7] = [5003, 5008, 5009, 5013, 5016, 5017, 5036];
         match self.register_arena(arena) {
-            Err(CuFileError::Call { code, .. }) if NO_ROOM.contains(&code) => {
+            Err(CuFileError::Call { code, .. }) if is_no_room(code) => {
                 Ok(GdsArena { cufile: self, arena: arena.clone(), registered: false })
             }
             registered => registered,
@@ -504,6 +559,13 @@ mod tests {
             error,
             CuFileError::MissingSymbol { library: "libc.so.6".into(), symbol: "cuFileDriverOpen" }
         );
+    }
+
+    #[test]
+    fn memory_that_is_refused_is_told_from_other_failures() {
+        assert!([5003, 5010, 5030, 5036, 5043, 5045].into_iter().all(is_no_room));
+        assert!(![5001, 5011, 5015, 5044].into_iter().any(is_no_room));
+        assert_eq!(code_name(5045), "device memory could not be registered");
     }
 
     #[test]
