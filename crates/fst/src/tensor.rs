@@ -10,7 +10,7 @@ use cudarc::driver::CudaStream;
 use fst_format::{Dtype, Element, TensorInfo};
 use fst_gpu::ArenaView;
 use fst_gpu::dlpack::{DlDataType, DlDevice, DlSource};
-use fst_io::{Mapping, SharedBuffer};
+use fst_io::{Mapping, Piece, SharedBuffer};
 
 use crate::cuda::CudaMemory;
 use crate::device::Device;
@@ -20,8 +20,9 @@ use crate::report::LoadReport;
 /// A loaded tensor: a name, a shape, a dtype, and a counted reference to the memory that holds its
 /// elements, in row-major order without gaps.
 ///
-/// Cloning is cheap and shares the memory. The memory is freed with the last tensor that lies in
-/// the same arena.
+/// Cloning is cheap and shares the memory. The memory is freed with the last clone:
+/// in host memory the pages that no other tensor of the same arena shares, on a device with the last
+/// tensor of the arena.
 #[derive(Clone)]
 pub struct Tensor {
     info: TensorInfo,
@@ -36,12 +37,24 @@ pub struct Tensor {
 /// Where the elements are.
 #[derive(Clone)]
 pub(crate) enum Data {
-    /// `offset..offset + len` of an arena in host memory.
-    Host { arena: SharedBuffer, offset: usize, len: usize },
+    /// A part of an arena in host memory.
+    Host(Piece),
     /// `offset..offset + len` of an arena on a CUDA device.
     Cuda { memory: Arc<CudaMemory>, offset: u64, len: u64 },
     /// `offset..offset + len` of a mapped file.
     Mapped { map: Arc<Mapping>, offset: usize, len: usize },
+}
+
+impl Data {
+    /// Bytes `offset..offset + len` of an arena in host memory, which go when nobody holds them.
+    ///
+    /// # Safety
+    ///
+    /// They are read through this value and its clones only from here on.
+    pub(crate) unsafe fn host(arena: SharedBuffer, offset: usize, len: usize) -> Self {
+        // SAFETY: passed on from the caller.
+        Self::Host(unsafe { arena.piece(offset..offset + len) })
+    }
 }
 
 impl Tensor {
@@ -79,7 +92,8 @@ impl Tensor {
     /// Number of its bytes.
     pub fn byte_len(&self) -> usize {
         match &self.data {
-            Data::Host { len, .. } | Data::Mapped { len, .. } => *len,
+            Data::Host(piece) => piece.len(),
+            Data::Mapped { len, .. } => *len,
             Data::Cuda { len, .. } => *len as usize,
         }
     }
@@ -93,7 +107,7 @@ impl Tensor {
     /// Where its elements are.
     pub fn device(&self) -> Device {
         match &self.data {
-            Data::Host { .. } | Data::Mapped { .. } => Device::host(),
+            Data::Host(_) | Data::Mapped { .. } => Device::host(),
             Data::Cuda { memory, .. } => Device::of_cuda(memory.arena.device()),
         }
     }
@@ -107,7 +121,7 @@ impl Tensor {
     pub(crate) fn mapping(&self) -> Option<(&Arc<Mapping>, Range<usize>)> {
         match &self.data {
             Data::Mapped { map, offset, len } => Some((map, *offset..*offset + *len)),
-            Data::Host { .. } | Data::Cuda { .. } => None,
+            Data::Host(_) | Data::Cuda { .. } => None,
         }
     }
 
@@ -118,7 +132,7 @@ impl Tensor {
     /// [`Error::NotOnHost`] when they are in a device's memory.
     pub fn bytes(&self) -> Result<&[u8]> {
         let bytes = match &self.data {
-            Data::Host { arena, offset, len } => arena.get(*offset..*offset + *len),
+            Data::Host(piece) => Some(&**piece),
             Data::Cuda { .. } => None,
             Data::Mapped { map, offset, len } => map.get(*offset..*offset + *len),
         };
@@ -139,7 +153,8 @@ impl Tensor {
             memory.arena.copy_to_host(*offset, bytes).map_err(DeviceError::Cuda)?;
             Ok::<(), Error>(())
         })?;
-        let data = Data::Host { arena, offset: 0, len: *len as usize };
+        // SAFETY: the buffer is new and this is all of it.
+        let data = unsafe { Data::host(arena, 0, *len as usize) };
         Ok(Self { data, ..self.clone() })
     }
 
@@ -148,7 +163,7 @@ impl Tensor {
     pub fn device_ptr(&self) -> Option<u64> {
         match &self.data {
             Data::Cuda { memory, offset, .. } => Some(memory.arena.address() + offset),
-            Data::Host { .. } | Data::Mapped { .. } => None,
+            Data::Host(_) | Data::Mapped { .. } => None,
         }
     }
 
@@ -180,9 +195,9 @@ impl Tensor {
     pub fn dlpack(&self) -> Result<DlSource> {
         let (owner, address, device): (Arc<dyn Any + Send + Sync>, u64, DlDevice) = match &self.data
         {
-            Data::Host { arena, .. } => {
+            Data::Host(piece) => {
                 let address = self.bytes()?.as_ptr() as u64;
-                (Arc::new(arena.clone()), address, DlDevice::CPU)
+                (Arc::new(piece.clone()), address, DlDevice::CPU)
             }
             Data::Mapped { map, .. } => {
                 let address = self.bytes()?.as_ptr() as u64;
