@@ -319,3 +319,25 @@ fn the_process_never_grows_past_the_budget() {
         }
     }
 }
+
+#[test]
+fn small_tensors_that_are_kept_hold_little_of_the_budget() {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("i.safetensors");
+    let (large, small) = (vec![1; 2 << 20], vec![2; 4096]);
+    let views = (0..64).flat_map(|i| {
+        [("w", &large), ("norm", &small)].map(|(name, data)| {
+            let view = TensorView::new(OfficialDtype::U8, vec![data.len()], data).unwrap();
+            (format!("{i:02}.{name}"), view)
+        })
+    });
+    safetensors::serialize_to_file(views, None, &path).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let loader = Loader::new().memory_budget(32 << 20).stall_timeout(Duration::from_secs(10));
+    let stream = loader.in_order(true).stream(&checkpoint).unwrap();
+    let kept: Vec<Tensor> =
+        stream.map(Result::unwrap).filter(|tensor| tensor.name().ends_with("norm")).collect();
+    assert_eq!(kept.len(), 64);
+    assert!(kept.iter().all(|tensor| tensor.bytes().unwrap() == small));
+}

@@ -1,5 +1,6 @@
 //! A hard limit on memory: who wants some waits until others have given theirs back.
 
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -27,7 +28,19 @@ struct State {
 #[derive(Debug)]
 pub struct Lease {
     budget: Budget,
-    bytes: u64,
+    bytes: AtomicU64,
+}
+
+impl Lease {
+    /// Gives a part of the bytes back, at most what is left of them.
+    pub fn give_back(&self, bytes: u64) {
+        let less = |left: u64| Some(left.saturating_sub(bytes));
+        let left = self.bytes.fetch_update(Relaxed, Relaxed, less).unwrap_or_else(|left| left);
+        self.budget.change(|state| {
+            state.used -= left.min(bytes);
+            true
+        });
+    }
 }
 
 impl Budget {
@@ -74,7 +87,7 @@ impl Budget {
             }
             taken
         });
-        taken.then(|| Lease { budget: self.clone(), bytes })
+        taken.then(|| Lease { budget: self.clone(), bytes: bytes.into() })
     }
 
     /// A number that changes whenever something is taken, comes back, or the budget is closed.
@@ -138,7 +151,7 @@ impl Budget {
 impl Drop for Lease {
     fn drop(&mut self) {
         self.budget.change(|state| {
-            state.used -= self.bytes;
+            state.used -= *self.bytes.get_mut();
             true
         });
     }

@@ -186,9 +186,94 @@ impl Deref for SharedBuffer {
     }
 }
 
+/// Bytes of a [`SharedBuffer`] that go back to the system as soon as nobody holds them, whoever holds
+/// others: the pages wholly inside, and their part of the budget. Clones share them.
+#[derive(Debug, Clone)]
+pub struct Piece(Arc<Held>);
+
+#[derive(Debug)]
+struct Held {
+    buffer: SharedBuffer,
+    range: Range<usize>,
+}
+
+impl SharedBuffer {
+    /// Bytes `range` of the buffer, as far as it has them.
+    ///
+    /// # Safety
+    ///
+    /// From here on the bytes are read through this piece and its clones only: once those are gone, the
+    /// bytes are too.
+    pub unsafe fn piece(self, range: Range<usize>) -> Piece {
+        let end = range.end.min(self.0.len);
+        Piece(Arc::new(Held { range: range.start.min(end)..end, buffer: self }))
+    }
+}
+
+impl Piece {
+    /// Where it starts; `None` when the buffer is empty.
+    pub fn address(&self) -> Option<NonNull<u8>> {
+        self.0.buffer.address(&self.0.range)
+    }
+}
+
+impl Deref for Piece {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: nobody writes to a shared buffer, and the pages are there as long as this piece.
+        unsafe { self.0.buffer.0.slice(self.0.range.clone()) }.unwrap_or_default()
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let buffer = &self.buffer.0;
+        // The last holder's pages go with the whole buffer.
+        let Some(map) = buffer.map.as_ref().filter(|_| Arc::strong_count(buffer) > 1) else {
+            return;
+        };
+        let page = sys::page_size();
+        let (start, end) = (self.range.start.next_multiple_of(page), self.range.end / page * page);
+        if start >= end {
+            return;
+        }
+        // SAFETY: these bytes were read through this piece only, by the contract of `piece`.
+        let discarded = unsafe { map.discard(start, end - start) };
+        if let (Ok(()), Some(lease)) = (discarded, &buffer.lease) {
+            lease.give_back((end - start) as u64);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Budget;
+
+    #[test]
+    fn a_dropped_piece_gives_its_pages_back_whoever_holds_others() {
+        let (page, len) = (sys::page_size(), 4 * HUGE_PAGE);
+        let budget = Budget::new(len as u64);
+        let buffer = HostBuffer::new(len).unwrap().with_lease(budget.take(len as u64).unwrap());
+        // SAFETY: nobody else has the buffer yet.
+        unsafe { buffer.slice_mut(0..len) }.unwrap().fill(7);
+        // SAFETY: the only writer is done.
+        let shared = unsafe { SharedBuffer::new(Arc::new(buffer)) };
+        // SAFETY: the pieces are apart, and nothing is read but through them until they are gone.
+        let (small, large) =
+            unsafe { (shared.clone().piece(0..100), shared.clone().piece(100..len)) };
+        let twin = large.clone();
+        drop(large);
+        assert!(budget.used() == len as u64 && twin.iter().all(|byte| *byte == 7));
+        drop(twin);
+        assert_eq!(budget.used(), page as u64);
+        assert!(small.iter().all(|byte| *byte == 7));
+        // Pages that went back are zeros when they come again.
+        assert!(shared[page..].iter().all(|byte| *byte == 0));
+        drop((shared, small));
+        assert_eq!(budget.used(), 0);
+    }
 
     #[test]
     fn buffers_are_aligned_zeroed_and_bounded() {

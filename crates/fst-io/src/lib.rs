@@ -36,7 +36,7 @@ mod numa;
 mod sys;
 
 pub use budget::Budget;
-pub use buffer::{HostBuffer, SharedBuffer};
+pub use buffer::{HostBuffer, Piece, SharedBuffer};
 pub use engine::{CachePolicy, Control, Engine, ReadOptions, ResolvedEngine, read};
 pub use error::{Change, Error};
 pub use extent::Extent;

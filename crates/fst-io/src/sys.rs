@@ -263,6 +263,22 @@ impl Anonymous {
         self.len
     }
 
+    /// Gives the pages of a page-aligned part back to the system; they are zeros from then on.
+    ///
+    /// # Safety
+    ///
+    /// Nobody reads or writes these bytes any more, but for those who expect zeros.
+    pub(crate) unsafe fn discard(&self, offset: usize, len: usize) -> io::Result<()> {
+        if offset.checked_add(len).is_none_or(|end| end > self.len) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // SAFETY: the range is inside the mapping, and the caller vouches that its bytes are unused.
+        let status = unsafe {
+            libc::madvise(self.ptr.as_ptr().add(offset).cast(), len, libc::MADV_DONTNEED)
+        };
+        if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
     /// Advises a page-aligned part of the mapping.
     pub(crate) fn advise(&self, offset: usize, len: usize, advice: libc::c_int) -> io::Result<()> {
         if offset.checked_add(len).is_none_or(|end| end > self.len) {

@@ -158,7 +158,8 @@ impl HostLoad {
     ) -> Result<Vec<ReadStats>> {
         let located = |e| locate(e, &self.items);
         for index in &self.empty {
-            let data = Data::Host { arena: SharedBuffer::empty(), offset: 0, len: 0 };
+            // SAFETY: there is no byte.
+            let data = unsafe { Data::host(SharedBuffer::empty(), 0, 0) };
             deliver(*index, self.tensor(*index, data)).map_err(from_sink)?;
         }
         let mut reads = Vec::new();
@@ -178,7 +179,8 @@ impl HostLoad {
             let on_arena = |arena: usize, buffer: SharedBuffer| {
                 by_arena[arena].iter().try_for_each(|(index, dest)| {
                     let (offset, len) = (dest.offset as usize, dest.len as usize);
-                    let data = Data::Host { arena: buffer.clone(), offset, len };
+                    // SAFETY: items are apart, and nobody reads the arena itself.
+                    let data = unsafe { Data::host(buffer.clone(), offset, len) };
                     deliver(*index, self.tensor(*index, data))
                 })
             };
@@ -213,7 +215,8 @@ impl HostLoad {
             let index = self.placed[extent as usize];
             let Some(place) = self.layout.extent(&self.plan, extent) else { continue };
             let (offset, len) = (place.offset as usize, self.items[index].len() as usize);
-            let data = Data::Host { arena: buffer.clone(), offset, len };
+            // SAFETY: extents are those of one item each, and nobody reads the arena itself.
+            let data = unsafe { Data::host(buffer.clone(), offset, len) };
             deliver(index, self.tensor(index, data))?;
         }
         Ok(())

@@ -55,6 +55,7 @@ mod pattern;
 mod progress;
 mod report;
 mod stream;
+mod sums;
 mod tensor;
 mod transform;
 mod verify;

@@ -39,6 +39,8 @@ pub(crate) struct Item {
     pub(crate) info: TensorInfo,
     /// The part of it to load; all of it if `None`.
     pub(crate) slice: Option<Slice>,
+    /// Of these, the runs of bytes to load; all of them if `None`.
+    pub(crate) part: Option<Runs>,
     /// Type of the loaded elements.
     pub(crate) dtype: Dtype,
 }
@@ -46,9 +48,10 @@ pub(crate) struct Item {
 impl Item {
     /// The runs of the tensor's bytes that are wanted, from its start.
     pub(crate) fn runs(&self) -> Runs {
-        match &self.slice {
-            Some(slice) => slice.runs(),
-            None => {
+        match (self.part, &self.slice) {
+            (Some(part), _) => part,
+            (None, Some(slice)) => slice.runs(),
+            (None, None) => {
                 let len = self.info.byte_len();
                 Runs { first: 0, len, stride: len, count: u64::from(len > 0) }
             }
@@ -59,6 +62,27 @@ impl Item {
     pub(crate) fn source_len(&self) -> u64 {
         let runs = self.runs();
         runs.len * runs.count
+    }
+
+    /// The same bytes, in order, in parts of at most `most` bytes of the file, a multiple of the size of
+    /// any element. At least one.
+    pub(crate) fn parts(self, most: u64) -> impl Iterator<Item = Item> {
+        let runs = self.runs();
+        // Short runs go several at a time, and long ones in pieces.
+        let at_once = (most / runs.len.max(1)).max(1);
+        let pieces = if at_once > 1 { 1 } else { runs.len.div_ceil(most).max(1) };
+        let groups = runs.count.div_ceil(at_once).max(1);
+        (0..groups).flat_map(move |group| (0..pieces).map(move |piece| (group, piece))).map(
+            move |(group, piece)| {
+                let done = group * at_once;
+                let count = at_once.min(runs.count - done);
+                let (from, to) = (piece * most, runs.len.min((piece + 1).saturating_mul(most)));
+                let (from, to) = if pieces == 1 { (0, runs.len) } else { (from, to) };
+                let first = runs.first + done * runs.stride + from;
+                let part = Runs { first, len: to - from, stride: runs.stride, count };
+                Item { part: Some(part), ..self.clone() }
+            },
+        )
     }
 
     /// How source elements become loaded ones, when they differ.
@@ -183,7 +207,12 @@ impl Selection {
                 continue;
             }
             let dtype = self.target_dtype(info)?;
-            items.push(Item { info: info.clone(), slice: slices.remove(info.name()), dtype });
+            items.push(Item {
+                info: info.clone(),
+                slice: slices.remove(info.name()),
+                part: None,
+                dtype,
+            });
         }
         if let Some(name) = slices.into_keys().min() {
             return Err(Error::SliceNotSelected { tensor: name.to_owned() });
@@ -203,5 +232,40 @@ impl Selection {
             (Some(a), Some(b)) if cast::supported(a, b) => Ok(to),
             _ => Err(Error::Cast { tensor: info.name().to_owned(), from, to }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_the_runs_in_order() {
+        let folder = std::env::temp_dir().join(format!("fst-parts-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let header = r#"{"a":{"dtype":"U8","shape":[7,5,11],"data_offsets":[0,385]}}"#;
+        let mut file = (header.len() as u64).to_le_bytes().to_vec();
+        file.extend(header.as_bytes());
+        file.extend([0; 385]);
+        std::fs::write(folder.join("a.safetensors"), file).unwrap();
+        let checkpoint = Checkpoint::open(&folder).unwrap();
+        let info = checkpoint.get("a").unwrap();
+        let slices = [None, Some((0, 1..6)), Some((1, 1..4)), Some((2, 3..5)), Some((1, 2..2))];
+        for slice in slices {
+            let slice = slice.map(|(dim, range)| info.slice(dim, range).unwrap());
+            let item = Item { info: info.clone(), slice, part: None, dtype: Dtype::U8 };
+            let bytes = |item: &Item| -> Vec<u64> {
+                let runs = item.runs();
+                let starts = (0..runs.count).map(|run| runs.first + run * runs.stride);
+                starts.flat_map(|start| start..start + runs.len).collect()
+            };
+            for most in [1, 8, 32, 64, 1024] {
+                let parts: Vec<Item> = item.clone().parts(most).collect();
+                assert!(!parts.is_empty() && parts.iter().all(|part| part.source_len() <= most));
+                let joined: Vec<u64> = parts.iter().flat_map(bytes).collect();
+                assert_eq!(joined, bytes(&item), "{most} of {:?}", item.runs());
+            }
+        }
+        std::fs::remove_dir_all(&folder).unwrap();
     }
 }

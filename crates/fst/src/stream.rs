@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::host::{Deliver, Watch, locate};
 use crate::load::{Load, resolve_engine};
 use crate::loader::{ARENA, Loader};
+use crate::options::Item;
 use crate::progress::CancelToken;
 use crate::report::LoadReport;
 use crate::tensor::Tensor;
@@ -62,12 +63,20 @@ impl fmt::Debug for TensorStream {
 
 impl TensorStream {
     pub(crate) fn start(loader: &Loader, checkpoint: &Checkpoint) -> Result<Self> {
+        Self::start_items(loader, checkpoint, loader.selection.resolve(checkpoint)?)
+    }
+
+    /// As [`start`](Self::start), of `items`.
+    pub(crate) fn start_items(
+        loader: &Loader,
+        checkpoint: &Checkpoint,
+        items: Vec<Item>,
+    ) -> Result<Self> {
         let began = Instant::now();
         let device = loader.target();
         let engine = resolve_engine(loader.read.engine, device)?;
         let mut report = LoadReport::new(engine, device.clone());
         report.push("open", checkpoint.open_time(), 0);
-        let items = loader.selection.resolve(checkpoint)?;
         let manifest = loader.manifest.clone();
         if let Some(manifest) = &manifest {
             manifest.check(checkpoint, &items)?;

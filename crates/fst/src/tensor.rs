@@ -9,7 +9,7 @@ use cudarc::driver::CudaStream;
 use fst_format::{Dtype, Element, TensorInfo};
 use fst_gpu::ArenaView;
 use fst_gpu::dlpack::{DlDataType, DlDevice, DlSource};
-use fst_io::{Mapping, SharedBuffer};
+use fst_io::{Mapping, Piece, SharedBuffer};
 
 use crate::cuda::CudaMemory;
 use crate::device::Device;
@@ -19,8 +19,9 @@ use crate::report::LoadReport;
 /// A loaded tensor: a name, a shape, a dtype, and a counted reference to the memory that holds its
 /// elements, in row-major order without gaps.
 ///
-/// Cloning is cheap and shares the memory. The memory is freed with the last tensor that lies in
-/// the same arena.
+/// Cloning is cheap and shares the memory. The memory is freed with the last clone:
+/// in host memory the pages that no other tensor of the same arena shares, on a device with the last
+/// tensor of the arena.
 #[derive(Clone)]
 pub struct Tensor {
     info: TensorInfo,
@@ -37,12 +38,24 @@ pub struct Tensor {
 /// Where the elements are.
 #[derive(Clone)]
 pub(crate) enum Data {
-    /// `offset..offset + len` of an arena in host memory.
-    Host { arena: SharedBuffer, offset: usize, len: usize },
+    /// A part of an arena in host memory.
+    Host(Piece),
     /// `offset..offset + len` of an arena on a CUDA device.
     Cuda { memory: Arc<CudaMemory>, offset: u64, len: u64 },
     /// `offset..offset + len` of a mapped file.
     Mapped { map: Arc<Mapping>, offset: usize, len: usize },
+}
+
+impl Data {
+    /// Bytes `offset..offset + len` of an arena in host memory, which go when nobody holds them.
+    ///
+    /// # Safety
+    ///
+    /// They are read through this value and its clones only from here on.
+    pub(crate) unsafe fn host(arena: SharedBuffer, offset: usize, len: usize) -> Self {
+        // SAFETY: passed on from the caller.
+        Self::Host(unsafe { arena.piece(offset..offset + len) })
+    }
 }
 
 impl Tensor {
@@ -81,7 +94,8 @@ impl Tensor {
     /// Number of its bytes.
     pub fn byte_len(&self) -> usize {
         match &self.data {
-            Data::Host { len, .. } | Data::Mapped { len, .. } => *len,
+            Data::Host(piece) => piece.len(),
+            Data::Mapped { len, .. } => *len,
             Data::Cuda { len, .. } => *len as usize,
         }
     }
@@ -95,7 +109,7 @@ impl Tensor {
     /// Where its elements are.
     pub fn device(&self) -> Device {
         match &self.data {
-            Data::Host { .. } | Data::Mapped { .. } => Device::host(),
+            Data::Host(_) | Data::Mapped { .. } => Device::host(),
             Data::Cuda { memory, .. } => Device::of_cuda(memory.arena.device()),
         }
     }
@@ -109,7 +123,7 @@ impl Tensor {
     pub(crate) fn mapping(&self) -> Option<(&Arc<Mapping>, Range<usize>)> {
         match &self.data {
             Data::Mapped { map, offset, len } => Some((map, *offset..*offset + *len)),
-            Data::Host { .. } | Data::Cuda { .. } => None,
+            Data::Host(_) | Data::Cuda { .. } => None,
         }
     }
 
@@ -120,7 +134,7 @@ impl Tensor {
     /// [`Error::NotOnHost`] when they are in a device's memory.
     pub fn bytes(&self) -> Result<&[u8]> {
         let bytes = match &self.data {
-            Data::Host { arena, offset, len } => arena.bytes(*offset..*offset + *len),
+            Data::Host(piece) => Some(&**piece),
             Data::Cuda { .. } => None,
             Data::Mapped { map, offset, len } => map.get(*offset..*offset + *len),
         };
@@ -141,7 +155,8 @@ impl Tensor {
             memory.arena.copy_to_host(*offset, bytes).map_err(DeviceError::Cuda)?;
             Ok::<(), Error>(())
         })?;
-        let data = Data::Host { arena, offset: 0, len: *len as usize };
+        // SAFETY: the buffer is new and this is all of it.
+        let data = unsafe { Data::host(arena, 0, *len as usize) };
         Ok(Self { data, owners: Arc::default(), ..self.clone() })
     }
 
@@ -150,7 +165,7 @@ impl Tensor {
     pub fn device_ptr(&self) -> Option<u64> {
         match &self.data {
             Data::Cuda { memory, offset, .. } => Some(memory.arena.address() + offset),
-            Data::Host { .. } | Data::Mapped { .. } => None,
+            Data::Host(_) | Data::Mapped { .. } => None,
         }
     }
 
@@ -208,9 +223,8 @@ impl Tensor {
     /// An export that owns `self`.
     fn export(self) -> Result<DlSource> {
         let (address, device) = match &self.data {
-            Data::Host { arena, offset, len } => {
-                let address = arena.address(&(*offset..*offset + *len));
-                (address.map_or(0, |address| address.as_ptr() as u64), DlDevice::CPU)
+            Data::Host(piece) => {
+                (piece.address().map_or(0, |address| address.as_ptr() as u64), DlDevice::CPU)
             }
             Data::Mapped { .. } => (self.bytes()?.as_ptr() as u64, DlDevice::CPU),
             Data::Cuda { memory, offset, .. } => {

@@ -1,9 +1,6 @@
 //! `fst sum`: the SHA-256 of each tensor's bytes as an engine read them.
 
-use std::collections::HashMap;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, sync_channel};
 
 use fst::dist::Group;
 use fst::{Checkpoint, Checksum, Dtype, Error, Loader, Manifest, Tensor};
@@ -15,9 +12,6 @@ use crate::progress::Progress;
 use crate::ranks::{self, GroupArg};
 use crate::reading;
 use crate::text::{self, counted, visible};
-
-/// Memory for tensors on their way from the reader to the hash, unless one tensor needs more.
-const MEMORY_BUDGET: u64 = 1 << 30;
 
 /// How many sums all ranks together tell at once: some ten megabytes, of the 64 that a group carries.
 const TOLD_AT_ONCE: usize = 1 << 16;
@@ -70,10 +64,14 @@ pub(crate) fn run(args: &SumArgs) -> Result<(), Failure> {
         return shards_as_one(args, loader, &checkpoint, group);
     }
     let progress = Progress::new("summing", 0, !args.reading.no_progress);
-    let sums = sums(&loader, &checkpoint, &progress)
-        .map_err(|error| reading::failure(&args.paths, &checkpoint, &error))?;
+    let bar = progress.bar();
+    let sums = loader.checksums(&checkpoint, |progress| {
+        bar.set_length(progress.bytes_total);
+        bar.set_position(progress.bytes_done);
+    });
+    let sums = sums.map_err(|error| reading::failure(&args.paths, &checkpoint, &error))?;
     drop(progress);
-    let manifest = Manifest::new(in_order(sums, &checkpoint)).map_err(Failure::of)?;
+    let manifest = Manifest::new(sums).map_err(Failure::of)?;
     if let Some(path) = &args.output {
         let json = manifest.to_json() + "\n";
         std::fs::write(path, json).map_err(|error| Failure::at(path, error))?;
@@ -273,68 +271,6 @@ fn print_shards(
     let lines: String = report.tensors.iter().map(line).collect();
     let sizes = report.tensors.iter().map(|sum| size(sum.dtype.parse().ok(), &sum.shape));
     text::print(&(lines + &selection(args, checkpoint, sizes))).map_err(Failure::output)
-}
-
-/// Reads and hashes all tensors, in no particular order. Hashing is slower than reading, so each
-/// core hashes, and memory stays within a budget.
-fn sums(
-    loader: &Loader,
-    checkpoint: &Checkpoint,
-    progress: &Progress,
-) -> Result<Vec<Checksum>, Error> {
-    // A tensor as large as the budget holds the reading up for as long as it is hashed.
-    let loader = loader.clone().stall_timeout(std::time::Duration::MAX);
-    let stream = match loader.clone().memory_budget(MEMORY_BUDGET).stream(checkpoint) {
-        Err(Error::Budget { needed, .. }) => loader.memory_budget(needed).stream(checkpoint)?,
-        stream => stream?,
-    };
-    progress.bar().set_length(stream.byte_len());
-    let threads = cores();
-    let (send, receive) = sync_channel::<Tensor>(threads);
-    let receive = Mutex::new(receive);
-    std::thread::scope(|scope| {
-        let hashers: Vec<_> =
-            (0..threads).map(|_| scope.spawn(|| hash_received(&receive))).collect();
-        for tensor in stream {
-            let tensor = tensor?;
-            progress.add(tensor.byte_len() as u64);
-            // The receivers are there until `send` is dropped.
-            let _ = send.send(tensor);
-        }
-        drop(send);
-        let mut sums = Vec::new();
-        for hasher in hashers {
-            match hasher.join() {
-                Ok(part) => sums.extend(part?),
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
-        }
-        Ok(sums)
-    })
-}
-
-fn hash_received(receive: &Mutex<Receiver<Tensor>>) -> Result<Vec<Checksum>, Error> {
-    let mut sums = Vec::new();
-    let mut failed = None;
-    loop {
-        let next = receive.lock().unwrap_or_else(|poison| poison.into_inner()).recv();
-        let Ok(tensor) = next else { break };
-        // After a failure tensors are only taken, so that the sender does not wait for ever.
-        if failed.is_none() {
-            match Checksum::of(&tensor) {
-                Ok(sum) => sums.push(sum),
-                Err(error) => failed = Some(error),
-            }
-        }
-    }
-    failed.map_or(Ok(sums), Err)
-}
-
-/// The sums in the checkpoint's order of tensors.
-fn in_order(sums: Vec<Checksum>, checkpoint: &Checkpoint) -> Vec<Checksum> {
-    let mut by_name: HashMap<String, Checksum> =
-        sums.into_iter().map(|sum| (sum.name.clone(), sum)).collect();
-    checkpoint.tensors().iter().filter_map(|tensor| by_name.remove(tensor.name())).collect()
 }
 
 #[cfg(test)]

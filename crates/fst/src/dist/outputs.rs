@@ -126,7 +126,8 @@ fn convert(
             None => (arena, shard.offset, shard.output.bytes),
         };
         let (offset, len) = (offset as usize, len as usize);
-        tensors.push(shard.tensor(Data::Host { arena: arena.clone(), offset, len }));
+        // SAFETY: places are apart, and conversions out of the arena are over.
+        tensors.push(shard.tensor(unsafe { Data::host(arena.clone(), offset, len) }));
     }
     Ok(())
 }
