@@ -237,6 +237,13 @@ pub enum GroupError {
         /// How that was noticed.
         cause: String,
     },
+    /// Another load has the group.
+    #[error("rank {rank} loads through this group already: use one group for each load at a time")]
+    #[non_exhaustive]
+    Busy {
+        /// This rank.
+        rank: u32,
+    },
     /// A rank did not answer in time.
     #[error(
         "rank {rank} waited {waited:?} in {op}{}",

@@ -17,7 +17,9 @@ use trading::Trading;
 
 use crate::backend::{Backend, HostBackend, Reader};
 use crate::error::ExchangeError;
-use crate::group::Group;
+#[cfg(doc)]
+use crate::error::GroupError;
+use crate::group::{Group, Occupied};
 use crate::memory::Space;
 use crate::rank::RankPlan;
 
@@ -56,7 +58,7 @@ pub struct ExchangeReport {
 ///
 /// # Errors
 /// Ranks whose plans differ, outputs of the wrong size, a failed read on this rank, or a failure of
-/// another rank.
+/// another rank; [`GroupError::Busy`] while another load has the group.
 pub fn load_host(
     view: &RankPlan<'_>,
     group: &dyn Group,
@@ -86,6 +88,25 @@ pub unsafe fn load(
     backend: &dyn Backend,
     outputs: &[Region],
 ) -> Result<ExchangeReport, ExchangeError> {
+    let group = group.occupy().map_err(ExchangeError::Group)?;
+    // SAFETY: by this function's contract.
+    unsafe { load_in(view, &group, backend, outputs) }
+}
+
+/// As [`load`], for who has taken the group already, for a load that does more than exchange.
+///
+/// # Errors
+/// As for [`load`].
+///
+/// # Safety
+/// As for [`load`].
+pub unsafe fn load_in(
+    view: &RankPlan<'_>,
+    group: &Occupied<'_>,
+    backend: &dyn Backend,
+    outputs: &[Region],
+) -> Result<ExchangeReport, ExchangeError> {
+    let group: &dyn Group = &**group;
     let result = check(view, group, backend.space(), outputs)
         .and_then(|()| agree(view, group))
         .and_then(|()| run(view, group, backend, outputs))

@@ -251,8 +251,10 @@ impl Loader {
         checkpoint: &Checkpoint,
         group: &Arc<dyn Group>,
     ) -> Result<Tensors> {
+        // Before anything can end the group: it is another load's.
+        let occupied = group.occupy().map_err(DistError::Group)?;
         let _guard = AbortOnPanic(&**group);
-        let result = self.load_rank_unguarded(checkpoint, &**group);
+        let result = self.load_rank_unguarded(checkpoint, &occupied);
         result.map_err(|error| {
             if self.cancel.is_cancelled() {
                 group.abort("cancelled");
@@ -265,7 +267,12 @@ impl Loader {
         })
     }
 
-    fn load_rank_unguarded(&self, checkpoint: &Checkpoint, group: &dyn Group) -> Result<Tensors> {
+    fn load_rank_unguarded(
+        &self,
+        checkpoint: &Checkpoint,
+        occupied: &Occupied<'_>,
+    ) -> Result<Tensors> {
+        let group: &dyn Group = &**occupied;
         let device = self.target().clone();
         if !group.reaches(memory::space(&device)) {
             return Err(DistError::Unreached { rank: group.rank(), device }.into());
@@ -309,7 +316,7 @@ impl Loader {
             self.cancelling(group, || {
                 // SAFETY: the regions are the outputs' own, apart from each other, and nothing
                 // else reaches them before `finish`.
-                unsafe { fst_dist::load(&view, group, memory.backend(), outputs.regions()) }
+                unsafe { fst_dist::load_in(&view, occupied, memory.backend(), outputs.regions()) }
                     .map_err(|error| DistError::from(error).into())
             })
         })?;

@@ -5,6 +5,7 @@
 //! is behind the lock.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -119,6 +120,7 @@ pub struct LocalGroup {
     rank: u32,
     world: u32,
     gathers: Mutex<u64>,
+    occupied: AtomicBool,
 }
 
 impl std::fmt::Debug for LocalGroup {
@@ -147,7 +149,7 @@ impl LocalGroup {
             copier: Box::new(copier),
             deadline,
         });
-        let handle = |rank| Self { shared: shared.clone(), rank, world, gathers: Mutex::new(0) };
+        let handle = |rank| Self { shared: shared.clone(), rank, world, gathers: Mutex::new(0), occupied: AtomicBool::new(false) };
         (0..world).map(handle).collect()
     }
 
@@ -362,6 +364,10 @@ impl Control for LocalGroup {
 impl Group for LocalGroup {
     fn reaches(&self, space: Space) -> bool {
         self.shared.copier.reaches(space)
+    }
+
+    fn occupied(&self) -> &AtomicBool {
+        &self.occupied
     }
 
     fn exchange(&self, batch: Vec<Op<'_>>) -> Result<(), GroupError> {

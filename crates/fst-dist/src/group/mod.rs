@@ -12,6 +12,7 @@ mod nccl;
 mod tcp;
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 pub use launch::LaunchEnv;
@@ -105,6 +106,9 @@ pub trait Group: Control {
     /// not reach is refused before anything is read.
     fn reaches(&self, space: Space) -> bool;
 
+    /// Set while a load has the group ([`Occupied`]); a flag of this handle's own, false at first.
+    fn occupied(&self) -> &AtomicBool;
+
     /// Carries out a batch, all transfers at the same time; returns when this rank's memory is free to
     /// use again and what it receives has arrived. Ranks that broadcast or receive broadcasts
     /// list these in the same order.
@@ -131,7 +135,36 @@ pub trait Group: Control {
     }
 }
 
+/// A group taken by one load; others can take it when this is dropped.
+#[derive(Debug)]
+pub struct Occupied<'g>(&'g (dyn Group + 'g));
+
+impl<'g> std::ops::Deref for Occupied<'g> {
+    type Target = dyn Group + 'g;
+
+    fn deref(&self) -> &Self::Target {
+        self.0
+    }
+}
+
+impl Drop for Occupied<'_> {
+    fn drop(&mut self) {
+        self.0.occupied().store(false, Ordering::Release);
+    }
+}
+
 impl dyn Group + '_ {
+    /// Takes the group for one load: the messages of two at once would be taken for each other's.
+    ///
+    /// # Errors
+    /// [`GroupError::Busy`] while another load has it. The group is as good as before.
+    pub fn occupy(&self) -> Result<Occupied<'_>, GroupError> {
+        match self.occupied().swap(true, Ordering::Acquire) {
+            true => Err(GroupError::Busy { rank: self.rank() }),
+            false => Ok(Occupied(self)),
+        }
+    }
+
     /// The bytes of `root` to all ranks: `root` gives, the others receive, `data`.
     ///
     /// # Errors

@@ -12,6 +12,7 @@
 use std::collections::VecDeque;
 use std::mem::ManuallyDrop;
 use std::os::raw::{c_int, c_void};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -43,6 +44,7 @@ pub struct MpiGroup {
     rank: u32,
     world: u32,
     deadline: Duration,
+    occupied: AtomicBool,
     universe: ManuallyDrop<Universe>,
 }
 
@@ -115,7 +117,7 @@ impl MpiGroup {
         (calls.rank, calls.world) = (rank as u32, world as u32);
         let (rank, world) = (calls.rank, calls.world);
         let universe = ManuallyDrop::new(universe);
-        Ok(Self { calls: Mutex::new(calls), rank, world, deadline, universe })
+        Ok(Self { calls: Mutex::new(calls), rank, world, deadline, occupied: AtomicBool::new(false), universe })
     }
 
     fn lock(&self) -> MutexGuard<'_, Calls> {
@@ -443,6 +445,10 @@ impl Group for MpiGroup {
     /// The host's only, whatever the library could do.
     fn reaches(&self, space: Space) -> bool {
         space == Space::Host
+    }
+
+    fn occupied(&self) -> &AtomicBool {
+        &self.occupied
     }
 
     fn exchange(&self, batch: Vec<Op<'_>>) -> Result<(), GroupError> {

@@ -13,6 +13,7 @@ use std::ffi::{CStr, c_char, c_int, c_void};
 use std::fmt;
 use std::mem::ManuallyDrop;
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -253,6 +254,7 @@ pub struct NcclGroup {
     stream: Box<dyn DeviceStream>,
     /// `None` once aborted.
     comm: Mutex<Option<OwnedComm>>,
+    occupied: AtomicBool,
 }
 
 #[derive(Clone, Copy)]
@@ -326,7 +328,8 @@ impl NcclGroup {
         control: Box<dyn Control>,
         stream: Box<dyn DeviceStream>,
     ) -> Result<Self, GroupError> {
-        let group = Self { nccl, control, stream, comm: Mutex::new(None) };
+        let (comm, occupied) = (Mutex::new(None), AtomicBool::new(false));
+        let group = Self { nccl, control, stream, comm, occupied };
         let (world, rank) = (group.world_size() as c_int, group.rank() as c_int);
         let mut comm: Comm = std::ptr::null_mut();
         let made = group.current().and_then(|_current| {
@@ -383,7 +386,7 @@ impl NcclGroup {
             return Err(GroupError::Peer { peer: control.rank(), rank, world });
         }
         let comm = Mutex::new(Some(OwnedComm { comm, ours: false }));
-        Ok(Self { nccl, control, stream, comm })
+        Ok(Self { nccl, control, stream, comm, occupied: AtomicBool::new(false) })
     }
 
     /// The library.
@@ -556,6 +559,10 @@ impl Group for NcclGroup {
     /// That of the stream's device only.
     fn reaches(&self, space: Space) -> bool {
         space == Space::Device(self.stream.ordinal())
+    }
+
+    fn occupied(&self) -> &AtomicBool {
+        &self.occupied
     }
 
     fn exchange(&self, batch: Vec<Op<'_>>) -> Result<(), GroupError> {
