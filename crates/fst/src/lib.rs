@@ -23,7 +23,8 @@
 //!   the memory of the tensors; what the page cache holds is copied, the rest read around it.
 //! - [`Tensor`]s own their memory: each is a reference-counted part of an arena. They stay valid
 //!   after the loader, the checkpoint and all other tensors are gone. No clone is needed to keep
-//!   one; the arena's memory is freed with the last tensor in it.
+//!   one; in host memory a tensor's own pages are freed with it, the rest
+//!   of an arena with the last tensor in it.
 //! - [`Loader::map`] backs tensors by a mapping of their files instead, without a copy, for whoever
 //!   can promise that nobody changes the files.
 //! - [`Loader::load_into`] fills memory that the caller has already.
