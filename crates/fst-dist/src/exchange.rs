@@ -118,7 +118,7 @@ fn check(
         return Err(ExchangeError::OutputCount { expected, found });
     }
     for (output, region) in view.outputs().iter().zip(outputs) {
-        if output.bytes != region.len {
+        if output.bytes != region.len || output.padding > region.len {
             let (name, expected, found) = (output.name.to_owned(), output.bytes, region.len);
             return Err(ExchangeError::OutputSize { name, expected, found });
         }

@@ -71,7 +71,11 @@ impl Resolved {
             Kind::Replicate => {}
             Kind::VocabRows { multiple } => {
                 let padded = extent.checked_next_multiple_of(*multiple);
-                padded.and_then(|n| n.checked_add(self.world)).ok_or(ShardError::Overflow)?;
+                // Bits of all ranks together, so that no size of one rank can overflow.
+                padded
+                    .and_then(|n| n.checked_add(self.world))
+                    .and_then(|n| n.checked_mul(self.inner_bits))
+                    .ok_or(ShardError::Overflow)?;
             }
             Kind::Keep(ranks) => {
                 if let Some(&rank) = ranks.iter().find(|&&rank| rank >= world) {
@@ -334,6 +338,19 @@ impl Resolved {
                     most.max(depth)
                 }) as u64
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn padding_whose_bytes_overflow_is_refused() {
+        for (multiple, shape) in [(1 << 42, [2, 1 << 22]), (64, [1, 1 << 57])] {
+            let fitted = Resolved::new(&Shard::vocab_rows(multiple), 16, &shape, 1);
+            assert!(matches!(fitted, Err(ShardError::Overflow)), "{fitted:?}");
         }
     }
 }
