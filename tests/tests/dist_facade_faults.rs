@@ -6,10 +6,13 @@ mod dist_support;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dist_support::{LONG, load, synth};
-use fst::{CancelToken, Checkpoint, DistError, Error, Loader, Preset, Shard};
+use fst::dist::GroupError;
+use fst::{CancelToken, Checkpoint, DistError, Error, Group, Loader, LocalGroup, Preset, Shard};
+use safetensors::tensor::{Dtype, TensorView};
 
 const WORLD: u32 = 3;
 
@@ -40,6 +43,54 @@ fn failures(
     let results = load(WORLD, LONG, loader, checkpoint);
     assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
     results.into_iter().map(|result| result.unwrap_err().to_string()).collect()
+}
+
+/// What the second load of a handle gets while the first has it: the group is as good as before.
+#[test]
+fn a_group_is_for_one_load_at_a_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let [path, _] = two_copies(folder.path());
+    let checkpoint = open(&path);
+    let group: Arc<dyn Group> = Arc::new(LocalGroup::host(1).remove(0));
+    let loader = Loader::new().group(group.clone());
+    let occupied = group.occupy().unwrap();
+    let error = loader.load(&checkpoint).unwrap_err();
+    assert!(
+        matches!(error, Error::Dist(DistError::Group(GroupError::Busy { rank: 0, .. }))),
+        "{error}"
+    );
+    drop(occupied);
+    assert_eq!(loader.load(&checkpoint).unwrap().len(), checkpoint.tensors().len());
+}
+
+/// Loads that race for the handles of two ranks: right bytes, or an error.
+#[test]
+fn loads_at_once_through_one_group_never_get_each_others_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoints = [1u8, 2].map(|value| {
+        let path = folder.path().join(format!("{value}.safetensors"));
+        let data = vec![value; 3 << 20];
+        let view = TensorView::new(Dtype::U8, vec![3 << 20], &data).unwrap();
+        safetensors::serialize_to_file([("a", view)], None, &path).unwrap();
+        open(&path)
+    });
+    for _ in 0..20 {
+        let groups: Vec<Arc<dyn Group>> =
+            LocalGroup::host(2).into_iter().map(|group| Arc::new(group) as _).collect();
+        std::thread::scope(|scope| {
+            for group in &groups {
+                for (value, checkpoint) in (1u8..).zip(&checkpoints) {
+                    scope.spawn(move || {
+                        let loaded = Loader::new().group(group.clone()).load(checkpoint);
+                        if let Ok(loaded) = loaded {
+                            let tensor = loaded.get("a").unwrap();
+                            assert!(tensor.bytes().unwrap().iter().all(|byte| *byte == value));
+                        }
+                    });
+                }
+            }
+        });
+    }
 }
 
 #[test]

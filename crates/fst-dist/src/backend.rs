@@ -1,6 +1,6 @@
 //! What the exchange asks of a rank's memory and storage, and the answer for host memory.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::any::Any;
 use std::fmt;
 
@@ -155,7 +155,7 @@ unsafe impl<R: Reader> Backend for HostBackend<R> {
 
     fn stage(&self, bytes: u64) -> Result<Staging, Cause> {
         let layout = Layout::from_size_align(usize::try_from(bytes)?.max(1), 4096)?;
-        let pages = Pages::new(layout);
+        let pages = Pages::new(layout).ok_or("the address space has no room for it")?;
         Ok(Staging::new(pages.addr as u64, pages))
     }
 
@@ -199,13 +199,11 @@ struct Pages {
 }
 
 impl Pages {
-    fn new(layout: Layout) -> Self {
+    /// `None` where there is no memory.
+    fn new(layout: Layout) -> Option<Self> {
         // SAFETY: callers pass a layout of at least one byte.
         let addr = unsafe { alloc_zeroed(layout) };
-        if addr.is_null() {
-            handle_alloc_error(layout);
-        }
-        Self { addr, layout }
+        (!addr.is_null()).then_some(Self { addr, layout })
     }
 }
 

@@ -524,6 +524,17 @@ pub enum ExchangeError {
         /// What failed.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The system has no thread to read on.
+    #[error(
+        "rank {rank}: cannot start a thread to read on: {source}; raise the limit on processes (`ulimit -u`)"
+    )]
+    #[non_exhaustive]
+    Thread {
+        /// This rank.
+        rank: u32,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// The reading thread of this rank panicked.
     #[error("rank {rank}: the reading thread panicked")]
     #[non_exhaustive]

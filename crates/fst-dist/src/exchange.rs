@@ -195,7 +195,8 @@ fn run(
         report: ExchangeReport::default(),
     };
     std::thread::scope(|scope| {
-        let reader = scope.spawn(move || {
+        let builder = std::thread::Builder::new().name("fst-exchange".to_owned());
+        let reader = builder.spawn_scoped(scope, move || {
             /// The other ranks must not wait for a thread that is gone.
             struct OnPanic<'a>(&'a dyn Group);
             impl Drop for OnPanic<'_> {
@@ -212,6 +213,7 @@ fn run(
             }
             result.map(|()| reading.report)
         });
+        let reader = reader.map_err(|source| ExchangeError::Thread { rank, source })?;
         let traded = trading.run(&fills, free);
         drop(fills);
         let read = match reader.join() {

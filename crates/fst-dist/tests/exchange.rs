@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use cases::{Case, case};
 use fst_dist::group::HostCopier;
 use fst_dist::{
-    Backend, Cause, Choice, CopyAt, ExchangeError, ExchangeReport, Links, LocalGroup, Plan,
-    Planner, ReadAt, ReadInto, Reader, Region, Shard, Space, Staging, Storage, TensorDesc,
+    Backend, Cause, Choice, CopyAt, ExchangeError, ExchangeReport, HostBackend, Links, LocalGroup,
+    Plan, Planner, ReadAt, ReadInto, Reader, Region, Shard, Space, Staging, Storage, TensorDesc,
     Topology, load_host,
 };
 use proptest::prelude::*;
@@ -299,4 +299,16 @@ fn memory_that_the_group_does_not_reach_is_refused_on_all_ranks_before_anything_
         host.join().unwrap()
     });
     assert_eq!(other, "rank 1 failed: rank 1: its group does not reach memory of Device(3)");
+}
+
+#[test]
+fn staging_that_the_address_space_has_no_room_for_is_an_error() {
+    struct Nothing;
+    impl Reader for Nothing {
+        fn read(&self, _: &mut [ReadInto<'_>]) -> Result<(), (usize, Cause)> {
+            Ok(())
+        }
+    }
+    let backend = HostBackend::new(Nothing);
+    assert!(backend.stage(1 << 60).is_err());
 }

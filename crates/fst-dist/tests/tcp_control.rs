@@ -74,6 +74,49 @@ fn messages_too_long_to_be_sent_are_refused_by_who_sends_them() {
 }
 
 #[test]
+fn strangers_that_say_nothing_use_up_nobodys_deadline() {
+    let deadline = Duration::from_secs(2);
+    let port = Port::new();
+    let number = port.number();
+    let joined = |rank| TcpControl::join(rank, 2, "127.0.0.1", number, deadline);
+    let strangers = || -> Vec<TcpStream> {
+        let stranger = || loop {
+            match TcpStream::connect(("127.0.0.1", number)) {
+                Ok(stream) => break stream,
+                Err(_) => std::thread::sleep(Duration::from_millis(5)),
+            }
+        };
+        (0..6).map(|_| stranger()).collect()
+    };
+    std::thread::scope(|scope| {
+        let start = Instant::now();
+        let first = scope.spawn(|| joined(0));
+        let silent = strangers();
+        let error = first.join().unwrap().unwrap_err();
+        assert!(matches!(error, GroupError::Deadline { .. }), "{error}");
+        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+        drop(silent);
+    });
+    std::thread::scope(|scope| {
+        let port = Port::new();
+        let number = port.number();
+        let joined = move |rank| TcpControl::join(rank, 2, "127.0.0.1", number, LONG);
+        let first = scope.spawn(move || joined(0));
+        let silent = loop {
+            match TcpStream::connect(("127.0.0.1", number)) {
+                Ok(stream) => break stream,
+                Err(_) => std::thread::sleep(Duration::from_millis(5)),
+            }
+        };
+        let start = Instant::now();
+        let second = scope.spawn(move || joined(1));
+        assert!(first.join().unwrap().is_ok() && second.join().unwrap().is_ok());
+        assert!(start.elapsed() < Duration::from_secs(4), "the stranger was waited for");
+        drop(silent);
+    });
+}
+
+#[test]
 fn an_abort_reaches_all_with_rank_and_cause() {
     for failing in 0..3 {
         let start = Instant::now();

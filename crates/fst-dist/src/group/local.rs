@@ -149,7 +149,13 @@ impl LocalGroup {
             copier: Box::new(copier),
             deadline,
         });
-        let handle = |rank| Self { shared: shared.clone(), rank, world, gathers: Mutex::new(0), occupied: AtomicBool::new(false) };
+        let handle = |rank| Self {
+            shared: shared.clone(),
+            rank,
+            world,
+            gathers: Mutex::new(0),
+            occupied: AtomicBool::new(false),
+        };
         (0..world).map(handle).collect()
     }
 

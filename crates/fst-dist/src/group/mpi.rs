@@ -117,7 +117,14 @@ impl MpiGroup {
         (calls.rank, calls.world) = (rank as u32, world as u32);
         let (rank, world) = (calls.rank, calls.world);
         let universe = ManuallyDrop::new(universe);
-        Ok(Self { calls: Mutex::new(calls), rank, world, deadline, occupied: AtomicBool::new(false), universe })
+        Ok(Self {
+            calls: Mutex::new(calls),
+            rank,
+            world,
+            deadline,
+            occupied: AtomicBool::new(false),
+            universe,
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Calls> {

@@ -5,9 +5,9 @@
 //! tells the others. There is no authentication, as there is none in NCCL's own connections: use it
 //! in networks that you trust.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,6 +19,12 @@ const MAGIC: [u8; 8] = *b"fst-dist";
 
 /// Frames longer than this are not ours, and are not sent.
 const LONGEST: usize = 64 << 20;
+
+/// Connections beyond those of the ranks that may be open while ranks join; the oldest goes first.
+const STRANGERS: usize = 64;
+
+/// The shortest time in which to connect.
+const LEAST: Duration = Duration::from_millis(1);
 
 const GATHER: u8 = 1;
 const RESULT: u8 = 2;
@@ -68,7 +74,8 @@ impl TcpControl {
     }
 
     /// Meets the other ranks: rank 0 listens at the address and port, the others connect. All ranks that
-    /// are to come must do so within the deadline.
+    /// are to come must do so within the deadline, whatever strangers connect meanwhile. Where the address
+    /// is not one of this machine (that of a gateway, say), give rank 0 one that is, or `0.0.0.0`.
     ///
     /// # Errors
     /// The address does not resolve, the port cannot be listened at, a rank does not come in time, two
@@ -95,37 +102,52 @@ impl TcpControl {
         if world == 1 {
             // Nobody to meet.
         } else if rank == 0 {
-            let listener = TcpListener::bind(&resolved[..]).or_else(|error| match error.kind() {
-                // The name may be that of a gateway in front of this machine.
-                ErrorKind::AddrNotAvailable => {
-                    TcpListener::bind((IpAddr::V4(Ipv4Addr::UNSPECIFIED), port))
-                }
-                _ => Err(error),
-            });
-            let listener = listener.map_err(|e| network("listen at", e))?;
+            let listener = TcpListener::bind(&resolved[..]).map_err(|e| network("listen at", e))?;
             listener.set_nonblocking(true).map_err(|e| network("listen at", e))?;
+            // Who has connected and not said yet who it is. None of them is waited for: strangers that say
+            // nothing must not use up the deadline of the others.
+            let mut arrivals: VecDeque<Arrival> = VecDeque::new();
             while let Some(missing) = (1..world).find(|&r| streams[r as usize].is_none()) {
-                let stream = match listener.accept() {
-                    Ok((stream, _)) => stream,
-                    Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                        if start.elapsed() > deadline {
-                            let (op, waiting_for) = ("joining", Some(missing));
-                            let waited = deadline;
-                            return Err(GroupError::Deadline { op, rank, waiting_for, waited });
-                        }
-                        std::thread::sleep(Duration::from_millis(5));
-                        continue;
-                    }
-                    Err(error) => return Err(network("accept at", error)),
-                };
-                // Whoever does not speak the language is no rank of ours.
-                let Ok((stream, peer, theirs)) = greeted(stream) else { continue };
-                if theirs != world {
-                    return Err(GroupError::WorldSizes { rank: peer, theirs, ours: world });
+                if start.elapsed() > deadline {
+                    let (op, waiting_for) = ("joining", Some(missing));
+                    return Err(GroupError::Deadline { op, rank, waiting_for, waited: deadline });
                 }
-                match streams.get_mut(peer as usize) {
-                    Some(place) if peer != 0 && place.is_none() => *place = Some(stream),
-                    _ => return Err(GroupError::RankTaken { rank: peer }),
+                let mut idle = true;
+                match listener.accept() {
+                    Ok((stream, _)) => {
+                        idle = false;
+                        arrivals.extend(Arrival::new(stream));
+                        if arrivals.len() > world as usize + STRANGERS {
+                            arrivals.pop_front();
+                        }
+                    }
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                    // The peer is gone again, or a signal came.
+                    Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
+                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                    Err(error) => return Err(network("accept at", error)),
+                }
+                for _ in 0..arrivals.len() {
+                    let Some(arrival) = arrivals.pop_front() else { break };
+                    let (stream, peer, theirs) = match arrival.greeted() {
+                        Greeting::Rank(stream, peer, theirs) => (stream, peer, theirs),
+                        Greeting::More(arrival) => {
+                            arrivals.push_back(arrival);
+                            continue;
+                        }
+                        // Whoever does not speak the language is no rank of ours.
+                        Greeting::Stranger => continue,
+                    };
+                    if theirs != world {
+                        return Err(GroupError::WorldSizes { rank: peer, theirs, ours: world });
+                    }
+                    match streams.get_mut(peer as usize) {
+                        Some(place) if peer != 0 && place.is_none() => *place = Some(stream),
+                        _ => return Err(GroupError::RankTaken { rank: peer }),
+                    }
+                }
+                if idle {
+                    std::thread::sleep(Duration::from_millis(2));
                 }
             }
         } else {
@@ -133,10 +155,14 @@ impl TcpControl {
             hello.extend(rank.to_le_bytes());
             hello.extend(world.to_le_bytes());
             let stream = loop {
-                // Rank 0 may come later.
-                match TcpStream::connect(&resolved[..]) {
+                // Rank 0 may come later; one that does not answer must not use up more than the deadline.
+                let left = || deadline.saturating_sub(start.elapsed()).max(LEAST);
+                let connect = |address| TcpStream::connect_timeout(address, left());
+                let none = || io::Error::new(ErrorKind::NotFound, "the name has no address");
+                let tried = resolved.iter().map(connect).reduce(|one, other| one.or(other));
+                match tried.unwrap_or_else(|| Err(none())) {
                     Ok(stream) => break stream,
-                    Err(error) if start.elapsed() > deadline => {
+                    Err(error) if start.elapsed() >= deadline => {
                         return Err(network("connect to", error));
                     }
                     Err(_) => std::thread::sleep(Duration::from_millis(20)),
@@ -163,29 +189,58 @@ impl TcpControl {
             State { left: vec![false; world as usize], open: readers.len(), ..State::default() };
         let (state, wake) = (Mutex::new(state), Condvar::new());
         let shared = Arc::new(Shared { rank, world, deadline, state, wake, peers });
-        for (peer, stream) in readers {
-            let shared = shared.clone();
-            std::thread::spawn(move || shared.listen(peer, stream));
-        }
+        // From here on, an early end closes the sockets and so ends the threads.
         let control = Self { shared, turn: Mutex::new(0) };
+        for (peer, stream) in readers {
+            let shared = control.shared.clone();
+            std::thread::Builder::new()
+                .name(format!("fst-rank-{peer}"))
+                .spawn(move || shared.listen(peer, stream))
+                .map_err(|e| network("start a thread for", e))?;
+        }
         // All have come once rank 0 says so.
         control.barrier()?;
         Ok(control)
     }
 }
 
-/// Reads who connected.
-fn greeted(stream: TcpStream) -> io::Result<(TcpStream, u32, u32)> {
-    stream.set_nonblocking(false)?;
-    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-    let mut hello = [0; 16];
-    (&stream).read_exact(&mut hello)?;
-    stream.set_read_timeout(None)?;
-    let (magic, numbers) = hello.split_at(8);
-    let number = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| numbers[at + i]));
-    match magic == MAGIC {
-        true => Ok((stream, number(0), number(4))),
-        false => Err(ErrorKind::InvalidData.into()),
+/// A connection that has not said yet who it is.
+struct Arrival {
+    stream: TcpStream,
+    hello: [u8; 16],
+    have: usize,
+}
+
+enum Greeting {
+    /// A rank, and the world size that it knows.
+    Rank(TcpStream, u32, u32),
+    More(Arrival),
+    Stranger,
+}
+
+impl Arrival {
+    fn new(stream: TcpStream) -> Option<Self> {
+        stream.set_nonblocking(true).ok()?;
+        Some(Self { stream, hello: [0; 16], have: 0 })
+    }
+
+    /// Reads what is there of who it is.
+    fn greeted(mut self) -> Greeting {
+        while self.have < self.hello.len() {
+            match (&self.stream).read(&mut self.hello[self.have..]) {
+                Ok(0) => return Greeting::Stranger,
+                Ok(read) => self.have += read,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Greeting::More(self),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(_) => return Greeting::Stranger,
+            }
+        }
+        let (magic, numbers) = self.hello.split_at(8);
+        let number = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| numbers[at + i]));
+        if magic != MAGIC || self.stream.set_nonblocking(false).is_err() {
+            return Greeting::Stranger;
+        }
+        Greeting::Rank(self.stream, number(0), number(4))
     }
 }
 
