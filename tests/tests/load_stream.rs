@@ -67,6 +67,19 @@ fn random_checkpoint(dir: &Path, rng: &mut Rng, tensors: u64, largest: u64) -> V
         .collect()
 }
 
+/// So many tensors of 2^20 elements each.
+fn equal_tensors(dir: &Path, count: usize, dtype: OfficialDtype) -> Checkpoint {
+    let path = dir.join("a.safetensors");
+    let len = (dtype.bitsize() / 8) << 20;
+    let data = noise(count * len, 1);
+    let views = data
+        .chunks(len)
+        .enumerate()
+        .map(|(i, part)| (format!("t{i}"), TensorView::new(dtype, vec![1 << 20], part).unwrap()));
+    safetensors::serialize_to_file(views, None, &path).unwrap();
+    Checkpoint::open(&path).unwrap()
+}
+
 /// Opens a stream with the smallest budget, or one of a few times that.
 fn tight(loader: &Loader, checkpoint: &Checkpoint, rng: &mut Rng) -> (u64, TensorStream) {
     let needed = match loader.clone().memory_budget(1).stream(checkpoint) {
@@ -220,14 +233,7 @@ fn leaving_early_ends_reads_and_frees_everything() {
 fn a_full_budget_stalls_says_so_and_goes_on() {
     let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("a.safetensors");
-    let data = noise(6 << 20, 1);
-    let views = (0..6).map(|i| {
-        let part = &data[i << 20..(i + 1) << 20];
-        (format!("t{i}"), TensorView::new(OfficialDtype::U8, vec![1 << 20], part).unwrap())
-    });
-    safetensors::serialize_to_file(views, None, &path).unwrap();
-    let checkpoint = Checkpoint::open(&path).unwrap();
+    let checkpoint = equal_tensors(dir.path(), 6, OfficialDtype::U8);
     // An arena of one tensor is a little longer than that, for the file's header.
     let budget = (5 << 20) / 2;
     let loader = Loader::new().memory_budget(budget).stall_timeout(Duration::from_millis(100));
@@ -272,14 +278,7 @@ fn a_full_budget_stalls_says_so_and_goes_on() {
 fn a_converting_stream_needs_its_largest_tensor_once() {
     let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("a.safetensors");
-    let data = noise(8 << 20, 3);
-    let views = (0..4).map(|i| {
-        let part = &data[i << 21..(i + 1) << 21];
-        (format!("t{i}"), TensorView::new(OfficialDtype::BF16, vec![1 << 20], part).unwrap())
-    });
-    safetensors::serialize_to_file(views, None, &path).unwrap();
-    let checkpoint = Checkpoint::open(&path).unwrap();
+    let checkpoint = equal_tensors(dir.path(), 4, OfficialDtype::BF16);
     let loader = Loader::new().dtype(Dtype::F32).memory_budget(1);
     let Err(Error::Budget { needed, .. }) = loader.stream(&checkpoint) else { panic!("fits") };
     // A tensor of 4 MiB, and 12 MiB of scratch memory.

@@ -84,14 +84,13 @@ impl Planner {
         for (index, tensor) in (0u32..).zip(tensors.iter()) {
             let spec = shard(tensor);
             class_of.push(table.class(tensor, &spec, world, gap)?);
-            // Every other size of the plan is a part of this: what all ranks together can keep.
-            let most = table.classes[class_of[index as usize] as usize].resolved.most_bytes();
-            let all = bytes.checked_add(most * u64::from(world));
-            let Some(all) = all.filter(|&all| all <= i64::MAX as u64) else {
+            // Every other size of the plan is a part of this: what all ranks together can keep. Two
+            // sizes below 63 bits have a sum.
+            bytes += table.classes[class_of[index as usize] as usize].resolved.all_bytes();
+            if bytes > i64::MAX as u64 {
                 let (tensor, source) = (tensor.name.clone(), ShardError::Overflow);
                 return Err(PlanError::Shard { tensor, source });
-            };
-            bytes = all;
+            }
             if let Some(fuse) = spec.fuse {
                 fusing.push((fuse.name, fuse.position, index));
             }

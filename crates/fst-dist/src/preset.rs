@@ -201,7 +201,7 @@ impl Preset {
         self
     }
 
-    /// Vocabularies are padded to a multiple of this (64 unless set, as vLLM does).
+    /// Vocabularies of more rows than this are padded to a multiple of it (64 unless set, as vLLM does).
     #[must_use]
     pub fn vocab_multiple(mut self, rows: u64) -> Self {
         self.vocab_multiple = rows;

@@ -64,10 +64,9 @@ impl Resolved {
             inner_bits,
         };
         resolved.check(world)?;
-        let all = resolved.most_bytes().checked_mul(resolved.world);
-        match all {
-            Some(all) if all <= i64::MAX as u64 => Ok(resolved),
-            _ => Err(ShardError::Overflow),
+        match resolved.all_bytes() <= i64::MAX as u64 {
+            true => Ok(resolved),
+            false => Err(ShardError::Overflow),
         }
     }
 
@@ -141,11 +140,12 @@ impl Resolved {
         self.bytes_along(self.extent)
     }
 
-    /// The most bytes that any rank keeps, and that all ranks keep of it without copies; padding
-    /// included.
-    pub(crate) fn most_bytes(&self) -> u64 {
+    /// A bound on what all ranks together keep, in bytes, padding included: below 63 bits, once `new` has
+    /// succeeded.
+    pub(crate) fn all_bytes(&self) -> u64 {
         let indices = self.extent.max(self.vocab_block().saturating_mul(self.world));
-        self.outer.saturating_mul(self.bytes_along(indices))
+        let whole = self.outer.saturating_mul(self.bytes_along(indices));
+        whole.saturating_mul(self.world)
     }
 
     /// Bytes of `indices` indices along the cut dimension, within a row.

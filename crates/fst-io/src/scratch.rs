@@ -50,27 +50,15 @@ impl<'a> Scratch<'a> {
     }
 }
 
-// SAFETY: the blocks are the plan's, and no longer than its longest, which a slot holds. A slot's number
-// is free or inside exactly one target: it is taken to make the target, and released only when that
-// very target has come back by value. Slots are disjoint ranges of memory that
-// this value owns and readers borrow. A target that is dropped loses its slot, so that nobody else
-// gets it.
+// SAFETY: a target is a slot that holds the block. It is free or inside exactly one target, and released
+// only when that very target has come back by value; this value owns the memory of all.
 unsafe impl Sink for Scratch<'_> {
     fn reserve(&self, block: &Block, wait: bool) -> Result<Option<Target>, SinkError> {
-        let len = self.slots.slot_len();
         self.ledger.free(block)?;
         if !(self.admit)(block, wait)? {
             return Ok(None);
         }
-        let Some(slot) = self.slots.take(wait) else { return Ok(None) };
-        let Some(ptr) = self.slots.start(slot) else { return Ok(None) };
-        // SAFETY: see the comment on the implementation.
-        let target = unsafe { self.ledger.lend(block, ptr, len, slot) };
-        if target.is_err() {
-            // SAFETY: it was just taken.
-            unsafe { self.slots.release(slot) };
-        }
-        Ok(Some(target?.owned_by(self.slots.memory().clone())))
+        Ok(self.slots.lend(&self.ledger, block, wait)?)
     }
 
     fn reused(&self) -> Option<(NonNull<u8>, usize)> {
@@ -91,10 +79,8 @@ unsafe impl Sink for Scratch<'_> {
     }
 
     fn abandoned(&self, block: &Block, target: Target) {
-        if self.ledger.check(block, &target).is_ok() {
-            // SAFETY: the slot was taken for the target, which came back.
-            unsafe { self.slots.release(target.token()) };
-        }
+        // SAFETY: all targets of the ledger are lent by these slots.
+        unsafe { self.slots.take_back(&self.ledger, block, target) };
     }
 
     fn end(&self) {

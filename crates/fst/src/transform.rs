@@ -200,13 +200,11 @@ impl TransformPlan {
         }
         // A block that led to two arenas would need the memory of both at once. Where each piece has
         // an arena of its own, that memory is there already, and blocks may have many pieces.
-        let plan = match arena {
-            0 => ReadPlan::new(extents, limits)?,
-            _ => {
-                let arena_of = |extent: usize| work[owners[extent] as usize].dest.arena;
-                ReadPlan::grouped(extents, arena_of, limits)?
-            }
+        let group = |extent: usize| match arena {
+            0 => 0,
+            _ => work[owners[extent] as usize].dest.arena,
         };
+        let plan = ReadPlan::grouped(extents, group, limits)?;
         Ok(Self { plan, work, owners, arenas })
     }
 

@@ -258,8 +258,7 @@ impl Places<'_> {
     }
 }
 
-// SAFETY: a target is a slot, which is taken from the free ones and given back when its target has
-// come back by value, and holds a block's whole length (checked); or it is the place of one block
+// SAFETY: a target is a slot of `bounce`, which holds the block's whole length; or it is the place of one block
 // in an extent that is read in place. Those extents start and end at multiples of the plan's
 // alignment, so that their segment is the extent itself, the block's whole length lies in the
 // extent's memory, and blocks lie apart; that memory is lent exclusively for the call that this
@@ -276,20 +275,7 @@ unsafe impl Sink for Places<'_> {
                 // SAFETY: see the comment on the implementation.
                 Ok(Some(unsafe { self.ledger.lend(block, ptr, len, IN_PLACE_TOKEN) }?))
             }
-            Dest::Bounce(_) => {
-                if block.len > SLOT as u64 {
-                    return Err(NoPlace::of(block).into());
-                }
-                let Some(slot) = self.bounce.take(wait) else { return Ok(None) };
-                let Some(ptr) = self.bounce.start(slot) else { return Ok(None) };
-                // SAFETY: see the comment on the implementation.
-                let target = unsafe { self.ledger.lend(block, ptr, SLOT, slot) };
-                if target.is_err() {
-                    // SAFETY: it was just taken.
-                    unsafe { self.bounce.release(slot) };
-                }
-                Ok(Some(target?.owned_by(self.bounce.memory().clone())))
-            }
+            Dest::Bounce(_) => Ok(self.bounce.lend(&self.ledger, block, wait)?),
         }
     }
 
@@ -304,9 +290,9 @@ unsafe impl Sink for Places<'_> {
     }
 
     fn abandoned(&self, block: &Block, target: Target) {
-        if target.token() != IN_PLACE_TOKEN && self.ledger.check(block, &target).is_ok() {
-            // SAFETY: the slot was taken for the target, which came back.
-            unsafe { self.bounce.release(target.token()) };
+        if target.token() != IN_PLACE_TOKEN {
+            // SAFETY: all other targets of the ledger are lent by these slots.
+            unsafe { self.bounce.take_back(&self.ledger, block, target) };
         }
     }
 
