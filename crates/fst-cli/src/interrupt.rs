@@ -38,6 +38,10 @@ pub(crate) fn catch() {
         let actions = actions();
         let heeded = actions.watched || !actions.cancel.is_empty();
         if again || !heeded {
+            // A second one ends the program even where standard error is stuck.
+            if !again {
+                Failure::Interrupted.report();
+            }
             for folder in &actions.folders {
                 let _ = std::fs::remove_dir_all(folder);
             }
@@ -112,8 +116,10 @@ pub(crate) struct TemporaryFolder {
 impl TemporaryFolder {
     /// Makes a folder in the system's place for temporary files.
     pub(crate) fn new() -> std::io::Result<Self> {
+        // A signal meanwhile waits, and finds the folder.
+        let mut actions = actions();
         let folder = tempfile::Builder::new().prefix("fst-").tempdir()?;
-        actions().folders.push(folder.path().to_owned());
+        actions.folders.push(folder.path().to_owned());
         Ok(Self { folder })
     }
 
