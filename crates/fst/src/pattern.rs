@@ -7,7 +7,7 @@ use fast_glob::ErrorKind;
 
 /// A pattern for tensors' names.
 ///
-/// `*` stands for any text, `?` for a character, `[a-z]` for one of several, `{a,b}` for one of the
+/// `*` stands for any text, `/` and the empty text included (`**` is the same), `?` for a character, `[a-z]` for one of several, `{a,b}` for one of the
 /// alternatives; an alternative `5..11` stands for the numbers from 5 to 11, so that
 /// `model.layers.{0,5..11}.*` are seven layers. `\` before such a character takes it as it is, and
 /// `!` at the start means what does not match.
@@ -23,9 +23,13 @@ use fast_glob::ErrorKind;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pattern {
     text: String,
-    /// The same without ranges.
+    /// The same without ranges, and with [`SLASH`] for `/`.
     glob: String,
 }
+
+/// Stands for `/` in globs and in the names that they are compared with, for a glob's `*` ends at a `/`:
+/// a tensor's name is no path. A control character, which names have no use for.
+const SLASH: char = '\u{1f}';
 
 /// Why a text is no pattern. Places are bytes from its start.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -66,6 +70,14 @@ pub enum PatternError {
         /// What is there.
         found: String,
     },
+    /// A range of characters in brackets that ends before it starts.
+    #[error("{found:?} at byte {at} is no range: the lower character comes first, such as a-z")]
+    BackwardRange {
+        /// Where it starts.
+        at: usize,
+        /// What is there.
+        found: String,
+    },
     /// Something else.
     #[error("it makes no sense from byte {at} on")]
     Other {
@@ -82,7 +94,14 @@ impl Pattern {
 
     /// Whether a tensor of this name is meant.
     pub fn matches(&self, name: &str) -> bool {
-        fast_glob::glob_match(&self.glob, name)
+        match name {
+            // No glob matches an empty text: what matches it matches one more character followed by the same.
+            "" => fast_glob::glob_match(format!("{}_", self.glob), "_"),
+            _ if name.contains('/') => {
+                fast_glob::glob_match(&self.glob, name.replace('/', SLASH.encode_utf8(&mut [0; 4])))
+            }
+            _ => fast_glob::glob_match(&self.glob, name),
+        }
     }
 }
 
@@ -128,7 +147,7 @@ fn without_ranges(text: &str) -> Result<String, PatternError> {
             glob.truncate(glob.len() - (at - start));
             glob.push_str(&range.join(","));
         }
-        glob.push(character);
+        glob.push(slash(character));
         match character {
             '{' => (depth, plain) = (depth + 1, Some(at + 1)),
             // Behind a group within a group the alternative goes on, and is not plain.
@@ -136,11 +155,11 @@ fn without_ranges(text: &str) -> Result<String, PatternError> {
             ',' => plain = Some(at + 1),
             '\\' => {
                 plain = None;
-                glob.extend(characters.next().map(|(_, escaped)| escaped));
+                glob.extend(characters.next().map(|(_, escaped)| slash(escaped)));
             }
             '[' => {
                 plain = None;
-                copy_class(&mut characters, &mut glob);
+                copy_class(&mut characters, &mut glob)?;
             }
             _ => {}
         }
@@ -148,20 +167,56 @@ fn without_ranges(text: &str) -> Result<String, PatternError> {
     Ok(glob)
 }
 
+/// What a character of a pattern is in its glob.
+fn slash(character: char) -> char {
+    if character == '/' { SLASH } else { character }
+}
+
 /// Copies what follows a `[`, to the `]` that ends it: not one that comes first, or is escaped.
-fn copy_class(characters: &mut std::str::CharIndices<'_>, glob: &mut String) {
+fn copy_class(
+    characters: &mut std::str::CharIndices<'_>,
+    glob: &mut String,
+) -> Result<(), PatternError> {
     let (mut any, mut escaped) = (false, false);
-    for (index, (_, character)) in characters.by_ref().enumerate() {
-        glob.push(character);
+    // The character before, and whether a `-` behind it makes a range of it and the one after.
+    let (mut before, mut dash): (Option<(usize, char)>, bool) = (None, false);
+    let mut has_slash = false;
+    for (index, (at, character)) in characters.by_ref().enumerate() {
         match character {
-            _ if escaped => escaped = false,
-            '^' | '!' if index == 0 => continue,
-            '\\' => escaped = true,
-            ']' if any => return,
-            _ => {}
+            '^' | '!' if index == 0 => {
+                glob.push(character);
+                continue;
+            }
+            '\\' if !escaped => {
+                glob.push(character);
+                (escaped, any) = (true, true);
+                continue;
+            }
+            ']' if any && !escaped => {
+                if has_slash {
+                    glob.push(SLASH);
+                }
+                glob.push(character);
+                return Ok(());
+            }
+            '-' if !escaped && before.is_some() && !dash => dash = true,
+            _ => {
+                let from = before.filter(|_| dash);
+                if let Some((start, low)) = from {
+                    if low > character {
+                        let found = format!("{low}-{character}");
+                        return Err(PatternError::BackwardRange { at: start, found });
+                    }
+                    has_slash |= low <= '/' && character >= '/';
+                }
+                has_slash |= character == '/';
+                (before, dash) = (from.is_none().then_some((at, character)), false);
+            }
         }
-        any = true;
+        glob.push(character);
+        (escaped, any) = (false, true);
     }
+    Ok(())
 }
 
 /// What a range stands for; `None` for an alternative that is none.
@@ -282,6 +337,34 @@ mod tests {
     }
 
     #[test]
+    fn names_are_no_paths() {
+        for text in [
+            "*",
+            "**",
+            "?*",
+            "enc*",
+            "encoder/*",
+            "encoder/**",
+            "*/k*l",
+            "*s_[0-9]/*",
+            "encoder[!a]*",
+        ] {
+            assert!(pattern(text).matches("encoder/layers_0/kernel"), "{text}");
+        }
+        for text in ["e/*", "*kernel/", "encoder.*", "!*", "encoder[!/]*", "encoder[!.-0]*"] {
+            assert!(!pattern(text).matches("encoder/layers_0/kernel"), "{text}");
+        }
+        assert!(pattern("a[/]b").matches("a/b") && pattern("a[.-9]b").matches("a/b"));
+        assert!(pattern("a\\/b").matches("a/b") && pattern("a?b").matches("a/b"));
+        for (text, matches) in
+            [("*", true), ("**", true), ("?", false), ("a", false), ("{a,}", true), ("!a", true)]
+        {
+            assert_eq!(pattern(text).matches(""), matches, "{text}");
+        }
+        assert!(pattern("*").matches("\u{65e5}\u{672c}") && pattern("*").matches("a{b}"));
+    }
+
+    #[test]
     fn mistakes_are_told_with_their_place() {
         use PatternError::{
             Range, TooManyBraces, TrailingBackslash, UnclosedBrace, UnclosedBracket,
@@ -299,6 +382,13 @@ mod tests {
             ("h.{0..99999999999999999999}", 3, "0..99999999999999999999"),
         ] {
             assert_eq!(error(text), Range { at, found: found.to_owned() }, "{text}");
+        }
+        for (text, at, found) in [("a[z-a]", 2, "z-a"), ("[!0-9b-a]", 5, "b-a")] {
+            let found = found.to_owned();
+            assert_eq!(error(text), PatternError::BackwardRange { at, found }, "{text}");
+        }
+        for text in ["[a-]", "[-a]", "[a-b-a]", r"[\]-a]"] {
+            assert!(text.parse::<Pattern>().is_ok(), "{text}");
         }
         let told = error("a.{0..3").to_string();
         assert_eq!(told, "the { at byte 2 is never closed");
