@@ -43,9 +43,12 @@ impl Checkpoint {
     /// Opens a checkpoint: a safetensors file, an index (`*.index.json`), or a folder.
     ///
     /// In a folder the first match wins: `model.safetensors`, even beside an index;
-    /// `model.safetensors.index.json`; the only `*.safetensors.index.json`; the only
-    /// `*.safetensors`; a complete set `NAME-00001-of-0000N.safetensors`. The first two are what
-    /// transformers does. Other mixtures are refused.
+    /// `model.safetensors.index.json`; the only `*.safetensors.index.json`; the only complete set
+    /// `NAME-00001-of-0000N.safetensors`, numbered from 0 or 1; the only `*.safetensors`. The first
+    /// two are what transformers does. A variant, as `NAME.fp16.safetensors`, is taken where `NAME`
+    /// itself is not there; hidden files are not seen; other mixtures are refused. The folder of a
+    /// repository in the cache of the Hugging Face hub, `models--ORG--NAME`, stands for the snapshot
+    /// that its `refs/main` names, or its only one.
     ///
     /// An index must agree with its shards: each tensor that it lists is in the shard that it
     /// says. Tensors in those shards that it does not list belong to the checkpoint, as
@@ -410,11 +413,10 @@ fn add_sources(
     sources: &mut Vec<Source>,
     indices: &mut Vec<IndexSource>,
 ) -> Result<(), Error> {
-    let stat =
-        std::fs::metadata(path).map_err(|source| Error::Open { path: path.to_owned(), source })?;
+    let stat = std::fs::metadata(path).map_err(|source| reading::open_error(path, source))?;
     let choice = if stat.is_dir() {
         folder::choose(path)?
-    } else if is_index(path) {
+    } else if path.file_name().is_some_and(|name| folder::is_index(&name.to_string_lossy())) {
         Choice::Index(path.to_owned())
     } else {
         Choice::Files(vec![path.to_owned()])
@@ -445,12 +447,6 @@ fn add_sources(
         }
     }
     Ok(())
-}
-
-/// Whether a file is an index by its name: `*.index.json` or `index.json`.
-fn is_index(path: &Path) -> bool {
-    let name = path.file_name().map_or_else(Cow::default, |name| name.to_string_lossy());
-    name.ends_with(".index.json") || name == "index.json"
 }
 
 fn read_index(path: &Path) -> Result<Vec<u8>, Error> {

@@ -277,6 +277,25 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
+    /// A link that leads to nothing.
+    #[error(
+        "{}: link to {}, which is not there, as after an interrupted download or a cleaned cache",
+        path.display(), target.display()
+    )]
+    DanglingLink {
+        /// The link.
+        path: PathBuf,
+        /// Where it leads, as it is written.
+        target: PathBuf,
+    },
+    /// A file of another format.
+    #[error("{}: not a safetensors file but {format}", path.display())]
+    OtherFormat {
+        /// The file.
+        path: PathBuf,
+        /// What it is, and what to do about it.
+        format: &'static str,
+    },
     /// Bytes could not be read.
     #[error("{}: cannot read bytes {}..{}: {source}", path.display(), range.start, range.end)]
     Read {
@@ -312,7 +331,7 @@ pub enum Error {
     },
     /// The folder holds files that are not one checkpoint; the caller has to choose.
     #[error(
-        "{}: folder holds several checkpoints, name one of them: {}",
+        "{}: folder holds several checkpoints, name one of them by its files: {}",
         folder.display(), files.join(", ")
     )]
     Ambiguous {
@@ -320,6 +339,17 @@ pub enum Error {
         folder: PathBuf,
         /// Names of the files that could be meant, sorted.
         files: Vec<String>,
+    },
+    /// A repository in the hub's cache has no `refs/main` that leads to a snapshot, and not one snapshot.
+    #[error(
+        "{}: refs/main leads to no snapshot; {}",
+        folder.display(), Snapshots(snapshots)
+    )]
+    NoSnapshot {
+        /// The repository's folder.
+        folder: PathBuf,
+        /// Names of its snapshots, sorted.
+        snapshots: Vec<String>,
     },
     /// A folder without index holds some of the files of a numbered set, not all.
     #[error("{}: folder lacks shard {missing}", folder.display())]
@@ -430,6 +460,18 @@ pub enum Error {
         /// The shard that comes second.
         second: PathBuf,
     },
+}
+
+/// What there is to choose from.
+struct Snapshots<'a>(&'a [String]);
+
+impl fmt::Display for Snapshots<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            [] => f.write_str("none was downloaded"),
+            names => write!(f, "name one of snapshots/: {}", names.join(", ")),
+        }
+    }
 }
 
 /// The other path of a file, if it has one.

@@ -1,18 +1,23 @@
 //! Which files of a folder are its checkpoint.
 //!
-//! First match wins, the first two as in transformers' `from_pretrained`:
+//! Names that begin with a dot are not seen. First match wins, the first two as in transformers'
+//! `from_pretrained`:
 //!
 //! 1. `model.safetensors`, even beside an index;
 //! 2. `model.safetensors.index.json`;
-//! 3. the only `*.safetensors.index.json`, as diffusers and variants (`model.fp16...`) name it;
-//! 4. the only `*.safetensors` file, as adapters and diffusers name it;
-//! 5. all files of one complete numbered set, `NAME-00001-of-0000N.safetensors`.
+//! 3. the only index, `NAME.safetensors.index.json`; of a variant `NAME.safetensors.index.fp16.json` or
+//!    `NAME.safetensors.fp16.index.json`;
+//! 4. the only numbered set, `NAME-00001-of-0000N.safetensors`, numbered from 0 or 1, which must be
+//!    complete; of a variant `NAME.fp16-00001-of-...` or `NAME-00001-of-0000N.fp16.safetensors`;
+//! 5. the only `*.safetensors` file, as adapters and diffusers name it.
 //!
-//! Anything else is refused with the list of files: merging unrelated files would load weights
+//! From 3 on, a variant `NAME.fp16` is passed over where `NAME` itself is there, as diffusers does.
+//! Anything else is refused with a list of what is there: merging unrelated files would load weights
 //! that nobody asked for.
 
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use crate::Error;
 
@@ -25,9 +30,17 @@ pub(crate) enum Choice {
     Index(PathBuf),
 }
 
-/// Looks at `folder` and applies the rules above.
+/// Looks at `folder` and applies the rules above. A repository's folder in the cache of the Hugging Face
+/// hub, `models--ORG--NAME`, stands for its snapshot.
 pub(crate) fn choose(folder: &Path) -> Result<Choice, Error> {
-    // `is_file` follows links, as transformers' check does: a dangling link is passed over.
+    match snapshot(folder)? {
+        Some(snapshot) => choose_in(&snapshot),
+        None => choose_in(folder),
+    }
+}
+
+fn choose_in(folder: &Path) -> Result<Choice, Error> {
+    // `is_file` follows links, as transformers' check does: a dangling link is passed over for an index.
     let single = folder.join("model.safetensors");
     if single.is_file() {
         return Ok(Choice::Files(vec![single]));
@@ -36,106 +49,223 @@ pub(crate) fn choose(folder: &Path) -> Result<Choice, Error> {
     if index.is_file() {
         return Ok(Choice::Index(index));
     }
+    choose_among(folder, names(folder)?)
+}
+
+/// Names in a folder, sorted.
+fn names(folder: &Path) -> Result<Vec<OsString>, Error> {
     let open_error = |source| Error::Open { path: folder.to_owned(), source };
     let mut names = Vec::new();
     for item in std::fs::read_dir(folder).map_err(open_error)? {
         names.push(item.map_err(open_error)?.file_name());
     }
     names.sort_unstable();
-    choose_among(folder, names)
+    Ok(names)
 }
 
-/// Rules 3 to 5, on the sorted names of a folder. Names need not be UTF-8; those of numbered sets
-/// are.
-fn choose_among(folder: &Path, names: Vec<OsString>) -> Result<Choice, Error> {
-    let (mut indices, mut files) = (Vec::new(), Vec::new());
-    for name in names {
-        if name.as_encoded_bytes().ends_with(b".safetensors.index.json") {
-            indices.push(name);
-        } else if name.as_encoded_bytes().ends_with(b".safetensors") {
-            files.push(name);
-        }
+/// The snapshot that a folder of the hub's cache stands for: the one that `refs/main` names, or the only
+/// one. `None` for other folders.
+fn snapshot(folder: &Path) -> Result<Option<PathBuf>, Error> {
+    let snapshots = folder.join("snapshots");
+    if !folder.join("refs").is_dir() && !folder.join("blobs").is_dir() || !snapshots.is_dir() {
+        return Ok(None);
     }
-    let ambiguous = |names: &[OsString]| {
-        let files = names.iter().map(|name| name.to_string_lossy().into_owned()).collect();
-        Error::Ambiguous { folder: folder.to_owned(), files }
-    };
-    match (&indices[..], &files[..]) {
-        ([index], _) => return Ok(Choice::Index(folder.join(index))),
-        ([], []) => {
-            return Err(Error::NoCheckpoint { folder: folder.to_owned() });
-        }
-        ([], [file]) => return Ok(Choice::Files(vec![folder.join(file)])),
-        ([], _) => {}
+    // Its contents are not to be trusted with more than a name.
+    let main = std::fs::read_to_string(folder.join("refs/main")).unwrap_or_default();
+    let mut parts = Path::new(main.trim()).components();
+    if let (Some(Component::Normal(name)), None) = (parts.next(), parts.next())
+        && snapshots.join(name).is_dir()
+    {
+        return Ok(Some(snapshots.join(name)));
+    }
+    let mut there = names(&snapshots)?;
+    there.retain(|name| !is_hidden(name) && snapshots.join(name).is_dir());
+    match &there[..] {
+        [only] => Ok(Some(snapshots.join(only))),
         _ => {
-            return Err(ambiguous(&indices));
+            let snapshots = there.iter().map(|name| name.to_string_lossy().into_owned()).collect();
+            Err(Error::NoSnapshot { folder: folder.to_owned(), snapshots })
         }
     }
+}
 
-    let mut numbers = Vec::with_capacity(files.len());
-    let mut set = None;
-    for file in &files {
-        match file.to_str().and_then(Numbered::parse) {
-            Some(n) if *set.get_or_insert((n.prefix, n.of)) == (n.prefix, n.of) => {
-                numbers.push((n.number, file));
+fn is_hidden(name: &OsStr) -> bool {
+    name.as_encoded_bytes().starts_with(b".")
+}
+
+/// Whether a file is an index by its name: `*.index.json`, `*.index.VARIANT.json` or `index.json`.
+pub(crate) fn is_index(name: &str) -> bool {
+    name == "index.json" || name.ends_with(".json") && name.contains(".index.")
+}
+
+/// The files of one checkpoint in a folder.
+#[derive(Default)]
+struct Candidate {
+    index: Option<OsString>,
+    single: Option<OsString>,
+    /// The numbered sets, by how many files they say that they have: their numbers and names.
+    sets: BTreeMap<u64, Vec<(u64, OsString)>>,
+}
+
+/// Rules 3 to 5, on the sorted names of a folder. Names need not be UTF-8; those of numbered sets and
+/// indices are.
+fn choose_among(folder: &Path, names: Vec<OsString>) -> Result<Choice, Error> {
+    let candidates = candidates(names);
+    let choices = |rank: fn(&Candidate) -> bool| {
+        candidates.values().filter(move |candidate| rank(candidate)).collect::<Vec<_>>()
+    };
+    let ambiguous = || {
+        let files = candidates.values().flat_map(Candidate::described).collect();
+        Err(Error::Ambiguous { folder: folder.to_owned(), files })
+    };
+    let indices = choices(|candidate| candidate.index.is_some());
+    if let [Candidate { index: Some(index), .. }] = &indices[..] {
+        return Ok(Choice::Index(folder.join(index)));
+    }
+    let sets = choices(|candidate| !candidate.sets.is_empty());
+    let singles = choices(|candidate| candidate.single.is_some());
+    match (&indices[..], &sets[..], &singles[..]) {
+        ([], [], []) => Err(Error::NoCheckpoint { folder: folder.to_owned() }),
+        ([], [Candidate { sets, single: None, .. }], _) if sets.len() == 1 => {
+            let Some((&of, files)) = sets.first_key_value() else { return ambiguous() };
+            match complete(of, files) {
+                Completeness::Complete => {
+                    Ok(Choice::Files(files.iter().map(|(_, file)| folder.join(file)).collect()))
+                }
+                Completeness::Missing(number) => Err(incomplete(folder, &files[0].1, number)),
+                Completeness::NoSet => ambiguous(),
             }
-            _ => {
-                return Err(ambiguous(&files));
-            }
+        }
+        ([], [], [Candidate { single: Some(file), .. }]) => {
+            Ok(Choice::Files(vec![folder.join(file)]))
+        }
+        _ => ambiguous(),
+    }
+}
+
+/// The checkpoints of a folder by their names without number and extension, less the variants of others.
+fn candidates(names: Vec<OsString>) -> BTreeMap<Vec<u8>, Candidate> {
+    let mut all: BTreeMap<Vec<u8>, Candidate> = BTreeMap::new();
+    for name in names.into_iter().filter(|name| !is_hidden(name)) {
+        if let Some(stem) = name.to_str().and_then(index_stem) {
+            all.entry(stem.into_bytes()).or_default().index = Some(name);
+        } else if let Some(numbered) = name.to_str().and_then(Numbered::parse) {
+            let candidate = all.entry(numbered.stem().into_bytes()).or_default();
+            let (number, of) = (numbered.number, numbered.of);
+            candidate.sets.entry(of).or_default().push((number, name));
+        } else if let Some(stem) = name.as_encoded_bytes().strip_suffix(b".safetensors") {
+            let stem = stem.to_vec();
+            all.entry(stem).or_default().single = Some(name);
         }
     }
-    numbers.sort_unstable();
-    let total = set.map_or(0, |(_, of)| of);
-    for (position, &(number, _)) in numbers.iter().enumerate() {
-        let expected = position as u64 + 1;
-        if number > expected {
-            return Err(incomplete(folder, &files[0], expected));
+    for candidate in all.values_mut() {
+        candidate.sets.values_mut().for_each(|files| files.sort_unstable());
+    }
+    // What follows the dot begins with a letter: `qwen2.5` is no variant of `qwen2`.
+    let is_variant = |stem: &[u8]| {
+        let dots = (0..stem.len()).filter(|&at| stem[at] == b'.');
+        dots.into_iter().any(|at| {
+            stem.get(at + 1).is_some_and(u8::is_ascii_alphabetic) && all.contains_key(&stem[..at])
+        })
+    };
+    let variants: Vec<Vec<u8>> = all.keys().filter(|stem| is_variant(stem)).cloned().collect();
+    all.retain(|stem, _| !variants.contains(stem));
+    all
+}
+
+impl Candidate {
+    /// The checkpoints that it may be, for a message.
+    fn described(&self) -> Vec<String> {
+        let named = |name: &OsString| name.to_string_lossy().into_owned();
+        let sets =
+            self.sets.values().flat_map(|files| files.first().map(|file| (file, files.len())));
+        let sets = sets.map(|((_, first), count)| match count {
+            1 => named(first),
+            _ => format!("{} and {} more of its set", named(first), count - 1),
+        });
+        let singles = self.index.iter().chain(&self.single).map(named);
+        singles.chain(sets).collect()
+    }
+}
+
+/// Whether a numbered set is all there.
+enum Completeness {
+    Complete,
+    /// The first number that is not there.
+    Missing(u64),
+    /// Numbers that make no set, as where one is there twice.
+    NoSet,
+}
+
+/// Looks at the sorted numbers of a set that says it has `of` files: `1..=of`, `0..of` or `0..=of`.
+fn complete(of: u64, files: &[(u64, OsString)]) -> Completeness {
+    let (Some(&(first, _)), Some(&(last, _))) = (files.first(), files.last()) else {
+        return Completeness::NoSet;
+    };
+    if last > of || files.windows(2).any(|pair| pair[0].0 == pair[1].0) {
+        return Completeness::NoSet;
+    }
+    let from = first.min(1);
+    let past = if from == 1 || last == of { of + 1 } else { of };
+    let mut expected = from;
+    for &(number, _) in files {
+        if number != expected {
+            return Completeness::Missing(expected);
         }
-        if number < expected {
-            return Err(ambiguous(&files));
-        }
+        expected += 1;
     }
-    if (numbers.len() as u64) < total {
-        return Err(incomplete(folder, &files[0], numbers.len() as u64 + 1));
-    }
-    if numbers.len() as u64 > total {
-        return Err(ambiguous(&files));
-    }
-    Ok(Choice::Files(numbers.into_iter().map(|(_, file)| folder.join(file)).collect()))
+    if expected < past { Completeness::Missing(expected) } else { Completeness::Complete }
 }
 
 fn incomplete(folder: &Path, sibling: &OsStr, number: u64) -> Error {
     let missing = sibling.to_str().and_then(Numbered::parse).map_or_else(String::new, |n| {
-        format!("{}-{number:0width$}-of-{}.safetensors", n.prefix, n.of_text, width = n.width)
+        let Numbered { prefix, of_text, variant, width, .. } = n;
+        format!("{prefix}-{number:0width$}-of-{of_text}{variant}.safetensors")
     });
     Error::IncompleteSet { folder: folder.to_owned(), missing }
 }
 
-/// The parts of `PREFIX-00001-of-00003.safetensors`.
+/// The name of the checkpoint, with its variant, of which this is the index.
+fn index_stem(name: &str) -> Option<String> {
+    let (base, rest) = name.split_once(".safetensors.")?;
+    let rest = rest.strip_suffix("json")?;
+    // `index.`, `index.VARIANT.` or `VARIANT.index.`
+    let variant = rest.strip_prefix("index.").or_else(|| rest.strip_suffix("index."))?;
+    match variant.strip_suffix('.') {
+        None => Some(base.to_owned()),
+        Some(variant) => Some(format!("{base}.{variant}")),
+    }
+}
+
+/// The parts of `PREFIX-00001-of-00003.VARIANT.safetensors`.
 struct Numbered<'n> {
     prefix: &'n str,
     number: u64,
     of: u64,
     of_text: &'n str,
+    /// With its dot; empty where there is none, or the prefix has it.
+    variant: &'n str,
     width: usize,
 }
 
 impl<'n> Numbered<'n> {
     fn parse(name: &'n str) -> Option<Self> {
         let stem = name.strip_suffix(".safetensors")?;
-        let (rest, of_text) = stem.rsplit_once("-of-")?;
+        let (rest, of) = stem.rsplit_once("-of-")?;
+        let (of_text, variant) = of.split_at(of.find('.').unwrap_or(of.len()));
         let (prefix, number) = rest.rsplit_once('-')?;
         let digits = |text: &str| {
             let all = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-            if all { text.parse().ok() } else { None }
+            // No set has as many files as there are numbers.
+            if all { text.parse().ok().filter(|number: &u64| *number < u64::MAX) } else { None }
         };
-        Some(Self {
-            prefix,
-            number: digits(number)?,
-            of: digits(of_text)?,
-            of_text,
-            width: number.len(),
-        })
+        let (number, of, width) = (digits(number)?, digits(of_text)?, number.len());
+        Some(Self { prefix, number, of, of_text, variant, width })
+    }
+
+    /// The name of the checkpoint, with its variant.
+    fn stem(&self) -> String {
+        format!("{}{}", self.prefix, self.variant)
     }
 }
 
@@ -180,6 +310,37 @@ mod tests {
     }
 
     #[test]
+    fn sets_begin_with_0_or_1_and_stand_beside_single_files() {
+        for set in [
+            &["m-0-of-2.safetensors", "m-1-of-2.safetensors"][..],
+            &["m-0-of-2.safetensors", "m-1-of-2.safetensors", "m-2-of-2.safetensors"],
+            &["m-1-of-2.fp16.safetensors", "m-2-of-2.fp16.safetensors"],
+            &["m.fp16-1-of-1.safetensors"],
+        ] {
+            assert_eq!(among(set).unwrap(), set);
+            let beside =
+                ["._m-1-of-2.safetensors", "adapter_model.safetensors", "consolidated.safetensors"];
+            assert_eq!(among(&[set, &beside].concat()).unwrap(), set);
+        }
+    }
+
+    #[test]
+    fn variants_are_for_want_of_the_plain_one() {
+        let index = "m.safetensors.index.json";
+        for name in [
+            "m.safetensors.index.fp16.json",
+            "m.safetensors.fp16.index.json",
+            "m.fp16.safetensors.index.json",
+        ] {
+            assert_eq!(among(&[name, "m.fp16-00001-of-00002.safetensors"]).unwrap(), [name]);
+            assert_eq!(among(&[name, index]).unwrap(), [index]);
+            assert_eq!(among(&[name, "m.safetensors"]).unwrap(), ["m.safetensors"]);
+        }
+        let both = ["m.fp16.safetensors", "m.safetensors"];
+        assert_eq!(among(&both).unwrap(), ["m.safetensors"]);
+    }
+
+    #[test]
     fn incomplete_sets_name_the_missing_file() {
         for (have, missing) in [(&[1, 3][..], 2), (&[1, 2], 3), (&[2, 3], 1)] {
             let set: Vec<String> =
@@ -210,11 +371,12 @@ mod tests {
     fn unrelated_files_are_refused() {
         for names in [
             &["a.safetensors", "b.safetensors"][..],
-            &["m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors", "c.safetensors"],
             &["m-00001-of-00002.safetensors", "n-00002-of-00002.safetensors"],
             &["m-00001-of-00002.safetensors", "m-00001-of-00003.safetensors"],
             &["m-1-of-2.safetensors", "m-01-of-2.safetensors"],
-            &["m-0-of-2.safetensors", "m-1-of-2.safetensors"],
+            &["m.fp16.safetensors", "m.bf16.safetensors"],
+            &["qwen2.safetensors", "qwen2.5.safetensors"],
+            &["m-1-of-1.safetensors", "m.safetensors"],
             &["m-1-of-1.safetensors", "m-2-of-1.safetensors"],
             &["a.safetensors.index.json", "b.safetensors.index.json"],
         ] {

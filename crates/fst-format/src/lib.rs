@@ -44,6 +44,7 @@ mod names;
 mod reading;
 mod scan;
 mod slice;
+mod sniff;
 mod writer;
 
 pub use checkpoint::{Checkpoint, Shard, TensorInfo};

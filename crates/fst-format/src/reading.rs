@@ -11,7 +11,7 @@ use std::thread::Scope;
 use std::time::{Duration, Instant};
 
 use crate::checkpoint::Shard;
-use crate::{Decoded, Error, HeaderDecoder};
+use crate::{Decoded, Error, HeaderDecoder, HeaderError, sniff};
 
 /// Most threads that read headers at once. Those that wait for storage may outnumber the cores.
 const MAX_READERS: usize = 8;
@@ -19,16 +19,26 @@ const MAX_READERS: usize = 8;
 /// A header that took longer to read was waited for: it did not come from the page cache.
 const A_WAIT: Duration = Duration::from_micros(500);
 
+/// Why `path` could not be opened.
+pub(crate) fn open_error(path: &Path, source: io::Error) -> Error {
+    let path = path.to_owned();
+    match source.raw_os_error() {
+        Some(libc::EMFILE) => Error::TooManyFiles { path },
+        Some(libc::ENOENT) => match std::fs::read_link(&path) {
+            Ok(target) => Error::DanglingLink { path, target },
+            Err(_) => Error::Open { path, source },
+        },
+        _ => Error::Open { path, source },
+    }
+}
+
 /// Opens a regular file; the metadata is that of the file that was opened.
 ///
 /// A check of the name before opening would say nothing of what is opened then. So what it leads to is
 /// opened without waiting (a named pipe would otherwise wait for a writer, perhaps for ever), and
 /// looked at by its handle.
 pub(crate) fn open_file(path: &Path) -> Result<(File, std::fs::Metadata), Error> {
-    let open_error = |source: io::Error| match source.raw_os_error() {
-        Some(libc::EMFILE) => Error::TooManyFiles { path: path.to_owned() },
-        _ => Error::Open { path: path.to_owned(), source },
-    };
+    let open_error = |source| open_error(path, source);
     let not_a_file = || Error::NotAFile { path: path.to_owned() };
     let open = |flags| OpenOptions::new().read(true).custom_flags(flags).open(path);
     let file = match open(libc::O_NONBLOCK) {
@@ -85,7 +95,10 @@ impl HeaderReader {
     fn read(&mut self, path: &Path) -> Result<Shard, Error> {
         let began = Instant::now();
         let (file, file_metadata) = open_file(path)?;
-        let header_error = |source| Error::Header { path: path.to_owned(), source };
+        let header_error = |source: HeaderError| match sniff::format_of(&file, &source) {
+            Some(format) => Error::OtherFormat { path: path.to_owned(), format },
+            None => Error::Header { path: path.to_owned(), source },
+        };
         let decoder = HeaderDecoder::new(file_metadata.len()).map_err(header_error)?;
         self.text.clear();
         let header = loop {
