@@ -283,6 +283,46 @@ fn an_index_that_disagrees_with_its_shards_is_refused() {
 }
 
 #[test]
+fn the_index_says_who_owns_a_tensor() {
+    use fst_format::{Notice, OpenOptions};
+    let (folder, mut map) = three_shards();
+    let index = folder.path().join("model.safetensors.index.json");
+    let overlay = "model-overlay.safetensors";
+    write_file(&folder.path().join(overlay), &["a.weight", "new"], 7);
+    map[0].1 = overlay;
+    write_index(&index, &map);
+    let checkpoint = Checkpoint::open(&index).unwrap();
+    let tensor = checkpoint.get("a.weight").unwrap();
+    assert_eq!((tensor.byte_len(), tensor.path()), (7, &*folder.path().join(overlay)));
+    assert_eq!((checkpoint.tensors().len(), checkpoint.byte_len()), (7, 5 * 10 + 2 * 7));
+    let [
+        Notice::Superseded { tensor, count: 1, .. },
+        Notice::Unlisted { tensor: new, count: 1, .. },
+    ] = checkpoint.notices()
+    else {
+        panic!("{:?}", checkpoint.notices())
+    };
+    assert_eq!((tensor.as_str(), new.as_str()), ("a.weight", "new"));
+    // What no entry names may be there once only.
+    write_file(&folder.path().join(overlay), &["a.weight", "new"], 7);
+    write_file(&folder.path().join(map[5].1), &["c.weight", "c.bias", "new"], 10);
+    assert!(matches!(open_err(&index), Error::RepeatedTensor { tensor, .. } if tensor == "new"));
+    // What is missing may be left out, and no copy stands in for it.
+    write_file(&folder.path().join(overlay), &["other"], 7);
+    write_file(&folder.path().join(map[5].1), &["c.weight", "c.bias"], 10);
+    let found = |error| matches!(error, Error::NotInShard { found: Some(_), .. });
+    assert!(found(open_err(&index)));
+    let checkpoint = OpenOptions::new().allow_missing(true).open(&index).unwrap();
+    assert!(checkpoint.get("a.weight").is_none() && checkpoint.get("other").is_some());
+    let missing = |notice: &Notice| matches!(notice, Notice::Missing { tensor, count: 1, .. } if tensor == "a.weight");
+    assert!(checkpoint.notices().iter().any(missing), "{:?}", checkpoint.notices());
+    // A byte order mark does no harm.
+    let text = fs::read_to_string(&index).unwrap();
+    fs::write(&index, format!("\u{feff}{text}")).unwrap();
+    assert!(OpenOptions::new().allow_missing(true).open(&index).is_ok());
+}
+
+#[test]
 fn malformed_indices_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let index = folder.path().join("x.index.json");

@@ -1,7 +1,7 @@
 //! Checkpoints: one table of all tensors over one or many files.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::io;
 use std::ops::Range;
@@ -32,6 +32,112 @@ struct Inner {
     metadata: BTreeMap<String, String>,
     byte_len: u64,
     open_time: Duration,
+    notices: Vec<Notice>,
+}
+
+/// How a checkpoint is opened.
+///
+/// ```no_run
+/// use fst_format::OpenOptions;
+///
+/// let checkpoint = OpenOptions::new().allow_missing(true).open("model")?;
+/// for notice in checkpoint.notices() {
+///     eprintln!("{notice}");
+/// }
+/// # Ok::<(), fst_format::Error>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    allow_missing: bool,
+}
+
+impl OpenOptions {
+    /// Those of [`Checkpoint::open`].
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Whether a tensor that an index puts into a shard without it is left out, with a
+    /// [`Notice::Missing`], instead of being an error.
+    #[must_use]
+    pub fn allow_missing(mut self, allow: bool) -> Self {
+        self.allow_missing = allow;
+        self
+    }
+
+    /// As [`Checkpoint::open`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Checkpoint::open`].
+    pub fn open(&self, path: impl AsRef<Path>) -> Result<Checkpoint, Error> {
+        self.open_all([path])
+    }
+
+    /// As [`Checkpoint::open_all`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Checkpoint::open_all`].
+    pub fn open_all<I, P>(&self, paths: I) -> Result<Checkpoint, Error>
+    where
+        I: IntoIterator<Item = P>,
+        P: AsRef<Path>,
+    {
+        let began = Instant::now();
+        let mut indices = Vec::new();
+        let shards = read_shards(paths, &mut indices)?;
+        let mut checkpoint = Checkpoint::assemble(shards, &indices, self.allow_missing)?;
+        // Nobody shares a checkpoint that is not out yet.
+        if let Some(inner) = Arc::get_mut(&mut checkpoint.inner) {
+            inner.open_time = began.elapsed();
+        }
+        Ok(checkpoint)
+    }
+}
+
+/// Something that a checkpoint could be opened without, but that may not be meant. Displays as one line.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Notice {
+    /// An index puts tensors into shards that do not have them. They are left out.
+    #[error(
+        "{}: weight_map puts {count} tensors into shards without them, the first is {tensor:?}: left out",
+        index.display()
+    )]
+    Missing {
+        /// The index.
+        index: PathBuf,
+        /// The first of them.
+        tensor: String,
+        /// How many there are.
+        count: usize,
+    },
+    /// Shards have copies of tensors that the index puts elsewhere. The copies are left out.
+    #[error(
+        "{}: {count} copies of tensors in other shards than weight_map says, the first is {tensor:?}: \
+         left out",
+        index.display()
+    )]
+    Superseded {
+        /// The index.
+        index: PathBuf,
+        /// The first of them.
+        tensor: String,
+        /// How many there are.
+        count: usize,
+    },
+    /// Shards have tensors that the index does not list. They belong to the checkpoint.
+    #[error("{}: weight_map does not list {count} tensors, the first is {tensor:?}", index.display())]
+    Unlisted {
+        /// The index.
+        index: PathBuf,
+        /// The first of them.
+        tensor: String,
+        /// How many there are.
+        count: usize,
+    },
 }
 
 /// What tensors refer to.
@@ -50,9 +156,9 @@ impl Checkpoint {
     /// repository in the cache of the Hugging Face hub, `models--ORG--NAME`, stands for the snapshot
     /// that its `refs/main` names, or its only one.
     ///
-    /// An index must agree with its shards: each tensor that it lists is in the shard that it
-    /// says. Tensors in those shards that it does not list belong to the checkpoint, as
-    /// transformers loads them too.
+    /// An index says who owns a tensor: each that it lists is in the shard that it says, and copies
+    /// of it in other shards are left out. Tensors in those shards that it does not list belong to
+    /// the checkpoint, as transformers loads them too. [`Checkpoint::notices`] tells of both.
     ///
     /// Headers are read, in parallel where there are several files; data is not.
     ///
@@ -74,26 +180,27 @@ impl Checkpoint {
         I: IntoIterator<Item = P>,
         P: AsRef<Path>,
     {
-        let began = Instant::now();
-        let mut indices = Vec::new();
-        let shards = read_shards(paths, &mut indices)?;
-        let mut checkpoint = Checkpoint::assemble(shards)?;
-        for index in &indices {
-            checkpoint.check_index(index)?;
-        }
-        // Nobody shares a checkpoint that is not out yet.
-        if let Some(inner) = Arc::get_mut(&mut checkpoint.inner) {
-            inner.open_time = began.elapsed();
-        }
-        Ok(checkpoint)
+        OpenOptions::new().open_all(paths)
     }
 
-    fn assemble(shards: Vec<Shard>) -> Result<Checkpoint, Error> {
+    fn assemble(
+        shards: Vec<Shard>,
+        indices: &[IndexSource],
+        allow_missing: bool,
+    ) -> Result<Checkpoint, Error> {
+        let mut notices = Vec::new();
+        let mut missing = Vec::new();
+        // For each shard, which of its tensors are left out; empty where none is.
+        let mut left_out: Vec<Vec<bool>> = vec![Vec::new(); shards.len()];
+        for (position, index) in indices.iter().enumerate() {
+            index.check(position, &shards, &mut left_out, &mut missing, &mut notices)?;
+        }
         let files = Arc::new(Files { shards });
         let shards = &files.shards;
         let mut tensors = Vec::with_capacity(shards.iter().map(|s| s.header.len()).sum());
-        for (shard, file) in shards.iter().enumerate() {
-            tensors.extend((0..file.header.len()).map(|index| TensorInfo {
+        for (shard, (file, left_out)) in shards.iter().zip(&left_out).enumerate() {
+            let kept = (0..file.header.len()).filter(|&i| !left_out.get(i).is_some_and(|out| *out));
+            tensors.extend(kept.map(|index| TensorInfo {
                 files: Arc::clone(&files),
                 shard: shard as u32,
                 index: index as u32,
@@ -104,13 +211,22 @@ impl Checkpoint {
             let name_of = |position: u32| tensors[position as usize].name();
             for position in 0..tensors.len() as u32 {
                 table.insert(position, name_of).map_err(|first| {
-                    let shard_of = |position: u32| &shards[tensors[position as usize].shard()];
-                    let (one, other) = (shard_of(first), shard_of(position));
+                    let of = |position: u32| tensors[position as usize].shard();
+                    let (a, b) = (of(first), of(position));
+                    let tensor = name_of(position).to_owned();
+                    // Copies of what an index lists once are left out already.
+                    let lists = |index: &&IndexSource| {
+                        index.has(a) && index.has(b) && index.index.tensors().any(|t| t.0 == tensor)
+                    };
+                    if let Some(index) = indices.iter().find(lists) {
+                        return Error::RepeatedInIndex { index: index.path.clone(), tensor };
+                    }
+                    let (one, other) = (&shards[a], &shards[b]);
                     let (first, second) = (one.path.clone(), other.path.clone());
                     if one.is_same_file(other) {
                         return Error::RepeatedFile { first, second };
                     }
-                    Error::RepeatedTensor { tensor: name_of(position).to_owned(), first, second }
+                    Error::RepeatedTensor { tensor, first, second }
                 })?;
             }
             Some(table)
@@ -123,34 +239,46 @@ impl Checkpoint {
                 metadata.insert(key.clone(), value.clone());
             }
         }
-        let byte_len = shards.iter().fold(0u64, |sum, s| sum.saturating_add(s.header.data_len()));
+        let byte_len = tensors.iter().fold(0u64, |sum, t| sum.saturating_add(t.byte_len()));
         let open_time = Duration::ZERO;
-        let inner = Inner { files, tensors, by_name, metadata, byte_len, open_time };
-        Ok(Checkpoint { inner: Arc::new(inner) })
+        let inner = Inner { files, tensors, by_name, metadata, byte_len, open_time, notices };
+        let checkpoint = Checkpoint { inner: Arc::new(inner) };
+        for (index, name, shard) in missing {
+            checkpoint.check_missing(&indices[index], name, shard, allow_missing)?;
+        }
+        Ok(checkpoint)
     }
 
-    /// Checks that every tensor of the weight map is where the map says, and there once.
-    fn check_index(&self, index: &IndexSource) -> Result<(), Error> {
-        let mut seen = vec![false; self.tensors().len()];
-        for (name, file) in index.index.tensors() {
-            let shard = index.first_shard + file;
-            let position = self.position(name);
-            let twice = position.and_then(|position| seen.get_mut(position));
-            if twice.is_some_and(|seen| std::mem::replace(seen, true)) {
-                let (index, tensor) = (index.path.clone(), name.to_owned());
-                return Err(Error::RepeatedInIndex { index, tensor });
-            }
-            let found = position.map(|position| self.tensors()[position].shard());
-            if found != Some(shard) {
-                return Err(Error::NotInShard {
-                    index: index.path.clone(),
-                    tensor: name.to_owned(),
-                    shard: self.shards()[shard].path.clone(),
-                    found: found.map(|found| self.shards()[found].path.clone()),
-                });
-            }
+    /// Checks what the index puts into a shard that lacks it: that is not all right where the index lists
+    /// it elsewhere too, or where nothing may be missing.
+    fn check_missing(
+        &self,
+        index: &IndexSource,
+        name: &str,
+        shard: usize,
+        allow: bool,
+    ) -> Result<(), Error> {
+        let tensor = name.to_owned();
+        // Of the index's shards, one keeps a listed tensor only if it is listed there.
+        if self.get(name).is_some_and(|found| index.has(found.shard())) {
+            return Err(Error::RepeatedInIndex { index: index.path.clone(), tensor });
         }
-        Ok(())
+        if allow {
+            return Ok(());
+        }
+        let has = |shard: &&Shard| shard.header.position(name).is_some();
+        Err(Error::NotInShard {
+            index: index.path.clone(),
+            tensor,
+            shard: self.shards()[shard].path.clone(),
+            found: self.shards().iter().find(has).map(|shard| shard.path.clone()),
+        })
+    }
+
+    /// What may not be meant, though the checkpoint could be opened.
+    #[must_use]
+    pub fn notices(&self) -> &[Notice] {
+        &self.inner.notices
     }
 
     /// How long opening took: reading and checking all headers.
@@ -367,6 +495,70 @@ struct IndexSource {
     path: PathBuf,
     index: Index,
     first_shard: usize,
+}
+
+impl IndexSource {
+    /// Whether a shard is one of this index.
+    fn has(&self, shard: usize) -> bool {
+        (self.first_shard..self.first_shard + self.index.files.len()).contains(&shard)
+    }
+
+    /// Compares the index with its shards: adds what they lack to `missing`, with the position of the
+    /// index, and marks copies of what it puts elsewhere in `left_out`.
+    fn check<'i>(
+        &'i self,
+        position: usize,
+        shards: &[Shard],
+        left_out: &mut [Vec<bool>],
+        missing: &mut Vec<(usize, &'i str, usize)>,
+        notices: &mut Vec<Notice>,
+    ) -> Result<(), Error> {
+        let own = self.first_shard..self.first_shard + self.index.files.len();
+        let mut listed: Vec<Vec<bool>> =
+            shards[own.clone()].iter().map(|shard| vec![false; shard.header.len()]).collect();
+        let first_missing = missing.len();
+        for (name, file) in self.index.tensors() {
+            let shard = self.first_shard + file;
+            match shards[shard].header.position(name) {
+                Some(at) if std::mem::replace(&mut listed[file][at], true) => {
+                    let (index, tensor) = (self.path.clone(), name.to_owned());
+                    return Err(Error::RepeatedInIndex { index, tensor });
+                }
+                Some(_) => {}
+                None => missing.push((position, name, shard)),
+            }
+        }
+        let index = || self.path.clone();
+        if let Some((_, tensor, _)) = missing.get(first_missing) {
+            let (tensor, count) = ((*tensor).to_owned(), missing.len() - first_missing);
+            notices.push(Notice::Missing { index: index(), tensor, count });
+        }
+        if listed.iter().flatten().all(|listed| *listed) {
+            return Ok(());
+        }
+        let names: HashSet<&str> = self.index.tensors().map(|(name, _)| name).collect();
+        let (mut copies, mut others) = (Vec::new(), Vec::new());
+        for (shard, listed) in own.zip(listed) {
+            let header = &shards[shard].header;
+            for at in (0..listed.len()).filter(|&at| !listed[at]) {
+                let name = header.name_at(at);
+                if names.contains(name) {
+                    left_out[shard].resize(listed.len(), false);
+                    left_out[shard][at] = true;
+                    copies.push(name);
+                } else {
+                    others.push(name);
+                }
+            }
+        }
+        if let Some(tensor) = copies.first().map(|&name| name.to_owned()) {
+            notices.push(Notice::Superseded { index: index(), tensor, count: copies.len() });
+        }
+        if let Some(tensor) = others.first().map(|&name| name.to_owned()) {
+            notices.push(Notice::Unlisted { index: index(), tensor, count: others.len() });
+        }
+        Ok(())
+    }
 }
 
 /// Reads the headers of all files that `paths` stand for. Of several errors, the one of the first

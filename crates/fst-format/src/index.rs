@@ -67,6 +67,8 @@ impl Index {
             index: path.to_owned(),
             offset: error.utf8_error().valid_up_to() as u64,
         })?;
+        // A byte order mark is no part of the text.
+        let text = text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text);
         let (names, mut tensors, files) = match plain_map(&text, found) {
             Some((tensors, entries)) => (None, tensors, entries),
             None => {

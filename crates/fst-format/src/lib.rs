@@ -47,7 +47,7 @@ mod slice;
 mod sniff;
 mod writer;
 
-pub use checkpoint::{Checkpoint, Shard, TensorInfo};
+pub use checkpoint::{Checkpoint, Notice, OpenOptions, Shard, TensorInfo};
 pub use decoder::{Decoded, HeaderDecoder};
 pub use dtype::{Dtype, UnknownDtype};
 pub use element::Element;
