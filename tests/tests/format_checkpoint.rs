@@ -154,7 +154,13 @@ fn the_single_file_wins_over_an_index_beside_it() {
     let (folder, map) = three_shards();
     write_index(&folder.path().join("model.safetensors.index.json"), &map);
     write_file(&folder.path().join("model.safetensors"), &["only"], 3);
-    assert_eq!(names(&Checkpoint::open(folder.path()).unwrap()), ["only"]);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    assert_eq!(names(&checkpoint), ["only"]);
+    let notices = checkpoint.notices();
+    assert!(matches!(notices, [fst_format::Notice::BesideIndex { .. }]), "{notices:?}");
+    // Who names the file has chosen.
+    let checkpoint = Checkpoint::open(folder.path().join("model.safetensors")).unwrap();
+    assert!(checkpoint.notices().is_empty());
 }
 
 #[test]

@@ -50,6 +50,9 @@ pub(crate) struct Select {
     /// repeated
     #[arg(long = "select", value_name = "GLOB", requires = "paths")]
     pub(crate) patterns: Vec<Pattern>,
+    /// Leave out tensors that an index puts into files without them, instead of failing
+    #[arg(long, requires = "paths")]
+    pub(crate) allow_missing: bool,
 }
 
 /// How to read and where to.

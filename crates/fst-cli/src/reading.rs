@@ -5,12 +5,12 @@ use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use fst::{CancelToken, Checkpoint, Error, Loader, TensorInfo};
+use fst::{CancelToken, Checkpoint, Error, Loader, Notice, OpenOptions, TensorInfo};
 
 use crate::args::{Reading, Select};
 use crate::failure::Failure;
 use crate::interrupt;
-use crate::text;
+use crate::text::{self, visible};
 
 /// A loader that does what the command line says.
 pub(crate) fn loader(reading: &Reading) -> Result<Loader, Failure> {
@@ -31,8 +31,22 @@ pub(crate) fn select(loader: Loader, select: &Select) -> Loader {
 }
 
 /// Opens the checkpoint that `paths` name together.
-pub(crate) fn open(paths: &[PathBuf]) -> Result<Checkpoint, Failure> {
-    Checkpoint::open_all(paths).map_err(Failure::of)
+pub(crate) fn open(paths: &[PathBuf], select: &Select) -> Result<Checkpoint, Failure> {
+    OpenOptions::new().allow_missing(select.allow_missing).open_all(paths).map_err(Failure::of)
+}
+
+/// Opens a checkpoint, and warns on standard error of what may not be meant: tensors that are left out,
+/// and a file that is taken in place of others.
+pub(crate) fn open_and_warn(paths: &[PathBuf], select: &Select) -> Result<Checkpoint, Failure> {
+    let checkpoint = open(paths, select)?;
+    for notice in checkpoint.notices() {
+        if !matches!(notice, Notice::Unlisted { .. }) {
+            let line = format!("warning: {}\n", visible(&notice.to_string()));
+            // What cannot be written to standard error has no better place.
+            let _ = std::io::Write::write_all(&mut anstream::stderr(), line.as_bytes());
+        }
+    }
+    Ok(checkpoint)
 }
 
 /// Refuses to write over what is read: a file of the checkpoint, by whatever name, or an index.

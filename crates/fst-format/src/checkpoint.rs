@@ -87,8 +87,9 @@ impl OpenOptions {
     {
         let began = Instant::now();
         let mut indices = Vec::new();
-        let shards = read_shards(paths, &mut indices)?;
-        let mut checkpoint = Checkpoint::assemble(shards, &indices, self.allow_missing)?;
+        let mut notices = Vec::new();
+        let shards = read_shards(paths, &mut indices, &mut notices)?;
+        let mut checkpoint = Checkpoint::assemble(shards, &indices, self.allow_missing, notices)?;
         // Nobody shares a checkpoint that is not out yet.
         if let Some(inner) = Arc::get_mut(&mut checkpoint.inner) {
             inner.open_time = began.elapsed();
@@ -127,6 +128,14 @@ pub enum Notice {
         tensor: String,
         /// How many there are.
         count: usize,
+    },
+    /// A folder has a single file and an index, and the file is taken, as transformers does.
+    #[error("{}: taken, and not what {} beside it lists", file.display(), index.display())]
+    BesideIndex {
+        /// The file.
+        file: PathBuf,
+        /// The index.
+        index: PathBuf,
     },
     /// Shards have tensors that the index does not list. They belong to the checkpoint.
     #[error("{}: weight_map does not list {count} tensors, the first is {tensor:?}", index.display())]
@@ -187,8 +196,8 @@ impl Checkpoint {
         shards: Vec<Shard>,
         indices: &[IndexSource],
         allow_missing: bool,
+        mut notices: Vec<Notice>,
     ) -> Result<Checkpoint, Error> {
-        let mut notices = Vec::new();
         let mut missing = Vec::new();
         // For each shard, which of its tensors are left out; empty where none is.
         let mut left_out: Vec<Vec<bool>> = vec![Vec::new(); shards.len()];
@@ -566,6 +575,7 @@ impl IndexSource {
 fn read_shards<P: AsRef<Path>>(
     paths: impl IntoIterator<Item = P>,
     indices: &mut Vec<IndexSource>,
+    notices: &mut Vec<Notice>,
 ) -> Result<Vec<Shard>, Error> {
     let reads = HeaderReads::new();
     let sources = std::thread::scope(|scope| {
@@ -573,7 +583,8 @@ fn read_shards<P: AsRef<Path>>(
         let _abandon = AbandonOnDrop(&reads);
         let mut sources = Vec::new();
         for path in paths {
-            add_sources(path.as_ref(), &reads, || reads.help(scope), &mut sources, indices)?;
+            let path = path.as_ref();
+            add_sources(path, &reads, || reads.help(scope), &mut sources, indices, notices)?;
         }
         if sources.is_empty() {
             return Err(Error::NoPaths);
@@ -604,6 +615,7 @@ fn add_sources(
     help: impl Fn(),
     sources: &mut Vec<Source>,
     indices: &mut Vec<IndexSource>,
+    notices: &mut Vec<Notice>,
 ) -> Result<(), Error> {
     let stat = std::fs::metadata(path).map_err(|source| reading::open_error(path, source))?;
     let choice = if stat.is_dir() {
@@ -615,6 +627,13 @@ fn add_sources(
     };
     match choice {
         Choice::Files(files) => {
+            if stat.is_dir()
+                && let [file] = &files[..]
+                && let index = file.with_extension("safetensors.index.json")
+                && index.is_file()
+            {
+                notices.push(Notice::BesideIndex { file: file.clone(), index });
+            }
             sources.extend(
                 files.into_iter().map(|path| Source { number: reads.add(path), index: None }),
             );

@@ -24,6 +24,8 @@ struct Report<'c> {
     files: Vec<FileReport<'c>>,
     metadata: &'c BTreeMap<String, String>,
     total: Total,
+    /// What may not be meant.
+    notices: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -68,7 +70,7 @@ struct Total {
 }
 
 pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
-    let checkpoint = reading::open(&args.paths)?;
+    let checkpoint = reading::open(&args.paths, &args.select)?;
     let chosen = reading::selected(&checkpoint, &args.select)
         .map_err(|error| reading::failure(&args.paths, &checkpoint, &error))?;
     let report = Report::of(&checkpoint, &chosen);
@@ -138,7 +140,8 @@ impl<'c> Report<'c> {
             bytes: dtypes.iter().map(|sums| sums.bytes).sum(),
             files: files.len() as u64,
         };
-        Report { tensors, dtypes, files, metadata: checkpoint.metadata(), total }
+        let notices = checkpoint.notices().iter().map(ToString::to_string).collect();
+        Report { tensors, dtypes, files, metadata: checkpoint.metadata(), total, notices }
     }
 
     /// The report for people; `whole` is the checkpoint of which this is a part.
@@ -162,6 +165,13 @@ impl<'c> Report<'c> {
                 text::bytes(whole.byte_len()),
                 counted(whole.shards().len() as u64, "file")
             );
+        }
+        if !self.notices.is_empty() {
+            let mut table = Table::new(&[Align::Left]);
+            for notice in &self.notices {
+                table.row([visible(notice)]);
+            }
+            out += &section("Notices", &table);
         }
         out += &section("Dtypes", &self.dtype_table());
         out += &section("Files", &self.file_table(whole.is_some()));

@@ -63,7 +63,7 @@ fn refuse(args: &LoadArgs) -> Result<(), Failure> {
 }
 
 fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
-    let checkpoint = reading::open(paths)?;
+    let checkpoint = reading::open_and_warn(paths, &args.reading.select)?;
     reading::spare(&checkpoint, paths, [&args.trace, &args.plot])?;
     let mut loader = reading::loader(&args.reading)?;
     if let Some(dtype) = args.dtype {

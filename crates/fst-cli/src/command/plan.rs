@@ -127,7 +127,7 @@ impl Figures {
 
 pub(crate) fn run(args: &PlanArgs) -> Result<(), Failure> {
     check(args)?;
-    let checkpoint = reading::open(&args.paths)?;
+    let checkpoint = reading::open_and_warn(&args.paths, &args.select)?;
     let preset = ranks::preset(&checkpoint, &args.rule, &args.paths, args.world)?;
     let measured = measure(args, &checkpoint)?;
     let topology = topology(args, measured.as_ref());

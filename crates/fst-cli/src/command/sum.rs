@@ -48,7 +48,7 @@ pub(crate) fn run(args: &SumArgs) -> Result<(), Failure> {
         args.rule.without_ranks()?;
         args.together.without_ranks()?;
     }
-    let checkpoint = reading::open(&args.paths)?;
+    let checkpoint = reading::open_and_warn(&args.paths, &args.reading.select)?;
     reading::spare(&checkpoint, &args.paths, [&args.output])?;
     let mut loader = reading::loader(&args.reading)?;
     for slice in &args.slice {

@@ -5,6 +5,7 @@
 mod doctor;
 mod fixture;
 mod inspect;
+mod layouts;
 mod load;
 mod ranks;
 mod slices;
