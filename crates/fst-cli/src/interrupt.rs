@@ -33,7 +33,11 @@ fn actions() -> MutexGuard<'static, Actions> {
 /// Catches ctrl-C and the signals that ask a program to end. Without it, as where a sandbox forbids
 /// handlers, they end the program as they always do.
 pub(crate) fn catch() {
-    let _ = ctrlc::set_handler(|| {
+    // What `nohup` asked to be ignored stays ignored. (An ignored SIGINT does not: shells give it to what
+    // they start in the background, where a user still sends it by hand.)
+    // SAFETY: SIG_IGN is no function, so nothing is called.
+    let hangup = unsafe { signal(SIGHUP, SIG_IGN) };
+    let handled = ctrlc::set_handler(|| {
         let again = STOP.swap(true, Ordering::SeqCst);
         let actions = actions();
         let heeded = actions.watched || !actions.cancel.is_empty();
@@ -51,12 +55,23 @@ pub(crate) fn catch() {
             cancel();
         }
     });
+    if hangup == SIG_IGN || handled.is_err() {
+        // SAFETY: either SIG_IGN, or what was there before.
+        unsafe { signal(SIGHUP, hangup) };
+    }
 }
+
+/// The signal of a terminal that goes away, and what ignores a signal (signal(7), signal(2)).
+const SIGHUP: c_int = 1;
+const SIG_IGN: usize = 1;
 
 unsafe extern "C" {
     /// Ends the process without what libraries have registered for its end: they may wait for the
     /// very thing that does not come to an end.
     safe fn _exit(status: c_int) -> !;
+
+    /// Sets what becomes of a signal, and returns what became of it before.
+    fn signal(signal: c_int, handler: usize) -> usize;
 }
 
 /// Whether the user has asked to stop.

@@ -7,6 +7,7 @@ mod dtype;
 mod failure;
 mod figures;
 mod interrupt;
+mod output;
 mod progress;
 mod ranks;
 mod reading;

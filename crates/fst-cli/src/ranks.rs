@@ -120,30 +120,38 @@ pub(crate) fn run<T: Send>(
     loader: &Loader,
     checkpoint: &Checkpoint,
     each: impl Fn(u32, Tensors) -> Result<T, Error> + Sync,
-) -> Result<Vec<T>, Error> {
+) -> Result<Vec<T>, RankFailure> {
     let rank = |group: LocalGroup, device: &Device| -> Result<T, Error> {
         let group: Arc<dyn Group> = Arc::new(group);
         let rank = group.rank();
         let loader = loader.clone().device(device.clone()).group(group);
         each(rank, loader.load(checkpoint)?)
     };
-    let groups = local_groups_with(devices, together.deadline())?;
-    let results: Vec<Result<T, Error>> = std::thread::scope(|scope| {
+    let groups = local_groups_with(devices, together.deadline()).map_err(RankFailure::Load)?;
+    let results: Vec<Result<T, RankFailure>> = std::thread::scope(|scope| {
         let threads: Vec<_> = groups
             .into_iter()
             .zip(devices)
             .map(|(group, device)| {
                 let rank = &rank;
-                scope.spawn(move || rank(group, device))
+                // Without a thread, the group goes with the closure, and the other ranks learn of it.
+                let builder = std::thread::Builder::new();
+                builder.spawn_scoped(scope, move || rank(group, device))
             })
             .collect();
-        let join = |thread: std::thread::ScopedJoinHandle<'_, _>| {
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        let join = |thread: std::io::Result<
+            std::thread::ScopedJoinHandle<'_, Result<T, Error>>,
+        >| match thread {
+            Ok(thread) => {
+                let done = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                done.map_err(RankFailure::Load)
+            }
+            Err(error) => Err(RankFailure::NoThread(error)),
         };
         threads.into_iter().map(join).collect()
     });
     let mut done = Vec::with_capacity(results.len());
-    let mut failed: Option<Error> = None;
+    let mut failed: Option<RankFailure> = None;
     for result in results {
         match result {
             Ok(value) => done.push(value),
@@ -154,9 +162,28 @@ pub(crate) fn run<T: Send>(
     failed.map_or(Ok(done), Err)
 }
 
+/// Why ranks of this process failed.
+pub(crate) enum RankFailure {
+    /// The load of one did.
+    Load(Error),
+    /// One got no thread.
+    NoThread(std::io::Error),
+}
+
+impl RankFailure {
+    pub(crate) fn of(self, paths: &[PathBuf], checkpoint: &Checkpoint) -> Failure {
+        match self {
+            Self::Load(error) => reading::failure(paths, checkpoint, &error),
+            Self::NoThread(error) => Failure::of(format!(
+                "no thread for a rank: {error}; raise the limit, as with `ulimit -u`, or give a smaller --world"
+            )),
+        }
+    }
+}
+
 /// Whether an error tells of another rank's.
-fn is_echo(error: &Error) -> bool {
-    matches!(error, Error::Dist(DistError::Group(_)))
+fn is_echo(error: &RankFailure) -> bool {
+    matches!(error, RankFailure::Load(Error::Dist(DistError::Group(_))))
 }
 
 /// One rank's load; it travels between processes.
@@ -243,7 +270,7 @@ pub(crate) fn load_here(
     let devices = args.reading.device().of_ranks(world)?;
     let together = &args.ranks.together;
     let ranks = run(&devices, together, &loader, checkpoint, |_, tensors| Ok(Rank::of(&tensors)))
-        .map_err(|error| reading::failure(paths, checkpoint, &error))?;
+        .map_err(|failure| failure.of(paths, checkpoint))?;
     print(args, paths, checkpoint, &preset, &ranks)
 }
 
@@ -363,12 +390,12 @@ fn render(report: &Report<'_>, paths: &[PathBuf]) -> String {
     let all = &report.figures;
     out += &format!(
         "  {} by {} (preset {}) to {} in {}: {}\n\n",
-        text::bytes(report.checkpoint_bytes),
+        text::bytes(all.bytes),
         counted(report.world as u64, "rank"),
         report.preset,
         all.device,
         text::seconds(all.seconds),
-        styled(RESULT, text::rate(report.checkpoint_bytes as f64 / all.seconds / 1e9))
+        styled(RESULT, text::rate(all.gb_per_s))
     );
     let mut table = Table::new(&[Align::Right; 7]);
     let heads = ["rank", "tensors", "keeps", "read", "sent", "received", "time"];
@@ -378,10 +405,10 @@ fn render(report: &Report<'_>, paths: &[PathBuf]) -> String {
         [name, text::count(tensors as u64), kept, read, sent, received, text::seconds(seconds)]
     };
     for rank in report.ranks {
-        let bytes = [rank.kept, rank.read, rank.sent, rank.received];
+        let bytes = [rank.figures.bytes, rank.read, rank.sent, rank.received];
         table.row(cells(rank.rank.to_string(), rank.figures.tensors, bytes, rank.figures.seconds));
     }
-    let bytes = [report.kept, report.read, report.sent, report.received];
+    let bytes = [all.bytes, report.read, report.sent, report.received];
     table.row(cells("all".to_owned(), all.tensors, bytes, all.seconds));
     out += &table.render();
     out += &format!("\n  engine {}: {}\n", all.engine, visible(&all.engine_reason));

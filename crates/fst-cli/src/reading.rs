@@ -60,6 +60,10 @@ pub(crate) fn spare<'p>(
     let given = paths.iter().filter_map(|path| Some(place(&path.metadata().ok()?)));
     let read: HashSet<(u64, u64)> = shards.chain(given).collect();
     for path in outputs.into_iter().flatten() {
+        // That is standard output.
+        if path.as_os_str() == "-" {
+            continue;
+        }
         let Ok(there) = path.metadata() else { continue };
         if read.contains(&place(&there)) || path.to_string_lossy().ends_with(".index.json") {
             return Err(Failure::at(path, "belongs to a checkpoint, and is not written over"));

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::args::SumArgs;
 use crate::failure::Failure;
+use crate::output;
 use crate::progress::Progress;
 use crate::ranks::{self, GroupArg};
 use crate::reading;
@@ -74,7 +75,10 @@ pub(crate) fn run(args: &SumArgs) -> Result<(), Failure> {
     let manifest = Manifest::new(sums).map_err(Failure::of)?;
     if let Some(path) = &args.output {
         let json = manifest.to_json() + "\n";
-        std::fs::write(path, json).map_err(|error| Failure::at(path, error))?;
+        if path.as_os_str() == "-" {
+            return text::print(&json).map_err(Failure::output);
+        }
+        output::write(path, json)?;
     }
     if args.json {
         return text::print_json_text(&manifest.to_json()).map_err(Failure::output);
@@ -133,7 +137,7 @@ fn shards(
     let sums = ranks::run(&devices, &args.together, &loader, checkpoint, |rank, tensors| {
         sums_of(rank, &tensors.iter().collect::<Vec<_>>(), threads)
     });
-    let sums = sums.map_err(|error| reading::failure(&args.paths, checkpoint, &error))?;
+    let sums = sums.map_err(|failure| failure.of(&args.paths, checkpoint))?;
     print_shards(args, checkpoint, sums)
 }
 
@@ -244,7 +248,9 @@ fn sums_of(rank: u32, tensors: &[&Tensor], threads: usize) -> Result<Vec<ShardSu
         }
     };
     let mut sums = std::thread::scope(|scope| -> Result<_, Error> {
-        let others: Vec<_> = (1..threads.min(tensors.len())).map(|_| scope.spawn(hash)).collect();
+        // A machine out of threads sums with those it has.
+        let spawn = |_| std::thread::Builder::new().spawn_scoped(scope, hash).ok();
+        let others: Vec<_> = (1..threads.min(tensors.len())).map_while(spawn).collect();
         let mut sums = hash()?;
         for other in others {
             match other.join() {

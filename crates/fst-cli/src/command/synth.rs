@@ -25,7 +25,7 @@ struct Report {
 pub(crate) fn run(args: &SynthArgs) -> Result<(), Failure> {
     let model = Model::find(&args.model)
         .ok_or_else(|| Failure::usage(format!("unknown model {}", args.model)))?;
-    let recipe = recipe(model, args);
+    let recipe = recipe(model, args)?;
     let plan = recipe.plan().map_err(|error| match args.shards {
         Some(files) => Failure::usage(format!("--shards {files}: {error}")),
         None => Failure::usage(error),
@@ -65,9 +65,13 @@ pub(crate) fn run(args: &SynthArgs) -> Result<(), Failure> {
     .map_err(Failure::output)
 }
 
-fn recipe(model: &'static Model, args: &SynthArgs) -> Recipe {
+fn recipe(model: &'static Model, args: &SynthArgs) -> Result<Recipe, Failure> {
     let mut recipe = Recipe::new(model).seed(args.seed).shrink(usize::from(args.shrink));
     if let Some(layers) = args.layers {
+        if layers > model.layers() {
+            let what = format!("--layers {layers}: {} has {} layers", model.name(), model.layers());
+            return Err(Failure::usage(what));
+        }
         recipe = recipe.layers(layers);
     }
     if let Some(files) = args.shards {
@@ -76,5 +80,5 @@ fn recipe(model: &'static Model, args: &SynthArgs) -> Recipe {
     if let Some(dtype) = args.dtype {
         recipe = recipe.dtype(dtype);
     }
-    recipe
+    Ok(recipe)
 }

@@ -238,25 +238,28 @@ fn write_files(
     let failed = AtomicBool::new(false);
     let results: Mutex<Vec<(usize, Result<Unfinished, SynthError>)>> = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
-        for _ in 0..writers.min(MAX_WRITERS).min(plan.len()) {
-            scope.spawn(|| {
-                let mut block = vec![0; BLOCK];
-                loop {
-                    let index = next.fetch_add(1, Ordering::Relaxed);
-                    let Some(shard) = plan.get(index) else { break };
-                    if failed.load(Ordering::Relaxed) {
-                        break;
-                    }
-                    let result = write_file(shard, seed, folder, &mut block, watch, &failed);
-                    if result.is_err() {
-                        failed.store(true, Ordering::Relaxed);
-                    }
-                    // A thread that panicked while it held the lock has left the list whole.
-                    let mut results = results.lock().unwrap_or_else(|poison| poison.into_inner());
-                    results.push((index, result));
+        let write = || {
+            let mut block = vec![0; BLOCK];
+            loop {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                let Some(shard) = plan.get(index) else { break };
+                if failed.load(Ordering::Relaxed) {
+                    break;
                 }
-            });
+                let result = write_file(shard, seed, folder, &mut block, watch, &failed);
+                if result.is_err() {
+                    failed.store(true, Ordering::Relaxed);
+                }
+                // A thread that panicked while it held the lock has left the list whole.
+                let mut results = results.lock().unwrap_or_else(|poison| poison.into_inner());
+                results.push((index, result));
+            }
+        };
+        // A machine out of threads writes with those it has.
+        for _ in 1..writers.min(MAX_WRITERS).min(plan.len()) {
+            let _ = std::thread::Builder::new().spawn_scoped(scope, write);
         }
+        write();
     });
     let mut results = results.into_inner().unwrap_or_else(|poison| poison.into_inner());
     results.sort_by_key(|&(index, ref result)| {

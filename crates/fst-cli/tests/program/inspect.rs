@@ -180,3 +180,24 @@ fn one_signal_ends_what_no_load_heeds() {
     };
     assert_eq!(status.code(), Some(130));
 }
+
+#[test]
+fn a_hangup_that_nohup_ignores_stays_ignored() {
+    let folder = Folder::new();
+    let args = ["--model", "qwen3-30b-a3b", "--shrink", "64", "--layers", "8"];
+    let path = folder.synth("many", &args);
+    // The program inherits what its shell ignores.
+    let mut child = std::process::Command::new("sh")
+        .args(["-c", "trap '' HUP; exec \"$0\" inspect \"$1\" --json"])
+        .args([fst([""; 0]).get_program(), path.as_os_str()])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // It waits for the pipe, which is full, when the terminal goes away.
+    let mut output = child.stdout.take().unwrap();
+    output.read_exact(&mut [0]).unwrap();
+    kill_process(Pid::from_child(&child), Signal::HUP).unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    output.read_to_end(&mut Vec::new()).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}

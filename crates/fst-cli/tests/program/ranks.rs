@@ -262,3 +262,18 @@ fn more_files_than_may_be_open_are_no_hindrance_to_ranks() {
         assert!(stderr.contains(advice), "{arguments}: {stderr}");
     }
 }
+
+#[test]
+fn text_and_json_of_converted_ranks_have_the_same_bytes() {
+    let folder = Folder::new();
+    let args = ["--model", "llama-2-7b", "--layers", "1", "--shrink", "16"];
+    let path = folder.synth("c", &args);
+    let load =
+        ["load", path.to_str().unwrap(), "--dtype", "F64", "--world", "2", "--preset", "llama"];
+    let json: serde_json::Value =
+        serde_json::from_str(&run([&load[..], &["--json"]].concat()).stdout).unwrap();
+    let megabytes = format!("{:.1} MB", json["bytes"].as_f64().unwrap() / 1e6);
+    let text = run(load).stdout;
+    assert!(text.lines().nth(1).unwrap().contains(&megabytes), "{megabytes}: {text}");
+    assert!(text.lines().any(|line| line.contains(" all ") && line.contains(&megabytes)), "{text}");
+}

@@ -361,3 +361,13 @@ fn sums_of_a_selection_end_with_its_size() {
     let text = run([&["sum", path, "--world", "2"], &select[..]].concat()).stdout;
     assert_eq!(text.lines().last().unwrap(), format!("# 6 shards, {:.1} kB", 2.0 * bytes));
 }
+
+#[test]
+fn sums_go_to_standard_output_for_a_dash() {
+    let folder = Folder::new();
+    let path = folder.synth("c", &["--model", "gpt2", "--layers", "0", "--shrink", "16"]);
+    let (path, file) = (path.to_str().unwrap(), folder.join("sums.json"));
+    assert_eq!(run(["sum", path, "-o", file.to_str().unwrap()]).status, 0);
+    let told = run(["sum", path, "-o", "-"]);
+    assert_eq!((told.status, told.stdout), (0, std::fs::read_to_string(file).unwrap()));
+}

@@ -183,3 +183,13 @@ fn ninety_thousand_tensors_take_seconds() {
     let took = processor_seconds() - start;
     assert!(took < 5.0, "{took} s");
 }
+
+#[test]
+fn more_layers_than_a_model_has_are_refused() {
+    let folder = Folder::new();
+    let path = folder.join("c");
+    let run = run(["synth", path.to_str().unwrap(), "--model", "gpt2", "--layers", "13"]);
+    assert_eq!(run.status, 2, "{}", run.stderr);
+    assert!(run.stderr.contains("--layers 13: gpt2 has 12 layers"), "{}", run.stderr);
+    assert!(!path.exists());
+}
