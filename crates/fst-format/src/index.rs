@@ -69,6 +69,7 @@ impl Index {
         })?;
         // A byte order mark is no part of the text.
         let text = text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text);
+        let text = with_json_numbers(text);
         let (names, mut tensors, files) = match plain_map(&text, found) {
             Some((tensors, entries)) => (None, tensors, entries),
             None => {
@@ -89,6 +90,33 @@ impl Index {
         }
         Ok(Index { files, names: names.unwrap_or(text), tensors })
     }
+}
+
+/// The text with a number for each `NaN` and `Infinity` outside of strings, which Python writes though JSON
+/// has none. Nothing else moves.
+fn with_json_numbers(text: String) -> String {
+    const NUMBERS: [(&str, &str); 2] = [("NaN", "0  "), ("Infinity", "0       ")];
+    if !NUMBERS.iter().any(|(word, _)| text.contains(word)) {
+        return text;
+    }
+    let mut json = String::with_capacity(text.len());
+    // Every other part is within quotes; an escaped quote ends none.
+    let (mut in_string, mut rest) = (false, &*text);
+    while !rest.is_empty() {
+        let mut escaped = false;
+        let quote = rest.bytes().position(|byte| {
+            let is_end = byte == b'"' && !escaped;
+            escaped = in_string && byte == b'\\' && !escaped;
+            is_end
+        });
+        let (part, after) = rest.split_at(quote.map_or(rest.len(), |at| at + 1));
+        match in_string {
+            true => json.push_str(part),
+            false => json += &NUMBERS.iter().fold(part.to_owned(), |p, (a, b)| p.replace(a, b)),
+        }
+        (in_string, rest) = (!in_string, after);
+    }
+    json
 }
 
 /// Reads a map of plain strings; `None` for any other index, be it sound or not. The names are those
@@ -338,6 +366,16 @@ mod tests {
         ] {
             assert_eq!(plain_path(entry), path.map(PathBuf::from), "{entry:?}");
         }
+    }
+
+    #[test]
+    fn numbers_that_json_lacks_do_no_harm() {
+        let text = r#"{"a": [NaN, -Infinity], "N\"aN NaN": "Infinity\\", "b": NaN}"#;
+        let json = with_json_numbers(text.to_owned());
+        assert_eq!(json, r#"{"a": [0  , -0       ], "N\"aN NaN": "Infinity\\", "b": 0  }"#);
+        let json = br#"{"metadata": {"total_size": NaN}, "weight_map": {"NaN": "b"}}"#;
+        let index = Index::parse(json.to_vec(), Path::new("i"), |_| ()).unwrap();
+        assert_eq!(index.tensors().collect::<Vec<_>>(), [("NaN", 0)]);
     }
 
     #[test]
