@@ -87,7 +87,8 @@ proptest! {
         let file = written_by_official(&tensors, &metadata);
         std::fs::write(&path, &file).unwrap();
         let checkpoint = Checkpoint::open(&path).unwrap();
-        prop_assert_eq!(checkpoint.metadata(), &metadata);
+        let read = checkpoint.metadata().iter().map(|(k, v)| (k.to_owned(), v.to_owned()));
+        prop_assert_eq!(read.collect::<Metadata>(), metadata);
         prop_assert_eq!(checkpoint.tensors().len(), tensors.len());
         for (name, tensor) in &tensors {
             let info = checkpoint.get(name).unwrap();

@@ -40,6 +40,7 @@ mod folder;
 mod header;
 mod index;
 mod json;
+mod metadata;
 mod names;
 mod reading;
 mod scan;
@@ -53,6 +54,7 @@ pub use dtype::{Dtype, UnknownDtype};
 pub use element::Element;
 pub use error::{Error, HeaderError, JsonError, SizeError};
 pub use header::{Header, HeaderTensor, MAX_HEADER_LEN};
+pub use metadata::Metadata;
 pub use slice::{Runs, RunsIter, Slice, SliceError};
 pub use writer::{
     DEFAULT_DATA_ALIGNMENT, Layout, WriteError, Writer, shard_file_name, write_index,

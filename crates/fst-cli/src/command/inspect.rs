@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use fst::{Checkpoint, Dtype, TensorInfo};
+use fst::{Checkpoint, Dtype, Metadata, TensorInfo};
 use serde::Serialize;
 
 use crate::args::InspectArgs;
@@ -22,7 +22,7 @@ struct Report<'c> {
     tensors: Vec<TensorReport<'c>>,
     dtypes: Vec<DtypeReport>,
     files: Vec<FileReport<'c>>,
-    metadata: &'c BTreeMap<String, String>,
+    metadata: &'c Metadata,
     total: Total,
     /// What may not be meant.
     notices: Vec<String>,
@@ -57,7 +57,7 @@ struct FileReport<'c> {
     tensors: u64,
     tensor_bytes: u64,
     data_start: u64,
-    metadata: &'c BTreeMap<String, String>,
+    metadata: &'c Metadata,
 }
 
 /// Of what was selected.
@@ -211,7 +211,7 @@ impl<'c> Report<'c> {
 
     fn metadata_table(&self) -> Table {
         let mut table = Table::new(&[Align::Left, Align::Left]);
-        for (key, value) in self.metadata {
+        for (key, value) in self.metadata.iter() {
             let mut shown = visible(&value.chars().take(METADATA_SHOWN).collect::<String>());
             if value.chars().nth(METADATA_SHOWN).is_some() {
                 shown.push_str("...");
