@@ -265,7 +265,7 @@ proptest! {
 fn slices_outside_of_the_tensor_are_refused() {
     let tensor = declared(Dtype::F32, &[2, 3]);
     let error = tensor.slice(2, 0..1).unwrap_err();
-    assert_eq!(error.to_string(), r#"tensor "t": no dimension 2 in 2"#);
+    assert_eq!(error.to_string(), r#"tensor "t": no dimension 2: it has 2, counted from 0"#);
     #[expect(clippy::reversed_empty_ranges)]
     for range in [0..4, 4..4, 2..1, usize::MAX..usize::MAX, 0..usize::MAX] {
         let error = tensor.slice(1, range.clone()).unwrap_err();

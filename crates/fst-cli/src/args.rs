@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -95,7 +96,7 @@ pub(crate) struct Rule {
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub(crate) preset: PresetArg,
     /// Elements of an attention head: heads then stay whole
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", value_parser = whole::<u64>(1..=u64::MAX))]
     pub(crate) head_dim: Option<u64>,
     /// Join query, key and value, and gate and up, into one tensor each
     #[arg(long)]
@@ -120,7 +121,7 @@ impl Rule {
 pub(crate) struct Together {
     /// Seconds that a rank waits for the others before all give up: in each exchange, and for them
     /// to come [default: 120]
-    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=86_400))]
+    #[arg(long, value_name = "SECONDS", value_parser = whole::<u32>(1..=86_400))]
     deadline: Option<u32>,
 }
 
@@ -145,7 +146,7 @@ fn needs_ranks(said: &str) -> Failure {
 pub(crate) struct Ranks {
     /// Load by N ranks of this process, each keeping its shards; with `--device cuda` on all GPUs in
     /// turn
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    #[arg(long, value_name = "N", value_parser = whole::<u32>(1..=4096))]
     pub(crate) world: Option<u32>,
     /// Load as one rank of a group of processes: `mpi`, started by mpirun, or `nccl`, started by
     /// torchrun, each on the GPU of its local rank
@@ -253,7 +254,7 @@ pub(crate) struct SumArgs {
     #[arg(
         long,
         value_name = "N",
-        value_parser = clap::value_parser!(u32).range(1..=4096),
+        value_parser = whole::<u32>(1..=4096),
         conflicts_with_all = ["slice", "output"],
         help_heading = "Several ranks"
     )]
@@ -281,12 +282,12 @@ pub(crate) struct PlanArgs {
     #[command(flatten)]
     pub(crate) select: Select,
     /// How many ranks
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    #[arg(long, value_name = "N", value_parser = whole::<u32>(1..=65536))]
     pub(crate) world: u32,
     #[command(flatten)]
     pub(crate) rule: Rule,
     /// Spread the ranks over K nodes
-    #[arg(long, value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "K", default_value_t = 1, value_parser = whole::<u32>(1..=u32::MAX.into()))]
     pub(crate) nodes: u32,
     /// Each node has the checkpoint on storage of its own, rather than all on shared storage
     #[arg(long)]
@@ -321,7 +322,7 @@ pub(crate) struct SynthArgs {
     #[arg(long, value_name = "N")]
     pub(crate) layers: Option<usize>,
     /// Cut the checkpoint into N files of about the same size instead of as published
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", value_parser = whole::<u32>(1..=u32::MAX.into()))]
     pub(crate) shards: Option<u32>,
     /// Give tensors of a floating-point dtype this one
     #[arg(value_parser = parse_made, long, value_name = "DTYPE")]
@@ -330,7 +331,7 @@ pub(crate) struct SynthArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) seed: u64,
     /// Divide every dimension of 64 or more by N: all tensors of a large model on a small disk
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = whole::<u16>(1..=u16::MAX.into()))]
     pub(crate) shrink: u16,
     /// Print one JSON document instead of text
     #[arg(long)]
@@ -351,6 +352,20 @@ pub(crate) struct DoctorArgs {
     /// Print one JSON document instead of text
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// A whole number in this range.
+fn whole<T: TryFrom<u64>>(
+    range: RangeInclusive<u64>,
+) -> impl Fn(&str) -> Result<T, String> + Clone + Send + Sync {
+    move |text| {
+        let number = text.parse().ok().filter(|number| range.contains(number));
+        let (least, most) = (range.start(), range.end());
+        number.and_then(|number: u64| T::try_from(number).ok()).ok_or_else(|| match *most {
+            u64::MAX => format!("expected a whole number, at least {least}"),
+            most => format!("expected a whole number from {least} to {most}"),
+        })
+    }
 }
 
 /// The file of a drawing, whose name says what it is.

@@ -21,7 +21,7 @@ impl Progress {
         let bar = ProgressBar::with_draw_target(Some(bytes), target).with_message(doing);
         // Only a mistake in the template makes this fail; the plain bar does as well.
         if let Ok(style) = ProgressStyle::with_template(
-            "{msg} {bar:40} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} {eta}",
+            "{msg} {wide_bar} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} {eta}",
         ) {
             bar.set_style(style);
         }

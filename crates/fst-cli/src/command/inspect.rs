@@ -14,6 +14,10 @@ use crate::text::{self, Align, HEADING, Table, counted, styled, summarize, visib
 /// More tensors than this are summarized unless all are asked for.
 const LISTED: usize = 50;
 
+/// More rows than this are cut off elsewhere, unless all are asked for: of a checkpoint as published, every
+/// pattern of names, and the files of all but a few.
+const ROWS: usize = 200;
+
 /// The longest metadata value shown to people, in characters.
 const METADATA_SHOWN: usize = 100;
 
@@ -171,17 +175,18 @@ impl<'c> Report<'c> {
             for notice in &self.notices {
                 table.row([visible(notice)]);
             }
-            out += &section("Notices", &table);
+            out += &section("Notices", table, usize::MAX);
         }
-        out += &section("Dtypes", &self.dtype_table());
-        out += &section("Files", &self.file_table(whole.is_some()));
+        let rows = if all { usize::MAX } else { ROWS };
+        out += &section("Dtypes", self.dtype_table(), rows);
+        out += &section("Files", self.file_table(whole.is_some()), rows);
         if !self.metadata.is_empty() {
-            out += &section("Metadata", &self.metadata_table());
+            out += &section("Metadata", self.metadata_table(), rows);
         }
         if all || self.tensors.len() <= LISTED {
-            out += &section("Tensors", &self.tensor_table());
+            out += &section("Tensors", self.tensor_table(), rows);
         } else {
-            out += &section("Tensors by name (--all lists each)", &self.pattern_table());
+            out += &section("Tensors by name (--all lists each)", self.pattern_table(), rows);
         }
         out
     }
@@ -255,7 +260,14 @@ impl<'c> Report<'c> {
     }
 }
 
-fn section(title: &str, table: &Table) -> String {
+fn section(title: &str, table: Table, rows: usize) -> String {
+    let more =
+        |left_out| format!("... and {} more (--all lists each)", text::count(left_out as u64));
+    let table = table.at_most(rows, more);
+    let table = match text::width() {
+        Some(width) => table.fit(width),
+        None => table,
+    };
     format!("\n{}\n{}", styled(HEADING, title), table.render())
 }
 

@@ -3,7 +3,9 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use fst::{AvailableMemory, Checkpoint, Error, LoadReport, Loader, Stage, Tensors};
+use fst::{
+    AvailableMemory, Checkpoint, Engine, Error, LoadReport, Loader, ResolvedEngine, Stage, Tensors,
+};
 use fst_cli::models::Model;
 use fst_cli::synth::{Recipe, SynthError, Watch};
 use rustix::fs::{Advice, fadvise};
@@ -147,8 +149,7 @@ fn render(args: &LoadArgs, report: &LoadReport, figures: &Figures, paths: &[Path
     let mut out = format!("{}\n", styled(HEADING, paths.join(" ")));
     out += &format!("  {}\n\n", headline(args, report, figures));
     let mut facts = Table::new(&[Align::Left, Align::Left]);
-    let reason = visible(&report.engine.reason);
-    facts.row(["engine".into(), format!("{}: {reason}", report.engine.used)]);
+    facts.row(["engine".into(), engine(report)]);
     if report.workers > 0 {
         let rest = if figures.mapped_bytes > 0 { "what is not mapped: " } else { "" };
         facts.row([
@@ -201,7 +202,8 @@ fn headline(args: &LoadArgs, report: &LoadReport, figures: &Figures) -> String {
             )
         }
         (None, mapped) => format!(
-            "{tensors}, {bytes} in memory after {took}: {} mapped, {} could not be and were read",
+            "{tensors}, {bytes} in memory after {took}: {} mapped, {} read, as they are cut, converted or \
+             not aligned to their elements",
             text::bytes(mapped),
             text::bytes(report.bytes - mapped)
         ),
@@ -237,6 +239,28 @@ fn mapping_time(report: &LoadReport) -> Option<f64> {
     let stage = |name: &str| report.stages.iter().find(|stage| stage.name == name);
     let mapped = stage("map").filter(|_| stage("read").is_none())?;
     Some(stage("open").map_or(0.0, |open| open.seconds) + mapped.seconds)
+}
+
+/// The engine, which ways bytes took through it, and why it is not the usual one.
+fn engine(report: &LoadReport) -> String {
+    let mut parts: Vec<String> = [
+        ("read.direct", "from storage"),
+        ("read.buffered", "from storage through the page cache"),
+        ("read.cached", "out of the page cache"),
+        ("read.mapped", "out of a mapping"),
+    ]
+    .into_iter()
+    .filter_map(|(stage, way)| {
+        let bytes = report.stage(stage).map_or(0, |stage| stage.bytes);
+        (bytes > 0).then(|| format!("{} {way}", text::bytes(bytes)))
+    })
+    .collect();
+    // That an engine is there is no news; that one is missing is.
+    let ResolvedEngine { asked, used, reason } = &report.engine;
+    if parts.is_empty() || (*asked == Engine::Auto && *used != Engine::Uring) {
+        parts.push(visible(reason));
+    }
+    format!("{used}: {}", parts.join(", "))
 }
 
 /// What was read, and how much of it nobody had asked for.

@@ -85,6 +85,13 @@ pub(crate) fn print(text: &str) -> io::Result<()> {
     }
 }
 
+/// Characters in a line of the terminal that standard output goes to, if it goes to one.
+pub(crate) fn width() -> Option<usize> {
+    let size = rustix::termios::tcgetwinsize(io::stdout()).ok()?;
+    // A serial line has no size.
+    (size.ws_col > 0).then_some(usize::from(size.ws_col))
+}
+
 /// Writes one JSON document to standard output.
 pub(crate) fn print_json(document: &impl serde::Serialize) -> io::Result<()> {
     print_json_text(&serde_json::to_string(document)?)

@@ -9,7 +9,7 @@ use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::fixture::{Folder, fst, interrupted, names_in, run};
+use crate::fixture::{Folder, fst, interrupted, lines_shown, names_in, on_a_terminal, run};
 
 const ENGINES: [&str; 4] = ["auto", "uring", "pread", "mmap"];
 
@@ -94,28 +94,6 @@ fn converted_tensors_are_summed_as_converted() {
     assert!(ours(&[path.to_str().unwrap(), "--dtype", "f32"]) == wide);
 }
 
-/// What the program writes to standard error when that is a terminal.
-fn on_a_terminal(args: &[&str]) -> String {
-    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-    let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
-    grantpt(&terminal).unwrap();
-    unlockpt(&terminal).unwrap();
-    let name = ptsname(&terminal, Vec::new()).unwrap().into_string().unwrap();
-    let end = std::fs::File::options().read(true).write(true).open(name).unwrap();
-    let size = rustix::termios::Winsize { ws_row: 24, ws_col: 120, ws_xpixel: 0, ws_ypixel: 0 };
-    rustix::termios::tcsetwinsize(&end, size).unwrap();
-    let mut child =
-        fst(args).stdout(Stdio::null()).stderr(end).env("TERM", "xterm").spawn().unwrap();
-    let reader = std::thread::spawn(move || {
-        let mut shown = Vec::new();
-        // Ends with an error once nobody has the other end open.
-        let _ = std::fs::File::from(terminal).read_to_end(&mut shown);
-        String::from_utf8_lossy(&shown).into_owned()
-    });
-    assert!(child.wait().unwrap().success());
-    reader.join().unwrap()
-}
-
 #[test]
 fn the_bar_of_a_selection_knows_its_end() {
     let folder = Folder::new();
@@ -125,11 +103,15 @@ fn the_bar_of_a_selection_knows_its_end() {
         .as_f64()
         .unwrap();
     let total = format!("/{:.2} MB", bytes / 1e6);
-    let shown = on_a_terminal(&["sum", path, "--select", "wte.*"]);
+    let shown = on_a_terminal(120, &["sum", path, "--select", "wte.*"]);
     assert!(shown.contains("summing") && shown.contains(&total), "{total} in {shown:?}");
     assert!(!shown.contains("/0 B"), "{shown:?}");
+    // It fits a narrow terminal, and is gone at the end.
+    let narrow = lines_shown(&on_a_terminal(60, &["sum", path]));
+    assert!(narrow.iter().all(|line| line.chars().count() <= 60 || line.len() > 66), "{narrow:?}");
+    assert!(!narrow.last().unwrap().contains("summing"), "{narrow:?}");
     // What is converted counts as it is then.
-    let shown = on_a_terminal(&["sum", path, "--select", "wte.*", "--dtype", "F64"]);
+    let shown = on_a_terminal(120, &["sum", path, "--select", "wte.*", "--dtype", "F64"]);
     assert!(shown.contains("summing") && !shown.contains(&total), "{shown:?}");
 }
 

@@ -57,7 +57,12 @@ fn refusals_say_what_there_is() {
         (&["load", "x", "--dtype", "bf17"][..], "no such dtype: tensors are converted to"),
         (&["load", "x", "--dtype", "bf17"], "F16, BF16, F32, F64"),
         (&["sum", "x", "--dtype", "I8"], "not I8: "),
-        (&["synth", "x", "--model", "gpt2", "--shards", "0"], "'--shards <N>': 0 is not in 1.."),
+        (
+            &["synth", "x", "--model", "gpt2", "--shards", "0"],
+            "expected a whole number from 1 to 4294967295",
+        ),
+        (&["load", "x", "--world", "0"], "'--world <N>': expected a whole number from 1 to 4096"),
+        (&["load", "x", "--world", "2", "--head-dim", "0"], "expected a whole number, at least 1"),
         (&["synth", "x", "--model", "gpt2", "--shards", "999"], "--shards 999: 999 files cannot"),
         (&["load", "x", "--plot", "drawing.png"], "name a file that ends in .svg"),
         (&["load", "x", "--world", "2", "--verify", "s"], "--verify is for whole tensors"),
