@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
 use fst::dist::group::DEFAULT_DEADLINE;
 use fst::{CachedCopy, Dtype, Engine, Pattern};
 use fst_cli::models::MODELS;
@@ -21,6 +22,9 @@ use crate::slice::SliceArg;
 #[derive(Debug, Parser)]
 #[command(name = "fst", version, propagate_version = true, max_term_width = 100)]
 pub(crate) struct Cli {
+    /// Print only what was asked for: no progress, no warnings, no report of a load or of files made
+    #[arg(short, long, global = true)]
+    pub(crate) quiet: bool,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
@@ -42,6 +46,34 @@ pub(crate) enum Command {
     Plan(PlanArgs),
     /// Show what this machine offers and how a checkpoint would be read here
     Doctor(DoctorArgs),
+    /// Print a shell's completions of this command line
+    ///
+    /// For bash: fst completions bash > ~/.local/share/bash-completion/completions/fst
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Write the manual pages, one for each command, into a folder
+    Man {
+        /// The folder; it must exist
+        #[arg(value_name = "DIR")]
+        folder: PathBuf,
+    },
+}
+
+impl Command {
+    /// Whether a script reads what this prints.
+    pub(crate) fn json(&self) -> bool {
+        match self {
+            Command::Load(args) => args.json,
+            Command::Inspect(args) => args.json,
+            Command::Sum(args) => args.json,
+            Command::Synth(args) => args.json,
+            Command::Plan(args) => args.json,
+            Command::Doctor(args) => args.json,
+            Command::Completions { .. } | Command::Man { .. } => false,
+        }
+    }
 }
 
 /// Which tensors.
@@ -204,12 +236,25 @@ pub(crate) struct LoadArgs {
         conflicts_with_all = ["world", "dist"]
     )]
     pub(crate) plot: Option<PathBuf>,
+    /// Load N times, and report the load of median time and how far the others spread
+    #[arg(
+        long,
+        value_name = "N",
+        value_parser = whole::<u32>(1..=1000),
+        default_value_t = 1,
+        conflicts_with_all = ["world", "dist", "trace", "plot"]
+    )]
+    pub(crate) runs: u32,
+    /// Take the files out of the page cache first, before each run; other files stay
+    #[arg(long, conflicts_with = "dist")]
+    pub(crate) cold: bool,
     /// Print one JSON document instead of text
     ///
     /// Whatever is loaded, it has `tensors`, `bytes` (as loaded), `seconds`, `gb_per_s` (of `bytes`;
     /// GB are 10^9), `engine`, `device` and `stages`, an object of `{"seconds", "bytes"}` by name.
     /// Of ranks these are sums, and the time and stages of the slowest; `ranks` has the same of
-    /// each.
+    /// each. Of several runs these are the median run's, and `runs` has `seconds`, `gb_per_s` and
+    /// `resident_bytes` of each.
     #[arg(long)]
     pub(crate) json: bool,
     #[command(flatten)]

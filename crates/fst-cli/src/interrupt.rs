@@ -44,7 +44,7 @@ pub(crate) fn catch() {
         if again || !heeded {
             // A second one ends the program even where standard error is stuck.
             if !again {
-                Failure::Interrupted.report();
+                Failure::Interrupted.report(false);
             }
             for folder in &actions.folders {
                 let _ = std::fs::remove_dir_all(folder);

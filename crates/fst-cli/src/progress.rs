@@ -4,6 +4,8 @@ use std::io::{IsTerminal, stderr};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::text;
+
 /// A bar that counts bytes. Removed from the screen when dropped.
 #[derive(Debug)]
 pub(crate) struct Progress {
@@ -13,7 +15,7 @@ pub(crate) struct Progress {
 impl Progress {
     /// A bar for `bytes` of `doing`, hidden where nobody watches.
     pub(crate) fn new(doing: &'static str, bytes: u64, wanted: bool) -> Self {
-        let target = if wanted && stderr().is_terminal() {
+        let target = if wanted && !text::is_quiet() && stderr().is_terminal() {
             ProgressDrawTarget::stderr()
         } else {
             ProgressDrawTarget::hidden()

@@ -10,7 +10,7 @@ use fst::{CancelToken, Checkpoint, Error, Loader, Notice, OpenOptions, TensorInf
 use crate::args::{Reading, Select};
 use crate::failure::Failure;
 use crate::interrupt;
-use crate::text::{self, visible};
+use crate::text;
 
 /// A loader that does what the command line says.
 pub(crate) fn loader(reading: &Reading) -> Result<Loader, Failure> {
@@ -41,9 +41,7 @@ pub(crate) fn open_and_warn(paths: &[PathBuf], select: &Select) -> Result<Checkp
     let checkpoint = open(paths, select)?;
     for notice in checkpoint.notices() {
         if !matches!(notice, Notice::Unlisted { .. }) {
-            let line = format!("warning: {}\n", visible(&notice.to_string()));
-            // What cannot be written to standard error has no better place.
-            let _ = std::io::Write::write_all(&mut anstream::stderr(), line.as_bytes());
+            text::warn(&notice.to_string());
         }
     }
     Ok(checkpoint)

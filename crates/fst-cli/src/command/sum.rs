@@ -86,7 +86,8 @@ pub(crate) fn run(args: &SumArgs) -> Result<(), Failure> {
     let out = match &args.output {
         Some(path) => {
             let sums = counted(manifest.len() as u64, "sum");
-            format!("{sums} written to {}\n", visible(&path.display().to_string()))
+            let line = format!("{sums} written to {}\n", visible(&path.display().to_string()));
+            return text::remark(&line).map_err(Failure::output);
         }
         None => {
             let line = |sum: &Checksum| format!("{}  {}\n", sum.sha256, visible(&sum.name));
@@ -112,7 +113,7 @@ fn selection(
     checkpoint: &Checkpoint,
     sizes: impl ExactSizeIterator<Item = u64>,
 ) -> String {
-    if args.reading.select.patterns.is_empty() {
+    if args.reading.select.patterns.is_empty() || text::is_quiet() {
         return String::new();
     }
     let (count, all) = (sizes.len() as u64, checkpoint.tensors().len() as u64);

@@ -9,6 +9,7 @@ mod units;
 
 use std::fmt::Write as _;
 use std::io::{self, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anstyle::{AnsiColor, Style};
 
@@ -72,6 +73,33 @@ fn escaped(json: &str) -> String {
         }
     }
     out
+}
+
+/// Whether only what was asked for is printed.
+static QUIET: AtomicBool = AtomicBool::new(false);
+
+/// Whether only what was asked for is printed from now on.
+pub(crate) fn set_quiet(quiet: bool) {
+    QUIET.store(quiet, Ordering::Relaxed);
+}
+
+/// Whether only what was asked for is printed.
+pub(crate) fn is_quiet() -> bool {
+    QUIET.load(Ordering::Relaxed)
+}
+
+/// Prints what nobody needs who asked for quiet.
+pub(crate) fn remark(text: &str) -> io::Result<()> {
+    if is_quiet() { Ok(()) } else { print(text) }
+}
+
+/// Warns on standard error, unless quiet was asked for.
+pub(crate) fn warn(what: &str) {
+    if !is_quiet() {
+        let line = format!("warning: {}\n", visible(what));
+        // What cannot be written to standard error has no better place.
+        let _ = anstream::stderr().write_all(line.as_bytes());
+    }
 }
 
 /// Writes finished text to standard output, with colours only where a terminal shows them.

@@ -38,12 +38,18 @@ impl Run {
         serde_json::from_str(&self.stdout).expect("one JSON document")
     }
 
-    /// What follows `error: ` in the one line on standard error of a run that failed.
+    /// What follows `error: ` in the one line on standard error of a run that failed; with `--json` it
+    /// stands in the document on standard output as well.
     pub(crate) fn error(&self) -> &str {
-        assert_eq!((self.status, self.stdout.as_str()), (1, ""), "{}", self.stderr);
+        assert_eq!(self.status, 1, "{}", self.stderr);
         let line = self.stderr.strip_suffix('\n').expect("a whole line");
         assert!(!line.contains('\n'), "one line, not {line:?}");
-        line.strip_prefix("error: ").expect("a line that starts with `error: `")
+        let line = line.strip_prefix("error: ").expect("a line that starts with `error: `");
+        if !self.stdout.is_empty() {
+            let document: Value = serde_json::from_str(&self.stdout).expect("one JSON document");
+            assert_eq!(document["error"], line);
+        }
+        line
     }
 }
 

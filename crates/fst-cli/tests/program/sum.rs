@@ -1,9 +1,7 @@
 //! `fst sum` against SHA-256 of what the official reader gives.
 
 use std::collections::BTreeMap;
-use std::io::Read;
 use std::path::Path;
-use std::process::Stdio;
 
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
