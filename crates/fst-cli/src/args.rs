@@ -192,7 +192,8 @@ pub(crate) struct Ranks {
 
 #[derive(Debug, Args)]
 pub(crate) struct LoadArgs {
-    /// A .safetensors file, an index.json, or a folder that holds either
+    /// A .safetensors file, an index.json, a folder that holds either, or the id ORG/NAME of a model in
+    /// the local cache of the Hugging Face hub
     #[arg(value_name = "PATH")]
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]
@@ -263,7 +264,8 @@ pub(crate) struct LoadArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
-    /// A .safetensors file, an index.json, or a folder that holds either
+    /// A .safetensors file, an index.json, a folder that holds either, or the id ORG/NAME of a model in
+    /// the local cache of the Hugging Face hub
     #[arg(value_name = "PATH", required = true)]
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]
@@ -278,7 +280,8 @@ pub(crate) struct InspectArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct SumArgs {
-    /// A .safetensors file, an index.json, or a folder that holds either
+    /// A .safetensors file, an index.json, a folder that holds either, or the id ORG/NAME of a model in
+    /// the local cache of the Hugging Face hub
     #[arg(value_name = "PATH", required = true)]
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]
@@ -295,6 +298,13 @@ pub(crate) struct SumArgs {
     /// Print one JSON document instead of text
     #[arg(long)]
     pub(crate) json: bool,
+    /// Sum whole files instead, and hold them to the SHA-256 that the Hugging Face hub recorded when they
+    /// were downloaded, into its cache or by `hf download --local-dir`
+    #[arg(
+        long,
+        conflicts_with_all = ["patterns", "slice", "dtype", "output", "world", "dist", "device", "engine"]
+    )]
+    pub(crate) hub: bool,
     /// Sum the shards of N ranks of this process
     #[arg(
         long,
@@ -321,7 +331,8 @@ pub(crate) struct SumArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct PlanArgs {
-    /// A .safetensors file, an index.json, or a folder that holds either
+    /// A .safetensors file, an index.json, a folder that holds either, or the id ORG/NAME of a model in
+    /// the local cache of the Hugging Face hub
     #[arg(value_name = "PATH", required = true)]
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]

@@ -9,6 +9,7 @@ use fst::{CancelToken, Checkpoint, Error, Loader, Notice, OpenOptions, TensorInf
 
 use crate::args::{Reading, Select};
 use crate::failure::Failure;
+use crate::hub;
 use crate::interrupt;
 use crate::text;
 
@@ -32,7 +33,8 @@ pub(crate) fn select(loader: Loader, select: &Select) -> Loader {
 
 /// Opens the checkpoint that `paths` name together.
 pub(crate) fn open(paths: &[PathBuf], select: &Select) -> Result<Checkpoint, Failure> {
-    OpenOptions::new().allow_missing(select.allow_missing).open_all(paths).map_err(Failure::of)
+    let paths = paths.iter().map(|path| hub::resolve(path)).collect::<Result<Vec<_>, _>>()?;
+    OpenOptions::new().allow_missing(select.allow_missing).open_all(&paths).map_err(Failure::of)
 }
 
 /// Opens a checkpoint, and warns on standard error of what may not be meant: tensors that are left out,

@@ -38,6 +38,7 @@ pub mod element;
 mod error;
 mod folder;
 mod header;
+pub mod hub;
 mod index;
 mod json;
 mod metadata;

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use crate::args::DoctorArgs;
 use crate::failure::Failure;
+use crate::hub;
 use crate::text::{self, Align, GOOD, HEADING, MISSING, Table, counted, styled, visible};
 
 /// How much of a checkpoint is read to measure an engine.
@@ -106,8 +107,10 @@ struct PathJson<'d> {
 }
 
 pub(crate) fn run(args: &DoctorArgs) -> Result<(), Failure> {
-    let doctor = Doctor::examine(args.path.as_deref()).map_err(Failure::of)?;
-    let measured = args.measure.as_deref().map(|path| Doctor::measure(path, MEASURED_BYTES));
+    let path = args.path.as_deref().map(hub::resolve).transpose()?;
+    let doctor = Doctor::examine(path.as_deref()).map_err(Failure::of)?;
+    let measured = args.measure.as_deref().map(hub::resolve).transpose()?;
+    let measured = measured.map(|path| Doctor::measure(&path, MEASURED_BYTES));
     let measured = measured.transpose().map_err(Failure::of)?;
     if args.json {
         let report = Report::of(&doctor, measured.as_deref());

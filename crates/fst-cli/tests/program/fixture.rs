@@ -24,7 +24,7 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    fn of(output: Output) -> Self {
+    pub(crate) fn of(output: Output) -> Self {
         Self {
             status: output.status.code().expect("the program ended by itself"),
             stdout: String::from_utf8(output.stdout).unwrap(),

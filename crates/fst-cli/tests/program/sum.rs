@@ -7,7 +7,7 @@ use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::fixture::{Folder, fst, interrupted, lines_shown, names_in, on_a_terminal, run};
+use crate::fixture::{Folder, Run, fst, interrupted, lines_shown, names_in, on_a_terminal, run};
 
 const ENGINES: [&str; 4] = ["auto", "uring", "pread", "mmap"];
 
@@ -350,4 +350,55 @@ fn sums_go_to_standard_output_for_a_dash() {
     assert_eq!(run(["sum", path, "-o", file.to_str().unwrap()]).status, 0);
     let told = run(["sum", path, "-o", "-"]);
     assert_eq!((told.status, told.stdout), (0, std::fs::read_to_string(file).unwrap()));
+}
+
+#[test]
+fn models_of_the_hub_are_found_by_id_and_held_to_its_sums() {
+    let folder = Folder::new();
+    let made = folder.synth("made", &["--model", "gpt2", "--layers", "1", "--shrink", "16"]);
+    let made = made.join(&names_in(&made)[0]);
+    let sum = sha256(&std::fs::read(&made).unwrap());
+    // As `hf download org/name` leaves it.
+    let model = folder.join("hub/models--org--name");
+    let snapshot = model.join("snapshots/abc");
+    for part in ["blobs", "refs", "snapshots/abc"] {
+        std::fs::create_dir_all(model.join(part)).unwrap();
+    }
+    std::fs::write(model.join("refs/main"), "abc").unwrap();
+    let blob = model.join("blobs").join(&sum);
+    std::fs::rename(made, &blob).unwrap();
+    let link = format!("../../blobs/{sum}");
+    std::os::unix::fs::symlink(link, snapshot.join("model.safetensors")).unwrap();
+
+    let with = |args: &[&str]| {
+        let mut command = fst(args);
+        command.env_remove("HF_HUB_CACHE").env("HF_HOME", folder.join(""));
+        Run::of(command.output().unwrap())
+    };
+    for command in [&["load"][..], &["sum"], &["inspect"], &["plan", "--world", "2"], &["doctor"]] {
+        let run = with(&[command, &["org/name"]].concat());
+        assert_eq!((run.status, &*run.stderr), (0, ""), "{command:?}");
+    }
+    let whole = with(&["sum", "--hub", "org/name"]).stdout;
+    assert!(
+        whole.starts_with(&format!("{sum}  ")) && whole.contains("# 1 file, as the hub has it")
+    );
+    let json = with(&["sum", "--hub", "org/name", "--json"]).json();
+    assert_eq!(json["files"][0]["sha256"], json["files"][0]["recorded"]);
+    let other = with(&["load", "org/other"]);
+    for part in ["org/other: no such file or folder", "hf download org/other", "hub"] {
+        assert!(other.error().contains(part), "{}", other.error());
+    }
+
+    // One bit of it is no longer what it was.
+    let mut bytes = std::fs::read(&blob).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&blob, &bytes).unwrap();
+    let run = with(&["sum", "--hub", "org/name"]);
+    assert!(
+        run.error().contains("model.safetensors: has the SHA-256 ") && run.error().contains(&sum)
+    );
+    // Nobody recorded anything of this one.
+    let run = with(&["sum", "--hub", blob.to_str().unwrap()]);
+    assert!(run.error().contains("recorded no SHA-256"), "{}", run.stderr);
 }
