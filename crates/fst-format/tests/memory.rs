@@ -1,5 +1,7 @@
 //! What a header costs in memory, whoever wrote it. The only test of its process, whose peak it reads.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::fmt::Write;
 use std::fs;
 

@@ -21,6 +21,7 @@ pub mod engine;
 pub mod ledger;
 pub mod lent;
 pub mod mapping;
+pub mod mount;
 pub mod place;
 pub mod plan;
 pub mod residency;
