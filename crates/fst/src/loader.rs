@@ -245,7 +245,7 @@ impl Loader {
             manifest.check(checkpoint, &items)?;
         }
         let arena = if self.manifest.is_some() { VERIFY_ARENA } else { ARENA };
-        let load = Load::new(&self.device, checkpoint, items, arena, false)?;
+        let load = Load::new(&self.device, checkpoint, items, arena, None)?;
         let load = load.with_options(self.device_options);
         load.check_memory(&self.read, !self.unchecked)?;
         report.add_files(load.files());

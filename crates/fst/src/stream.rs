@@ -83,7 +83,7 @@ impl TensorStream {
         }
         let limit = loader.budget.unwrap_or_else(default_budget);
         let plan = |arena| -> Result<(Load, u64)> {
-            let load = Load::new(device, checkpoint, items.clone(), arena, loader.in_order)?;
+            let load = Load::new(device, checkpoint, items.clone(), arena, Some(loader.in_order))?;
             let load = load.with_options(loader.device_options).within(limit, loader.in_order);
             let needed = load.least_memory(loader.in_order) + load.scratch(&loader.read);
             Ok((load, needed))
