@@ -34,6 +34,7 @@ mod error;
 mod extent;
 mod file;
 mod numa;
+mod reuse;
 mod sys;
 
 pub use budget::Budget;

@@ -180,7 +180,8 @@ impl Loader {
     }
 
     /// Bounds the memory of a [`stream`](Self::stream), in bytes: tensors that are still held count, and
-    /// so does the scratch memory of conversions (on a device also that of cuFile's reads).
+    /// so does the scratch memory of conversions (on a device also that of cuFile's reads). Host memory of
+    /// tensors that are dropped is kept for the next ones until all are read, within the same bound.
     #[must_use]
     pub fn memory_budget(mut self, bytes: u64) -> Self {
         self.budget = Some(bytes);
