@@ -374,6 +374,18 @@ pub enum GroupError {
         /// What the system said.
         source: Arc<std::io::Error>,
     },
+    /// Who listens where rank 0 should be does not know this rank's job.
+    #[error(
+        "nobody at {address} took in rank {rank}: another job's rank 0, or another program, listens there; \
+         use a port for each job at a time, and FST_JOB_ID of one value for all ranks of a job"
+    )]
+    #[non_exhaustive]
+    Unwelcome {
+        /// This rank.
+        rank: u32,
+        /// Where.
+        address: String,
+    },
     /// Two processes claim to be the same rank.
     #[error("two processes claim to be rank {rank}")]
     #[non_exhaustive]

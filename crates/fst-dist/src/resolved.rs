@@ -77,7 +77,10 @@ impl Resolved {
             Kind::VocabRows { multiple } => {
                 let padded = extent.checked_next_multiple_of(*multiple);
                 let padded = padded.and_then(|n| n.checked_add(self.world));
-                let bits = padded.and_then(|n| n.checked_mul(self.inner_bits));
+                // In the order of the shape, as users of an output's shape may do: a last dimension of
+                // 0 does not undo an overflow before it.
+                let mut padded_shape = self.shape.iter().skip(1).chain([&self.bits]);
+                let bits = padded.and_then(|n| padded_shape.try_fold(n, |n, &d| n.checked_mul(d)));
                 bits.ok_or(ShardError::Overflow)?;
             }
             Kind::Keep(ranks) => {

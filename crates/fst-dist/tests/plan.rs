@@ -269,6 +269,18 @@ fn what_cannot_be_planned_is_refused_by_name() {
     assert!(matches!(error, PlanError::ByteLength { ref tensor, .. } if tensor == "t3"), "{error}");
 }
 
+#[test]
+fn padding_does_not_make_a_shape_overflow_that_is_empty() {
+    let shape = vec![1, 1 << 34, 0];
+    let table = [TensorDesc { name: "t".into(), bits: 4, shape, shard: 0, file_range: 0..0 }];
+    let plan = |multiple| {
+        Planner::new(Topology::one_node(1)).plan(table.clone(), |_| Shard::vocab_rows(multiple))
+    };
+    assert!(plan(1 << 10).is_ok());
+    let error = plan(1 << 42).unwrap_err();
+    assert!(matches!(error, PlanError::Shard { .. }), "{error:?}");
+}
+
 /// Dimensions and numbers around those that overflow.
 fn extreme() -> impl Strategy<Value = u64> {
     prop_oneof![

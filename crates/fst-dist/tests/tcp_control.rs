@@ -5,11 +5,11 @@
 mod port;
 
 use std::io::Write;
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use fst_dist::GroupError;
-use fst_dist::group::{Control, TcpControl};
+use fst_dist::group::{Control, LaunchEnv, TcpControl};
 use port::Port;
 
 fn on_ranks<T: Send>(world: u32, deadline: Duration, f: impl Fn(TcpControl) -> T + Sync) -> Vec<T> {
@@ -212,5 +212,81 @@ fn ranks_that_do_not_come_or_do_not_fit_are_named() {
         threads.map(|thread| thread.join().unwrap())
     });
     assert_eq!(errors[0], "rank 1 was started with world size 3, rank 0 with 2");
-    assert!(errors[1].starts_with("rank 0 is lost"), "{}", errors[1]);
+    assert_eq!(errors[1], format!("rank 0 failed: {}", errors[0]));
+}
+
+#[test]
+fn ranks_of_another_job_are_strangers() {
+    let port = Port::new();
+    let join = |job: &str, rank, deadline| {
+        let mut env = LaunchEnv::new(rank, 2, "127.0.0.1", port.number());
+        env.job = job.to_owned();
+        TcpControl::from_env(&env, deadline)
+    };
+    let short = Duration::from_millis(800);
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| join("ours", 0, LONG));
+        while TcpStream::connect(("127.0.0.1", port.number())).is_err() {}
+        // They come first, as the same rank, and of other world sizes.
+        let wide = TcpControl::join(1, 3, "127.0.0.1", port.number(), short);
+        for error in [join("theirs", 1, short).unwrap_err(), wide.unwrap_err()] {
+            let typed = matches!(error, GroupError::Unwelcome { rank: 1, .. });
+            assert!(typed, "{error}");
+        }
+        assert!(!first.is_finished());
+        let second = scope.spawn(|| join("ours", 1, LONG).unwrap().gather_messages(b"b").unwrap());
+        let all = first.join().unwrap().unwrap().gather_messages(b"a").unwrap();
+        assert_eq!((&all, &all), (&second.join().unwrap(), &vec![b"a".to_vec(), b"b".to_vec()]));
+    });
+}
+
+#[test]
+fn a_rank_that_meets_something_else_at_the_port_goes_on_trying() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::scope(|scope| {
+        let second = scope.spawn(move || TcpControl::join(1, 2, "127.0.0.1", port, LONG));
+        for _ in 0..3 {
+            let (mut stream, _) = listener.accept().unwrap();
+            let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n");
+        }
+        drop(listener);
+        let first = TcpControl::join(0, 2, "127.0.0.1", port, LONG);
+        assert!(first.is_ok() && second.join().unwrap().is_ok());
+    });
+}
+
+#[test]
+fn frames_that_are_not_due_end_the_group() {
+    // Kind, length and number of the gathering.
+    let gather = |len: u32, turn: u64| [&[1], &len.to_le_bytes()[..], &turn.to_le_bytes()].concat();
+    let cases: [(&str, Vec<u8>); 6] = [
+        ("of kind 1 and 9", [gather(8, 2), gather(9, 3)].concat()),
+        ("it is at gathering 3 where 2 is due", gather(8, 3)),
+        ("of kind 1 and 67108865", gather((64 << 20) + 1, 2)),
+        ("of kind 2 and 8", [&[2], &gather(8, 2)[1..]].concat()),
+        ("of kind 3 and 16777216", vec![3, 0, 0, 0, 1]),
+        ("of kind 77 and 1", vec![77, 1, 0, 0, 0]),
+    ];
+    for (what, frames) in cases {
+        let port = Port::new();
+        let number = port.number();
+        let first = std::thread::spawn(move || {
+            let control = TcpControl::join(0, 2, "127.0.0.1", number, LONG).unwrap();
+            while control.failure().is_none() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            control.failure().unwrap().to_string()
+        });
+        let mut peer = loop {
+            if let Ok(peer) = TcpStream::connect(("127.0.0.1", number)) {
+                break peer;
+            }
+        };
+        peer.write_all(b"fst-dist\x01\0\0\0\x02\0\0\0").unwrap();
+        peer.write_all(&gather(8, 1)).unwrap();
+        peer.write_all(&frames).unwrap();
+        let error = first.join().unwrap();
+        assert!(error.starts_with("rank 1 is lost: ") && error.contains(what), "{what}: {error}");
+    }
 }

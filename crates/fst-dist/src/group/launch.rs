@@ -19,9 +19,20 @@ pub struct LaunchEnv {
     /// The port at which rank 0 is met: `FST_MASTER_PORT` if set, else `MASTER_PORT`, or the one after
     /// it where `TORCHELASTIC_USE_AGENT_STORE` says that torchrun itself listens there.
     pub port: u16,
+    /// The name of the job, by which its ranks know each other: `FST_JOB_ID` if set, else
+    /// `TORCHELASTIC_RUN_ID`, else empty. The same for all ranks; those of jobs of other names that meet
+    /// at the same port, or come there too late or too early, are not taken for this job's.
+    pub job: String,
 }
 
 impl LaunchEnv {
+    /// What launchers would tell this rank of a job without a name.
+    #[must_use]
+    pub fn new(rank: u32, world: u32, address: impl Into<String>, port: u16) -> Self {
+        let (local_rank, address, job) = (rank, address.into(), String::new());
+        Self { rank, world, local_rank, address, port, job }
+    }
+
     /// Reads the environment.
     ///
     /// # Errors
@@ -60,7 +71,9 @@ impl LaunchEnv {
         let port = u16::try_from(number(variable)?.saturating_add(shift));
         let port =
             port.map_err(|_| GroupError::Environment { variable, value: lookup(variable) })?;
-        Ok(Self { rank, world, local_rank, address: text("MASTER_ADDR")?, port })
+        let job =
+            lookup("FST_JOB_ID").or_else(|| lookup("TORCHELASTIC_RUN_ID")).unwrap_or_default();
+        Ok(Self { local_rank, job, ..Self::new(rank, world, text("MASTER_ADDR")?, port) })
     }
 }
 
@@ -82,6 +95,10 @@ mod tests {
         assert_eq!(with(("LOCAL_RANK", "0")).unwrap().local_rank, 0);
         assert_eq!(with(("TORCHELASTIC_USE_AGENT_STORE", "True")).unwrap().port, 10);
         assert_eq!(with(("FST_MASTER_PORT", "77")).unwrap().port, 77);
+        assert_eq!(env.job, "");
+        assert_eq!(with(("TORCHELASTIC_RUN_ID", "r")).unwrap().job, "r");
+        let both = [("TORCHELASTIC_RUN_ID", "r"), ("FST_JOB_ID", "j")];
+        assert_eq!(read(&[&both[..], &all[..]].concat()).unwrap().job, "j");
         assert_eq!(read(&all[1..]).unwrap_err(), "RANK is not set");
         let many = with(("RANK", "many")).unwrap_err();
         assert_eq!(many, "RANK is \"many\"");

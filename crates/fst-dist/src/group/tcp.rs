@@ -2,84 +2,156 @@
 //!
 //! This carries unique ids, digests, barriers and aborts, never tensors. Every rank keeps a connection
 //! to rank 0; a connection that ends without goodbye is a rank that is lost, which rank 0
-//! tells the others. There is no authentication, as there is none in NCCL's own connections: use it
+//! tells the others. One thread of each rank owns its connections and all that is known of the others,
+//! and ends with the control. A frame is accepted where its message is due, and no longer than it can be.
+//!
+//! A connection begins with the mark of its job, so that ranks of another job which find the same port
+//! are strangers. There is no authentication, as there is none in NCCL's own connections: use it
 //! in networks that you trust.
 
-use std::collections::{HashMap, VecDeque};
+mod join;
+mod wire;
+
+use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags};
+use sha2::{Digest, Sha256};
 
 use super::{Control, LaunchEnv};
 use crate::error::GroupError;
+use join::Join;
+use wire::{Wire, frame, wait};
 
-/// The first bytes of a connection, with a version.
-const MAGIC: [u8; 8] = *b"fst-dist";
+/// The mark of a job without a name; that of others is a digest of the name.
+const MARK: [u8; 8] = *b"fst-dist";
 
-/// Frames longer than this are not ours, and are not sent.
+/// Mark, rank and world size.
+const HELLO: usize = 16;
+
+/// The longest message of a gathering, and those of all ranks together, with the number of the gathering.
 const LONGEST: usize = 64 << 20;
+
+/// The longest cause of a failure that is told.
+const CAUSE: usize = 64 << 10;
 
 /// Connections beyond those of the ranks that may be open while ranks join; the oldest goes first.
 const STRANGERS: usize = 64;
 
-/// The shortest time in which to connect.
-const LEAST: Duration = Duration::from_millis(1);
+/// How long a rank that leaves waits for others to take what it has sent, and to leave as well: closing
+/// with unread bytes would reset the connection under what was just written.
+const FAREWELL: Duration = Duration::from_millis(500);
 
 const GATHER: u8 = 1;
 const RESULT: u8 = 2;
 const ABORT: u8 = 3;
 const LOST: u8 = 4;
 const BYE: u8 = 5;
+const WELCOME: u8 = 6;
 
 /// One rank's connection to the others.
 #[derive(Debug)]
 pub struct TcpControl {
-    shared: Arc<Shared>,
-    /// How often this rank has gathered.
-    turn: Mutex<u64>,
-}
-
-#[derive(Debug)]
-struct Shared {
     rank: u32,
     world: u32,
     deadline: Duration,
-    state: Mutex<State>,
-    wake: Condvar,
-    /// On rank 0 the connections to all others by rank; on others the one to rank 0.
-    peers: Vec<Option<Mutex<TcpStream>>>,
+    failure: Arc<OnceLock<GroupError>>,
+    asks: Sender<Ask>,
+    /// A byte wakes the thread, its end ends the thread.
+    wake: UnixStream,
+    thread: Option<JoinHandle<()>>,
 }
 
-#[derive(Debug, Default)]
-struct State {
-    failure: Option<GroupError>,
-    /// On rank 0: messages by turn and rank.
-    gathers: HashMap<u64, Vec<Option<Vec<u8>>>>,
-    results: HashMap<u64, Vec<Vec<u8>>>,
-    left: Vec<bool>,
-    /// Whether a failure is being told to the others.
-    telling: bool,
-    /// Connections that have not ended.
-    open: usize,
+/// A gathering that this rank wants, answered with the messages of all unless the group has failed.
+struct Ask {
+    message: Vec<u8>,
+    answer: Sender<Vec<Vec<u8>>>,
 }
 
 impl TcpControl {
-    /// Joins the ranks that the environment tells of.
+    /// Meets the ranks that the environment tells of: rank 0 listens at the address and port, the others
+    /// connect. All that are to come must do so within the deadline, whatever strangers connect
+    /// meanwhile; ranks of a [job](LaunchEnv::job) of another name are strangers, and go on trying. Where
+    /// the address is not one of this machine (that of a gateway, say), give rank 0 one that is, or
+    /// `0.0.0.0`.
     ///
     /// # Errors
-    /// As for [`join`](Self::join).
+    /// The address does not resolve, the port cannot be listened at, a rank does not come in time, nobody
+    /// at the address takes this rank in, two processes claim one rank or world sizes differ.
     pub fn from_env(env: &LaunchEnv, deadline: Duration) -> Result<Self, GroupError> {
-        Self::join(env.rank, env.world, &env.address, env.port, deadline)
+        let LaunchEnv { rank, world, port, .. } = *env;
+        if rank >= world {
+            return Err(GroupError::Peer { peer: rank, rank, world });
+        }
+        let start = Instant::now();
+        let address = format!("{}:{port}", env.address);
+        let network = |what, e: io::Error| GroupError::Network {
+            what,
+            address: address.clone(),
+            source: Arc::new(e),
+        };
+        let resolved = (&*env.address, port).to_socket_addrs();
+        let resolved: Vec<SocketAddr> = resolved.map_err(|e| network("resolve", e))?.collect();
+        let mark = mark(&env.job);
+        let (mut listener, mut wires) = (None, Vec::new());
+        if rank > 0 {
+            let hello = [&mark[..], &rank.to_le_bytes(), &world.to_le_bytes()].concat();
+            let join = Join { rank, address: &address, start, deadline };
+            wires.push(Some(join.connect(&resolved, &hello)?));
+        } else if world > 1 {
+            let listening =
+                TcpListener::bind(&resolved[..]).map_err(|e| network("listen at", e))?;
+            listening.set_nonblocking(true).map_err(|e| network("listen at", e))?;
+            listener = Some(listening);
+            wires.resize_with(world as usize, || None);
+        }
+        let pair = UnixStream::pair().and_then(|(wake, woken)| {
+            wake.set_nonblocking(true)?;
+            woken.set_nonblocking(true)?;
+            Ok((wake, woken))
+        });
+        let (wake, woken) = pair.map_err(|e| network("make a socket pair for", e))?;
+        let (asks, asked) = mpsc::channel();
+        let failure = Arc::new(OnceLock::new());
+        let hub = Hub {
+            rank,
+            world,
+            deadline,
+            address: address.clone(),
+            mark,
+            failure: failure.clone(),
+            asks: asked,
+            woken: Some(woken),
+            listener,
+            arrivals: VecDeque::new(),
+            wires,
+            left: vec![false; world as usize],
+            turn: 1,
+            since: start,
+            messages: vec![None; world as usize],
+            asked: VecDeque::new(),
+            told: false,
+        };
+        let thread = std::thread::Builder::new().name(format!("fst-control-{rank}"));
+        let thread =
+            thread.spawn(move || hub.run()).map_err(|e| network("start a thread for", e))?;
+        let thread = Some(thread);
+        let control = Self { rank, world, deadline, failure, asks, wake, thread };
+        // All have come once rank 0 says so.
+        control.barrier()?;
+        Ok(control)
     }
 
-    /// Meets the other ranks: rank 0 listens at the address and port, the others connect. All ranks that
-    /// are to come must do so within the deadline, whatever strangers connect meanwhile. Where the address
-    /// is not one of this machine (that of a gateway, say), give rank 0 one that is, or `0.0.0.0`.
+    /// As [`from_env`](Self::from_env), for a job without a name.
     ///
     /// # Errors
-    /// The address does not resolve, the port cannot be listened at, a rank does not come in time, two
-    /// processes claim one rank or world sizes differ.
+    /// As for [`from_env`](Self::from_env).
     pub fn join(
         rank: u32,
         world: u32,
@@ -87,173 +159,31 @@ impl TcpControl {
         port: u16,
         deadline: Duration,
     ) -> Result<Self, GroupError> {
-        if rank >= world {
-            return Err(GroupError::Peer { peer: rank, rank, world });
-        }
-        let network = |what, source: io::Error| GroupError::Network {
-            what,
-            address: format!("{address}:{port}"),
-            source: Arc::new(source),
-        };
-        let resolved = (address, port).to_socket_addrs().map_err(|e| network("resolve", e))?;
-        let resolved: Vec<SocketAddr> = resolved.collect();
-        let start = Instant::now();
-        let mut streams: Vec<Option<TcpStream>> = (0..world).map(|_| None).collect();
-        if world == 1 {
-            // Nobody to meet.
-        } else if rank == 0 {
-            let listener = TcpListener::bind(&resolved[..]).map_err(|e| network("listen at", e))?;
-            listener.set_nonblocking(true).map_err(|e| network("listen at", e))?;
-            // Who has connected and not said yet who it is. None of them is waited for: strangers that say
-            // nothing must not use up the deadline of the others.
-            let mut arrivals: VecDeque<Arrival> = VecDeque::new();
-            while let Some(missing) = (1..world).find(|&r| streams[r as usize].is_none()) {
-                if start.elapsed() > deadline {
-                    let (op, waiting_for) = ("joining", Some(missing));
-                    return Err(GroupError::Deadline { op, rank, waiting_for, waited: deadline });
-                }
-                let mut idle = true;
-                match listener.accept() {
-                    Ok((stream, _)) => {
-                        idle = false;
-                        arrivals.extend(Arrival::new(stream));
-                        if arrivals.len() > world as usize + STRANGERS {
-                            arrivals.pop_front();
-                        }
-                    }
-                    Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                    // The peer is gone again, or a signal came.
-                    Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
-                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                    Err(error) => return Err(network("accept at", error)),
-                }
-                for _ in 0..arrivals.len() {
-                    let Some(arrival) = arrivals.pop_front() else { break };
-                    let (stream, peer, theirs) = match arrival.greeted() {
-                        Greeting::Rank(stream, peer, theirs) => (stream, peer, theirs),
-                        Greeting::More(arrival) => {
-                            arrivals.push_back(arrival);
-                            continue;
-                        }
-                        // Whoever does not speak the language is no rank of ours.
-                        Greeting::Stranger => continue,
-                    };
-                    if theirs != world {
-                        return Err(GroupError::WorldSizes { rank: peer, theirs, ours: world });
-                    }
-                    match streams.get_mut(peer as usize) {
-                        Some(place) if peer != 0 && place.is_none() => *place = Some(stream),
-                        _ => return Err(GroupError::RankTaken { rank: peer }),
-                    }
-                }
-                if idle {
-                    std::thread::sleep(Duration::from_millis(2));
-                }
-            }
-        } else {
-            let mut hello = MAGIC.to_vec();
-            hello.extend(rank.to_le_bytes());
-            hello.extend(world.to_le_bytes());
-            let stream = loop {
-                // Rank 0 may come later; one that does not answer must not use up more than the deadline.
-                let left = || deadline.saturating_sub(start.elapsed()).max(LEAST);
-                let connect = |address| TcpStream::connect_timeout(address, left());
-                let none = || io::Error::new(ErrorKind::NotFound, "the name has no address");
-                let tried = resolved.iter().map(connect).reduce(|one, other| one.or(other));
-                match tried.unwrap_or_else(|| Err(none())) {
-                    Ok(stream) => break stream,
-                    Err(error) if start.elapsed() >= deadline => {
-                        return Err(network("connect to", error));
-                    }
-                    Err(_) => std::thread::sleep(Duration::from_millis(20)),
-                }
-            };
-            (&stream).write_all(&hello).map_err(|e| network("write to", e))?;
-            streams[0] = Some(stream);
-        }
-        let mut peers = Vec::new();
-        let mut readers = Vec::new();
-        for (peer, stream) in (0u32..).zip(streams) {
-            let Some(stream) = stream else {
-                peers.push(None);
-                continue;
-            };
-            let prepared = stream
-                .set_nodelay(true)
-                .and_then(|()| stream.set_write_timeout(Some(deadline.max(Duration::from_secs(1)))))
-                .and_then(|()| stream.try_clone());
-            readers.push((peer, prepared.map_err(|e| network("prepare", e))?));
-            peers.push(Some(Mutex::new(stream)));
-        }
-        let state =
-            State { left: vec![false; world as usize], open: readers.len(), ..State::default() };
-        let (state, wake) = (Mutex::new(state), Condvar::new());
-        let shared = Arc::new(Shared { rank, world, deadline, state, wake, peers });
-        // From here on, an early end closes the sockets and so ends the threads.
-        let control = Self { shared, turn: Mutex::new(0) };
-        for (peer, stream) in readers {
-            let shared = control.shared.clone();
-            std::thread::Builder::new()
-                .name(format!("fst-rank-{peer}"))
-                .spawn(move || shared.listen(peer, stream))
-                .map_err(|e| network("start a thread for", e))?;
-        }
-        // All have come once rank 0 says so.
-        control.barrier()?;
-        Ok(control)
+        Self::from_env(&LaunchEnv::new(rank, world, address, port), deadline)
+    }
+
+    fn wake(&self) {
+        // If there is no room, bytes that wake are under way.
+        let _ = (&self.wake).write(&[0]);
     }
 }
 
-/// A connection that has not said yet who it is.
-struct Arrival {
-    stream: TcpStream,
-    hello: [u8; 16],
-    have: usize,
+fn mark(job: &str) -> [u8; 8] {
+    let named = || {
+        let digest = Sha256::new().chain_update(MARK).chain_update(job).finalize();
+        digest.first_chunk().copied().unwrap_or(MARK)
+    };
+    if job.is_empty() { MARK } else { named() }
 }
 
-enum Greeting {
-    /// A rank, and the world size that it knows.
-    Rank(TcpStream, u32, u32),
-    More(Arrival),
-    Stranger,
-}
-
-impl Arrival {
-    fn new(stream: TcpStream) -> Option<Self> {
-        stream.set_nonblocking(true).ok()?;
-        Some(Self { stream, hello: [0; 16], have: 0 })
+/// The failure that a frame tells of.
+fn failure(kind: u8, body: &[u8]) -> GroupError {
+    let (rank, cause) = body.split_first_chunk().unwrap_or((&[0; 4], &[]));
+    let (rank, cause) = (u32::from_le_bytes(*rank), String::from_utf8_lossy(cause).into_owned());
+    match kind {
+        ABORT => GroupError::Aborted { rank, cause },
+        _ => GroupError::Lost { rank, cause },
     }
-
-    /// Reads what is there of who it is.
-    fn greeted(mut self) -> Greeting {
-        while self.have < self.hello.len() {
-            match (&self.stream).read(&mut self.hello[self.have..]) {
-                Ok(0) => return Greeting::Stranger,
-                Ok(read) => self.have += read,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Greeting::More(self),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(_) => return Greeting::Stranger,
-            }
-        }
-        let (magic, numbers) = self.hello.split_at(8);
-        let number = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| numbers[at + i]));
-        if magic != MAGIC || self.stream.set_nonblocking(false).is_err() {
-            return Greeting::Stranger;
-        }
-        Greeting::Rank(self.stream, number(0), number(4))
-    }
-}
-
-fn read_frame(stream: &mut TcpStream) -> io::Result<(u8, Vec<u8>)> {
-    let mut head = [0; 5];
-    stream.read_exact(&mut head)?;
-    let len = u32::from_le_bytes([head[1], head[2], head[3], head[4]]) as usize;
-    if len > LONGEST {
-        return Err(ErrorKind::InvalidData.into());
-    }
-    let mut body = vec![0; len];
-    stream.read_exact(&mut body)?;
-    Ok((head[0], body))
 }
 
 /// A list of byte strings, each with its length before it.
@@ -272,254 +202,403 @@ fn split_list(mut bytes: &[u8]) -> Vec<Vec<u8>> {
     list
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+/// What the thread of a control owns.
+struct Hub {
+    rank: u32,
+    world: u32,
+    deadline: Duration,
+    address: String,
+    mark: [u8; 8],
+    failure: Arc<OnceLock<GroupError>>,
+    asks: Receiver<Ask>,
+    /// Until this rank leaves.
+    woken: Option<UnixStream>,
+    /// Where ranks arrive, until all have.
+    listener: Option<TcpListener>,
+    /// Who has connected and is not known as a rank yet. None of them is waited for.
+    arrivals: VecDeque<Wire>,
+    /// On rank 0 the connections to all others by rank; on others the one to rank 0.
+    wires: Vec<Option<Wire>>,
+    left: Vec<bool>,
+    /// The gathering that is due, and since when a rank waits for it: the first one from the beginning.
+    turn: u64,
+    since: Instant,
+    /// What has come for it, by rank; all but a rank's own come to rank 0 only.
+    messages: Vec<Option<Vec<u8>>>,
+    /// What this rank wants: the gathering that is due, and those after it.
+    asked: VecDeque<Ask>,
+    /// Whether the others know of the failure.
+    told: bool,
+}
 
-    fn send(&self, peer: u32, kind: u8, body: &[u8]) -> io::Result<()> {
-        let Some(Some(stream)) = self.peers.get(peer as usize) else { return Ok(()) };
-        let mut frame = vec![kind];
-        frame.extend((body.len() as u32).to_le_bytes());
-        frame.extend(body);
-        stream.lock().unwrap_or_else(PoisonError::into_inner).write_all(&frame)
-    }
-
-    /// Refuses what does not fit into a frame with the number of its turn.
-    fn check_size(&self, bytes: usize) -> Result<(), GroupError> {
-        let (rank, most) = (self.rank, LONGEST - 8);
-        if bytes > most { Err(GroupError::MessageSize { rank, bytes, most }) } else { Ok(()) }
-    }
-
-    /// Breaks the group and tells those that this rank is connected to. Never called under the lock.
-    fn fail(&self, error: GroupError) -> GroupError {
-        let mut state = self.lock();
-        if let Some(first) = &state.failure {
-            return first.clone();
-        }
-        state.failure = Some(error.clone());
-        // Woken threads may want to leave: not before the others are told.
-        state.telling = true;
-        self.wake.notify_all();
-        drop(state);
-        let (kind, rank, cause) = match &error {
-            GroupError::Aborted { rank, cause } => (ABORT, *rank, cause.clone()),
-            GroupError::Lost { rank, cause } => (LOST, *rank, cause.clone()),
-            other => (ABORT, self.rank, other.to_string()),
-        };
-        let body = [&rank.to_le_bytes(), cause.as_bytes()].concat();
-        for peer in 0..self.world {
-            // A rank that cannot be told notices the connection's end.
-            let _ = self.send(peer, kind, &body);
-        }
-        self.lock().telling = false;
-        self.wake.notify_all();
-        error
-    }
-
-    /// Waits, a moment at most, until a failure is known or all connections have ended.
-    fn wait_for_the_end(&self) {
-        let open = |state: &mut State| state.failure.is_none() && state.open > 0;
-        let _ = self.wake.wait_timeout_while(self.lock(), Duration::from_secs(5), open);
-    }
-
-    /// Puts a message of `rank` into its turn; on rank 0 only.
-    fn put(&self, turn: u64, rank: u32, message: Vec<u8>) {
-        let mut state = self.lock();
-        let slots = state.gathers.entry(turn).or_insert_with(|| vec![None; self.world as usize]);
-        slots[rank as usize] = Some(message);
-        if slots.iter().any(Option::is_none) {
-            drop(state);
-            return self.check_left();
-        }
-        let all: Vec<Vec<u8>> =
-            state.gathers.remove(&turn).into_iter().flatten().flatten().collect();
-        drop(state);
-        if let Err(error) = self.check_size(all.iter().map(|message| 4 + message.len()).sum()) {
-            self.fail(error);
-            return;
-        }
-        let body = [&turn.to_le_bytes()[..], &join_list(&all)].concat();
-        // Before this rank sees the result: it may leave at once.
-        for peer in 1..self.world {
-            if let Err(error) = self.send(peer, RESULT, &body) {
-                self.fail(GroupError::Lost { rank: peer, cause: error.to_string() });
-            }
-        }
-        self.lock().results.insert(turn, all);
-        self.wake.notify_all();
-    }
-
-    /// Fails if a gathering waits for a rank that said goodbye.
-    fn check_left(&self) {
-        let state = self.lock();
-        let missing = |slots: &Vec<Option<Vec<u8>>>| {
-            (0..self.world).find(|&r| slots[r as usize].is_none() && state.left[r as usize])
-        };
-        let lost = state.gathers.values().find_map(missing);
-        let lost = lost.or_else(|| (self.rank != 0 && state.left[0]).then_some(0));
-        drop(state);
-        if let Some(rank) = lost {
-            self.fail(GroupError::Lost { rank, cause: "it left the group".to_owned() });
-        }
-    }
-
-    /// The life of one connection's reading thread.
-    fn listen(&self, peer: u32, mut stream: TcpStream) {
+impl Hub {
+    fn run(mut self) {
+        let mut moved = Instant::now();
         loop {
-            let frame = read_frame(&mut stream);
-            let number = |body: &[u8]| body.first_chunk().map_or(0, |n| u64::from_le_bytes(*n));
-            match frame {
-                Ok((GATHER, body)) if self.rank == 0 && body.len() >= 8 => {
-                    self.put(number(&body), peer, body[8..].to_vec());
-                }
-                Ok((RESULT, body)) if body.len() >= 8 => {
-                    self.lock().results.insert(number(&body), split_list(&body[8..]));
-                    self.wake.notify_all();
-                }
-                Ok((kind @ (ABORT | LOST), body)) if body.len() >= 4 => {
-                    let rank = u32::from_le_bytes([body[0], body[1], body[2], body[3]]);
-                    let cause = String::from_utf8_lossy(&body[4..]).into_owned();
-                    // Rank 0 thereby tells the others.
-                    self.fail(match kind {
-                        ABORT => GroupError::Aborted { rank, cause },
-                        _ => GroupError::Lost { rank, cause },
-                    });
-                }
-                Ok((BYE, _)) => {
-                    self.lock().left[peer as usize] = true;
-                    self.check_left_if_waiting();
-                }
-                other => {
-                    let mut state = self.lock();
-                    state.open -= 1;
-                    let silent = state.left[peer as usize] || state.left[self.rank as usize];
-                    self.wake.notify_all();
-                    drop(state);
-                    if !silent {
-                        let cause = match other {
-                            Err(error) if error.kind() == ErrorKind::UnexpectedEof => {
-                                "its connection ended".to_owned()
-                            }
-                            Err(error) => error.to_string(),
-                            Ok((kind, _)) => format!("it sent a frame of unknown kind {kind}"),
-                        };
-                        self.fail(GroupError::Lost { rank: peer, cause });
-                    }
+            let mut timeout = None;
+            if self.leaving() {
+                let left = FAREWELL.saturating_sub(moved.elapsed());
+                if left.is_zero() || self.wires.iter().all(Option::is_none) {
                     return;
                 }
+                timeout = Some(left);
+            } else if self.failure.get().is_none() {
+                timeout = self.judge();
+            }
+            if let Some(error) = self.failure.get() {
+                self.tell(error.clone());
+            }
+            let mut ready = wait(self.interests(), timeout).into_iter();
+            let mut ready = || ready.next().unwrap_or(false);
+            let woken = self.woken.is_some() && ready();
+            for peer in 0..self.wires.len() {
+                if let Some(wire) = &mut self.wires[peer]
+                    && ready()
+                {
+                    if wire.pump() {
+                        moved = Instant::now();
+                    }
+                    self.hear(peer);
+                }
+            }
+            for mut wire in std::mem::take(&mut self.arrivals) {
+                if ready() {
+                    wire.pump();
+                }
+                self.greet(wire);
+            }
+            if ready() {
+                self.accept();
+            }
+            if woken {
+                self.wake();
+                moved = Instant::now();
             }
         }
     }
 
-    /// A goodbye of rank 0 matters to a rank only once it waits for something.
-    fn check_left_if_waiting(&self) {
-        self.wake.notify_all();
+    /// In the order of [`run`](Self::run).
+    fn interests(&self) -> Vec<PollFd<'_>> {
+        let mut fds: Vec<PollFd<'_>> = Vec::new();
+        fds.extend(self.woken.iter().map(|woken| PollFd::new(woken, PollFlags::IN)));
+        fds.extend(self.wires.iter().flatten().chain(&self.arrivals).map(Wire::interest));
+        fds.extend(self.listener.iter().map(|listener| PollFd::new(listener, PollFlags::IN)));
+        fds
+    }
+
+    fn leaving(&self) -> bool {
+        self.woken.is_none()
+    }
+
+    /// The first error counts; [`run`](Self::run) tells it.
+    fn fail(&self, error: GroupError) {
+        let _ = self.failure.set(error);
+    }
+
+    fn lost(&self, rank: u32, cause: impl Into<String>) {
+        self.fail(GroupError::Lost { rank, cause: cause.into() });
+    }
+
+    /// For which ranks the gathering that is due waits, if one waits for it: on rank 0 all others whose
+    /// messages it lacks, elsewhere rank 0.
+    fn missing(&self) -> impl Iterator<Item = u32> {
+        let waits = self.messages.iter().any(Option::is_some);
+        let lacks = |rank: &u32| match self.rank {
+            0 => self.messages[*rank as usize].is_none(),
+            _ => *rank == 0,
+        };
+        (0..self.world).filter(move |rank| waits && lacks(rank))
+    }
+
+    /// Fails if what a gathering waits for will not come, or does not in time; else how long that may take.
+    fn judge(&self) -> Option<Duration> {
+        let first = self.missing().next()?;
+        if let Some(rank) = self.missing().find(|&rank| self.left[rank as usize]) {
+            self.lost(rank, "it left the group");
+        }
+        let left = self.deadline.saturating_sub(self.since.elapsed());
+        if left.is_zero() {
+            let op = if self.turn == 1 { "joining" } else { "gather" };
+            let rank = self.messages.iter().position(Option::is_some).unwrap_or(0) as u32;
+            let (waiting_for, waited) = (Some(first), self.deadline);
+            self.fail(GroupError::Deadline { op, rank, waiting_for, waited });
+        }
+        Some(left)
+    }
+
+    /// Tells those that this rank is connected to of a failure, once, and gives up on all gatherings.
+    fn tell(&mut self, error: GroupError) {
+        self.asked.clear();
+        if std::mem::replace(&mut self.told, true) {
+            return;
+        }
+        let (kind, rank, cause) = match error {
+            GroupError::Aborted { rank, cause } => (ABORT, rank, cause),
+            GroupError::Lost { rank, cause } => (LOST, rank, cause),
+            other => (ABORT, self.rank, other.to_string()),
+        };
+        let cause = &cause.as_bytes()[..cause.len().min(CAUSE)];
+        let word = frame(kind, &[&rank.to_le_bytes(), cause]);
+        let wires = self.wires.iter_mut().flatten().chain(&mut self.arrivals);
+        wires.for_each(|wire| wire.queue(word.clone()));
+        self.listener = None;
+        self.messages.fill(None);
+    }
+
+    /// Hears what this rank wants of its thread.
+    fn wake(&mut self) {
+        match self.woken.as_mut().map(|woken| woken.read(&mut [0; 64])) {
+            Some(Ok(0)) => {
+                if let Some(error) = self.failure.get() {
+                    self.tell(error.clone());
+                }
+                self.woken = None;
+                self.listener = None;
+                self.arrivals.clear();
+                let bye = frame(BYE, &[]);
+                for wire in self.wires.iter_mut().flatten() {
+                    wire.queue(bye.clone());
+                    wire.close();
+                }
+            }
+            _ => {
+                let idle = self.asked.is_empty();
+                self.asked.extend(self.asks.try_iter());
+                if idle {
+                    self.begin();
+                }
+            }
+        }
+    }
+
+    /// Gives this rank's message for the gathering that is due, if it wants that.
+    fn begin(&mut self) {
+        let Some(ask) = self.asked.front_mut() else { return };
+        if self.failure.get().is_some() {
+            return;
+        }
+        let message = std::mem::take(&mut ask.message);
         if self.rank == 0 {
-            self.check_left();
+            return self.put(0, message);
+        }
+        let word = frame(GATHER, &[&self.turn.to_le_bytes(), &message]);
+        self.wires.iter_mut().flatten().for_each(|wire| wire.queue(word.clone()));
+        // Rank 0 has it; here it stands for the wait.
+        self.put(self.rank, Vec::new());
+    }
+
+    /// Puts a message of `rank` into the gathering that is due.
+    fn put(&mut self, rank: u32, message: Vec<u8>) {
+        if self.turn > 1 && self.messages.iter().all(Option::is_none) {
+            self.since = Instant::now();
+        }
+        self.messages[rank as usize] = Some(message);
+        if self.rank != 0 || self.messages.iter().any(Option::is_none) {
+            return;
+        }
+        let bytes = self.held();
+        if bytes > LONGEST - 8 {
+            return self.fail(GroupError::MessageSize { rank: 0, bytes, most: LONGEST - 8 });
+        }
+        let all: Vec<Vec<u8>> = self.messages.iter_mut().filter_map(Option::take).collect();
+        let word = frame(RESULT, &[&self.turn.to_le_bytes(), &join_list(&all)]);
+        self.wires.iter_mut().flatten().for_each(|wire| wire.queue(word.clone()));
+        self.answer(all);
+    }
+
+    /// Bytes of all that has come for the gathering that is due, as they are sent.
+    fn held(&self) -> usize {
+        self.messages.iter().flatten().map(|message| 4 + message.len()).sum()
+    }
+
+    /// Ends the gathering that is due, and begins the next if this rank wants one.
+    fn answer(&mut self, all: Vec<Vec<u8>>) {
+        self.messages.fill(None);
+        self.turn += 1;
+        if let Some(ask) = self.asked.pop_front() {
+            let _ = ask.answer.send(all);
+        }
+        self.begin();
+    }
+
+    /// Takes in who has connected.
+    fn accept(&mut self) {
+        let Some(listener) = &self.listener else { return };
+        match listener.accept() {
+            Ok((stream, _)) => {
+                self.arrivals.extend(Wire::new(stream));
+                if self.arrivals.len() > self.world as usize + STRANGERS {
+                    self.arrivals.pop_front();
+                }
+            }
+            Err(error) => match error.kind() {
+                // The peer is gone again, or a signal came.
+                ErrorKind::WouldBlock | ErrorKind::ConnectionAborted | ErrorKind::Interrupted => {}
+                _ => {
+                    let (what, address) = ("accept at", self.address.clone());
+                    self.fail(GroupError::Network { what, address, source: Arc::new(error) });
+                }
+            },
+        }
+    }
+
+    /// Finds out who has connected. Whoever does not show the job's mark is no rank of ours.
+    fn greet(&mut self, mut wire: Wire) {
+        let shown = wire.input.len().min(MARK.len());
+        if wire.ended.is_some() || wire.input[..shown] != self.mark[..shown] {
+            return;
+        }
+        if self.failure.get().is_some() {
+            wire.input.truncate(HELLO);
+        }
+        if wire.input.len() < HELLO || self.failure.get().is_some() {
+            return self.arrivals.push_back(wire);
+        }
+        let number = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| wire.input[at + i]));
+        let (peer, theirs) = (number(8), number(12));
+        if theirs != self.world {
+            self.fail(GroupError::WorldSizes { rank: peer, theirs, ours: self.world });
+            // It is told so.
+            return self.arrivals.push_back(wire);
+        }
+        match self.wires.get_mut(peer as usize) {
+            Some(place) if peer != 0 && place.is_none() => {
+                wire.input.drain(..HELLO);
+                wire.queue(frame(WELCOME, &[]));
+                *place = Some(wire);
+                if self.wires[1..].iter().all(Option::is_some) {
+                    self.listener = None;
+                    self.arrivals.clear();
+                }
+                self.hear(peer as usize);
+            }
+            _ => {
+                self.fail(GroupError::RankTaken { rank: peer });
+                self.arrivals.push_back(wire);
+            }
+        }
+    }
+
+    /// Takes the frames that have come whole on a connection.
+    fn hear(&mut self, at: usize) {
+        let peer = at as u32;
+        while self.failure.get().is_none()
+            && let Some((kind, len)) = self.wires[at].as_ref().and_then(Wire::head)
+        {
+            if let Err(error) = self.check(peer, kind, len) {
+                self.fail(error);
+                break;
+            }
+            let Some(body) = self.wires[at].as_mut().and_then(|wire| wire.take(len)) else { break };
+            self.frame(peer, kind, &body);
+        }
+        let over = self.failure.get().is_some() || self.leaving();
+        let Some(wire) = &mut self.wires[at] else { return };
+        if over {
+            wire.input.clear();
+        }
+        if let Some(cause) = wire.ended.take() {
+            self.wires[at] = None;
+            if !self.left[at] && !over {
+                self.lost(peer, cause);
+            }
+        }
+    }
+
+    /// Refuses frames that are not due, or longer than they can be.
+    fn check(&self, peer: u32, kind: u8, len: usize) -> Result<(), GroupError> {
+        let due = match kind {
+            GATHER => self.rank == 0 && self.messages[peer as usize].is_none(),
+            RESULT => self.rank != 0 && !self.asked.is_empty(),
+            ABORT | LOST | BYE => true,
+            _ => false,
+        };
+        let range = match kind {
+            GATHER | RESULT => 8..=LONGEST,
+            BYE => 0..=0,
+            _ => 4..=4 + CAUSE,
+        };
+        if !due || !range.contains(&len) {
+            let cause = format!("it sent a frame that is not due: of kind {kind} and {len} bytes");
+            return Err(GroupError::Lost { rank: peer, cause });
+        }
+        // With its length in the place of the number.
+        let bytes = self.held() + len.saturating_sub(4);
+        if kind == GATHER && bytes > LONGEST - 8 {
+            return Err(GroupError::MessageSize { rank: 0, bytes, most: LONGEST - 8 });
+        }
+        Ok(())
+    }
+
+    /// Does what a frame says.
+    fn frame(&mut self, peer: u32, kind: u8, body: &[u8]) {
+        match (kind, body.split_first_chunk()) {
+            (GATHER | RESULT, Some((turn, rest))) => match u64::from_le_bytes(*turn) {
+                turn if turn != self.turn => {
+                    let due = self.turn;
+                    self.lost(peer, format!("it is at gathering {turn} where {due} is due"));
+                }
+                _ if kind == GATHER => self.put(peer, rest.to_vec()),
+                _ => self.answer(split_list(rest)),
+            },
+            (BYE, _) => self.left[peer as usize] = true,
+            // Rank 0 thereby tells the others.
+            _ => self.fail(failure(kind, body)),
         }
     }
 }
 
 impl Control for TcpControl {
     fn rank(&self) -> u32 {
-        self.shared.rank
+        self.rank
     }
 
     fn world_size(&self) -> u32 {
-        self.shared.world
+        self.world
     }
 
     fn deadline(&self) -> Duration {
-        self.shared.deadline
+        self.deadline
     }
 
     fn gather_messages(&self, message: &[u8]) -> Result<Vec<Vec<u8>>, GroupError> {
-        let shared = &self.shared;
-        if let Some(error) = self.failure() {
-            return Err(error);
+        let (rank, bytes, most) = (self.rank, message.len(), LONGEST - 8);
+        if bytes > most {
+            let _ = self.failure.set(GroupError::MessageSize { rank, bytes, most });
+            self.wake();
         }
-        shared.check_size(message.len()).map_err(|error| shared.fail(error))?;
-        let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        *turn += 1;
-        let turn = *turn;
-        if shared.rank == 0 {
-            shared.put(turn, 0, message.to_vec());
-        } else {
-            let body = [&turn.to_le_bytes(), message].concat();
-            if let Err(error) = shared.send(0, GATHER, &body) {
-                // The reading thread may know better why, and ends with the connection.
-                shared.wait_for_the_end();
-                return Err(shared.fail(GroupError::Lost { rank: 0, cause: error.to_string() }));
+        if self.failure.get().is_none() {
+            let (answer, answered) = mpsc::channel();
+            let _ = self.asks.send(Ask { message: message.to_vec(), answer });
+            self.wake();
+            if let Ok(all) = answered.recv() {
+                return Ok(all);
             }
         }
-        let start = Instant::now();
-        let mut state = shared.lock();
-        loop {
-            if let Some(result) = state.results.remove(&turn) {
-                return Ok(result);
-            }
-            if let Some(error) = &state.failure {
-                return Err(error.clone());
-            }
-            if shared.rank != 0 && state.left[0] {
-                drop(state);
-                let cause = "it left the group".to_owned();
-                return Err(shared.fail(GroupError::Lost { rank: 0, cause }));
-            }
-            let left = shared.deadline.saturating_sub(start.elapsed());
-            if left.is_zero() {
-                let slots = state.gathers.get(&turn);
-                let missing = slots.and_then(|slots| slots.iter().position(Option::is_none));
-                let waiting_for = missing.map(|rank| rank as u32);
-                drop(state);
-                let (op, rank, waited) = ("gather", shared.rank, shared.deadline);
-                let error = GroupError::Deadline { op, rank, waiting_for, waited };
-                return Err(shared.fail(error));
-            }
-            let woken = shared.wake.wait_timeout(state, left);
-            state = woken.unwrap_or_else(PoisonError::into_inner).0;
-        }
+        let gone = || GroupError::Lost { rank: self.rank, cause: "its control ended".to_owned() };
+        Err(self.failure.get_or_init(gone).clone())
     }
 
     fn abort(&self, cause: &str) {
-        let rank = self.shared.rank;
-        self.shared.fail(GroupError::Aborted { rank, cause: cause.to_owned() });
+        let _ = self.failure.set(GroupError::Aborted { rank: self.rank, cause: cause.to_owned() });
+        self.wake();
     }
 
     fn failure(&self) -> Option<GroupError> {
-        self.shared.lock().failure.clone()
+        self.failure.get().cloned()
     }
 }
 
 impl Drop for TcpControl {
+    /// Says goodbye, and ends thread and sockets.
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let (rank, cause) = (self.shared.rank, "its thread panicked".to_owned());
-            self.shared.fail(GroupError::Lost { rank, cause });
+            let cause = "its thread panicked".to_owned();
+            let _ = self.failure.set(GroupError::Lost { rank: self.rank, cause });
         }
-        let mut state = self.shared.lock();
-        while state.telling {
-            state = self.shared.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        state.left[self.shared.rank as usize] = true;
-        drop(state);
-        for peer in 0..self.shared.world {
-            let _ = self.shared.send(peer, BYE, &[]);
-        }
-        for stream in self.shared.peers.iter().flatten() {
-            let stream = stream.lock().unwrap_or_else(PoisonError::into_inner);
-            let _ = stream.shutdown(std::net::Shutdown::Write);
-        }
-        // Closing with unread bytes would reset the connection under what was just written: give the
-        // others a moment to say goodbye too.
-        let start = Instant::now();
-        let mut state = self.shared.lock();
-        let moment = Duration::from_millis(500);
-        while state.open > 0 && start.elapsed() < moment {
-            let left = moment.saturating_sub(start.elapsed());
-            let woken = self.shared.wake.wait_timeout(state, left);
-            state = woken.unwrap_or_else(PoisonError::into_inner).0;
+        let _ = self.wake.shutdown(std::net::Shutdown::Both);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
         }
     }
 }
