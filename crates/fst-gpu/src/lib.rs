@@ -44,7 +44,9 @@ mod transfer;
 mod view;
 
 pub use buffer::device::{DEVICE_ALIGN, DeviceArena};
-pub use buffer::pinned::{Afterwards, PinnedBlock, PinnedRing, RingOptions, release_kept};
+pub use buffer::pinned::{
+    Afterwards, PinnedBlock, PinnedRing, RingOptions, kept_bytes, release_kept,
+};
 pub use buffer::registered::{HostAccess, RegisteredHost};
 pub use cached::{CachedOptions, CachedStats, copy_cached};
 pub use device::{CudaDevice, CurrentContext, DeviceMemory};

@@ -46,6 +46,13 @@ impl PipelineOptions {
     pub fn device_bytes(&self) -> u64 {
         self.streams as u64 * lane_bytes(self.ring.block_bytes as u64)
     }
+
+    /// Bytes of host memory that are pinned, at most: the ring, and tables on their way to kernels.
+    #[must_use]
+    pub fn pinned_bytes(&self) -> u64 {
+        let ring = (self.ring.blocks as u64).saturating_mul(self.ring.block_bytes as u64);
+        ring.saturating_add(self.streams as u64 * tables::SLOTS_BYTES)
+    }
 }
 
 /// Bytes of the scratch memory of a stream whose blocks are so long. Kernels may read a few bytes around

@@ -9,13 +9,17 @@ use std::time::{Duration, Instant};
 use fst_format::Checkpoint;
 use fst_gpu::cufile::{self, CuFile, GdsError, GdsOptions};
 use fst_gpu::kernel::{Kernel, StridedJob};
-use fst_gpu::{CopyOp, CudaDevice, DEVICE_ALIGN, DeviceArena, Landing, PipelineOptions};
+use fst_gpu::{
+    Afterwards, CopyOp, CudaDevice, DEVICE_ALIGN, DeviceArena, Landing, PipelineOptions,
+    RingOptions,
+};
 use fst_io::arenas::{ArenaMemory, Arenas};
 use fst_io::budget::Lease;
 use fst_io::plan::{Block, Limits};
 use fst_io::sink::SinkError;
 use fst_io::{Budget, Engine, ReadOptions, ReadStats, ResolvedEngine, SourceFile};
 
+use crate::available;
 use crate::cached::{DeviceCopy, DeviceOptions};
 use crate::error::{DeviceError, Error, Result};
 use crate::host::{Deliver, HostLoad, Watch, from_sink, locate, open_files};
@@ -226,8 +230,45 @@ impl CudaLoad {
         &self.files
     }
 
-    /// Refuses a load that the device has no room for, before anything is read.
-    pub(crate) fn check_memory(&self, read: &ReadOptions) -> Result<()> {
+    /// How blocks get to the device through pinned memory; with `registers`, beside
+    /// [what goes straight out of the page cache](Self::registering): both rings together are no larger
+    /// than one alone.
+    fn staging(&self, registers: bool) -> PipelineOptions {
+        let mut ring = RingOptions::default();
+        ring.blocks -= if registers { DIRECT_BLOCKS } else { 0 };
+        let mut ring = ring.for_blocks(self.plan.plan.blocks().len());
+        if self.options.keep_pinned {
+            ring.afterwards = Afterwards::Keep;
+        }
+        PipelineOptions { ring, streams: self.crew.streams }
+    }
+
+    /// How blocks get to the device out of registered mappings. Short runs are staged.
+    fn registering(&self) -> PipelineOptions {
+        let ring = RingOptions { blocks: DIRECT_BLOCKS, ..RingOptions::default() };
+        PipelineOptions { ring, streams: self.crew.streams }
+    }
+
+    /// Bytes of host memory that are taken on the way to the device, at most. What registered mappings
+    /// pin is in memory already; what cuFile takes for itself is not known.
+    pub(crate) fn host_memory(&self, read: &ReadOptions, budget: bool) -> u64 {
+        // One after the other, and all before the first ring.
+        let torn = self.torn.iter().map(|(load, _)| load.memory()).max().unwrap_or(0);
+        if self.order.is_empty() || read.engine == Engine::Gds {
+            return torn;
+        }
+        let registers = self.options.cached.may_register(read, budget);
+        let mut pinned = self.staging(registers).pinned_bytes();
+        if registers {
+            pinned += self.registering().pinned_bytes();
+        }
+        torn.max(pinned.saturating_sub(fst_gpu::kept_bytes() as u64))
+    }
+
+    /// Refuses a load that the device has no room for, before anything is read; with `host`, also one that
+    /// host memory has none for on its way.
+    pub(crate) fn check_memory(&self, read: &ReadOptions, host: bool) -> Result<()> {
+        available::check(host, self.host_memory(read, false))?;
         let torn = self.torn.iter().flat_map(|(load, _)| load.items()).map(Item::len);
         let arenas = self.plan.arenas.iter().map(|(len, _)| *len).chain(torn).sum::<u64>();
         let arenas = if self.given.is_some() { 0 } else { arenas };

@@ -154,7 +154,7 @@ pub enum Error {
     /// There is less host memory than the load fills. See
     /// [`Loader::check_memory`](crate::Loader::check_memory).
     #[error(
-        "{needed} bytes of memory are needed, and {available} are available ({limit}); load a part, \
+        "{needed} bytes of host memory are needed, and {available} are available ({limit}); load a part, \
          map the files, or stream within a budget"
     )]
     Memory {

@@ -109,12 +109,21 @@ impl Load {
         }
     }
 
+    /// Bytes of host memory that the load fills, at most; as a stream, with `budget` bytes for its
+    /// tensors.
+    pub(crate) fn host_memory(&self, read: &ReadOptions, budget: Option<u64>) -> u64 {
+        match self {
+            Self::Host(load) => load.memory().min(budget.unwrap_or(u64::MAX)),
+            Self::Cuda(load) => load.host_memory(read, budget.is_some()),
+        }
+    }
+
     /// Refuses, before anything is read, what the device has no room for; with `host`, also what the
     /// host has none for.
     pub(crate) fn check_memory(&self, read: &ReadOptions, host: bool) -> Result<()> {
         match self {
-            Self::Host(load) => available::check(host, load.memory()),
-            Self::Cuda(load) => load.check_memory(read),
+            Self::Host(_) => available::check(host, self.host_memory(read, None)),
+            Self::Cuda(load) => load.check_memory(read, host),
         }
     }
 

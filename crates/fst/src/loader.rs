@@ -188,7 +188,7 @@ impl Loader {
         self
     }
 
-    /// Whether a load is refused ([`Error::Memory`]) that would fill more host memory than there is,
+    /// Whether a load is refused ([`Error::Memory`]) that would fill or pin more host memory than there is,
     /// by [what the system tells](crate::AvailableMemory); it is unless told otherwise. Say no where the
     /// system's figures are known to be wrong: it ends a process that takes too much, without a word.
     #[must_use]
@@ -293,7 +293,7 @@ impl Loader {
 
     /// Loads the selected tensors and hands each out as soon as it is complete, keeping what is in
     /// memory within the [budget](Self::memory_budget) (by default 2 GiB, or half of what is available
-    /// where that is less).
+    /// on the host or the device that it loads to, where that is less).
     ///
     /// Tensors come in no particular order unless [`in_order`](Self::in_order) is set. Those that
     /// are still held count against the budget, so holding them holds the reader back. Dropping the

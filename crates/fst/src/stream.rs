@@ -13,6 +13,7 @@ use fst_format::Checkpoint;
 use fst_io::Budget;
 
 use crate::available::{self, AvailableMemory};
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::host::{Deliver, Watch, locate};
 use crate::load::{Load, resolve_engine};
@@ -24,9 +25,12 @@ use crate::tensor::Tensor;
 use crate::verify::{Hashed, verified};
 
 /// The budget when none was set, in bytes: 2 GiB, or half of what there is where that is less.
-fn default_budget() -> u64 {
-    let available = AvailableMemory::now().map_or(u64::MAX, |available| available.bytes);
-    (2 << 30).min(available / 2)
+fn default_budget(device: &Device) -> u64 {
+    let available = match device.as_cuda() {
+        None => AvailableMemory::now().map(|available| available.bytes),
+        Some(cuda) => cuda.memory().ok().map(|memory| memory.free),
+    };
+    (2 << 30).min(available.unwrap_or(u64::MAX) / 2)
 }
 
 /// Bytes of an arena where the budget is tight.
@@ -81,7 +85,7 @@ impl TensorStream {
         if let Some(manifest) = &manifest {
             manifest.check(checkpoint, &items)?;
         }
-        let limit = loader.budget.unwrap_or_else(default_budget);
+        let limit = loader.budget.unwrap_or_else(|| default_budget(device));
         let plan = |arena| -> Result<(Load, u64)> {
             let load = Load::new(device, checkpoint, items.clone(), arena, Some(loader.in_order))?;
             let load = load.with_options(loader.device_options).within(limit, loader.in_order);
@@ -97,8 +101,7 @@ impl TensorStream {
             return Err(Error::Budget { budget: limit, needed });
         }
         let scratch = load.scratch(&loader.read);
-        let most = load.items().iter().fold(scratch, |sum, item| sum.saturating_add(item.len()));
-        available::check(!loader.unchecked && device.is_host(), limit.min(most))?;
+        available::check(!loader.unchecked, load.host_memory(&loader.read, Some(limit)))?;
         report.add_files(load.files());
         report.push("plan", began.elapsed(), 0);
 

@@ -75,6 +75,11 @@ pub fn release_kept() -> usize {
     kept.iter().map(|m| m.len).sum()
 }
 
+/// Bytes that finished rings kept, for later ones of the process.
+pub fn kept_bytes() -> usize {
+    KEPT.lock().unwrap_or_else(PoisonError::into_inner).iter().map(|m| m.len).sum()
+}
+
 /// How a piece of pinned memory came to be, and so how it goes.
 enum Origin {
     /// Our mapping, registered with the driver.

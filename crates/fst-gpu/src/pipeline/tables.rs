@@ -17,6 +17,9 @@ pub(crate) const TABLE_BYTES: u64 = 64 << 10;
 /// Tables that may be on their way at once.
 const SLOTS: usize = 2;
 
+/// Bytes of the slots of one stream.
+pub(crate) const SLOTS_BYTES: u64 = SLOTS as u64 * TABLE_BYTES;
+
 /// The slots of one stream.
 pub(crate) struct Tables {
     memory: PinnedMemory,
@@ -28,7 +31,7 @@ pub(crate) struct Tables {
 impl Tables {
     pub(crate) fn new(device: &CudaDevice) -> Result<Self> {
         let events = (0..SLOTS).map(|_| Event::new(device)).collect::<Result<_>>()?;
-        let memory = PinnedMemory::allocate(device, SLOTS * TABLE_BYTES as usize)?;
+        let memory = PinnedMemory::allocate(device, SLOTS_BYTES as usize)?;
         Ok(Self { memory, events, next: 0 })
     }
 

@@ -4,15 +4,12 @@
 use std::time::Instant;
 
 use fst_gpu::kernel::Kernel;
-use fst_gpu::{
-    Admit, Afterwards, CachedOptions, Pipeline, PipelineOptions, PipelineSink, RingOptions, Route,
-    copy_cached,
-};
+use fst_gpu::{Admit, CachedOptions, Pipeline, PipelineSink, Route, copy_cached};
 use fst_io::plan::{Block, ReadPlan};
 use fst_io::stats::Stage;
 use fst_io::{Budget, ReadOptions, ReadStats, ResolvedEngine};
 
-use super::{DIRECT_BLOCKS, LandingSite, POLL};
+use super::{LandingSite, POLL};
 use crate::cached::{self, DeviceCopy, Way};
 use crate::error::{DeviceError, Result};
 use crate::host::{Watch, from_sink, locate};
@@ -104,16 +101,7 @@ impl Run<'_> {
             Some(pipeline) => pipeline,
             None => {
                 let load = self.site.load;
-                let streams = load.crew.streams;
-                let mut options = PipelineOptions { streams, ..PipelineOptions::default() };
-                if self.direct.is_some() {
-                    // Both rings together are no larger than one alone.
-                    options.ring.blocks -= DIRECT_BLOCKS;
-                }
-                options.ring = options.ring.for_blocks(load.plan.plan.blocks().len());
-                if load.options.keep_pinned {
-                    options.ring.afterwards = Afterwards::Keep;
-                }
+                let options = load.staging(self.direct.is_some());
                 Pipeline::new(&load.device, options).map_err(DeviceError::Cuda)?
             }
         };
@@ -124,10 +112,8 @@ impl Run<'_> {
         let pipeline = match self.direct.take() {
             Some(pipeline) => pipeline,
             None => {
-                // Short runs are staged.
-                let ring = RingOptions { blocks: DIRECT_BLOCKS, ..RingOptions::default() };
-                let options = PipelineOptions { ring, streams: self.site.load.crew.streams };
-                Pipeline::new(&self.site.load.device, options).map_err(DeviceError::Cuda)?
+                let load = self.site.load;
+                Pipeline::new(&load.device, load.registering()).map_err(DeviceError::Cuda)?
             }
         };
         Ok(self.direct.insert(pipeline))
