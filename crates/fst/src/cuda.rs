@@ -22,7 +22,7 @@ use fst_io::{Budget, Engine, ReadOptions, ReadStats, ResolvedEngine, SourceFile}
 use crate::available;
 use crate::cached::{DeviceCopy, DeviceOptions};
 use crate::error::{DeviceError, Error, Result};
-use crate::host::{Deliver, HostLoad, Watch, from_sink, locate, open_files};
+use crate::host::{Deliver, HostLoad, Part, Watch, from_sink, locate, open_files};
 use crate::options::Item;
 use crate::tensor::{Data, Tensor};
 use crate::transform::{Cut, Sharing, TransformPlan, Work};
@@ -213,6 +213,13 @@ impl CudaLoad {
     pub(crate) fn bytes_read(&self) -> u64 {
         let torn = self.torn.iter().map(|(load, _)| load.bytes_read());
         self.plan.plan.bytes_read() + torn.sum::<u64>()
+    }
+
+    /// Has an item read before others; for loads whose arenas may all be in memory at once.
+    pub(crate) fn prefer(&self, index: usize, watch: &Watch) {
+        if let Ok(piece) = self.order.binary_search(&index) {
+            watch.prefer(Part::Transformed, self.plan.blocks_of(piece));
+        }
     }
 
     /// Bytes of arenas that must be in the device's memory at once. Torn tensors come first; where
@@ -492,7 +499,7 @@ impl LandingSite<'_> {
                 &route,
                 Some(&admit),
                 load.crew.gds,
-                &watch.next(),
+                &watch.next_of(Part::Transformed),
             )
         }
         .map_err(gds)?;

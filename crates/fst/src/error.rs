@@ -1,6 +1,7 @@
 //! Everything that can end a load.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use fst_format::{Dtype, SliceError};
@@ -209,6 +210,15 @@ pub enum Error {
     Panicked {
         /// What the panic said.
         message: String,
+    },
+    /// The load in the background that was to bring tensors has failed; all who ask it get this error.
+    #[error(transparent)]
+    Failed(Arc<Error>),
+    /// The tensor was [taken](crate::Loading::take) out of the load before.
+    #[error("tensor {tensor:?} was taken before; use `get` for what is asked for more than once")]
+    Taken {
+        /// The tensor.
+        tensor: String,
     },
     /// The load was cancelled.
     #[error("cancelled")]

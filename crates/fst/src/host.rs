@@ -1,8 +1,8 @@
 //! Loads into host memory.
 
 use std::ops::Range;
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use fst_format::{Checkpoint, TensorInfo};
 use fst_io::arenas::Arenas;
@@ -150,7 +150,24 @@ impl HostLoad {
         &self.files
     }
 
-    /// Reads everything; every item is delivered once, unless there is an error.
+    /// Has an item read before others; for loads whose arenas may all be in memory at once.
+    pub(crate) fn prefer(&self, index: usize, watch: &Watch) {
+        if let Ok(extent) = self.placed.binary_search(&index) {
+            let Some(place) = self.layout.extent(&self.plan, extent as u32) else { return };
+            let places = self.layout.places();
+            let segments = places.partition_point(|other| other.arena < place.arena)
+                ..places.partition_point(|other| other.arena <= place.arena);
+            let segments = &self.plan.segments()[segments];
+            if let Some((first, last)) = segments.first().zip(segments.last()) {
+                watch.prefer(Part::Placed, first.blocks.start..last.blocks.end);
+            }
+        } else if let Ok(piece) = self.transformed.binary_search(&index) {
+            watch.prefer(Part::Transformed, self.transform.blocks_of(piece));
+        }
+    }
+
+    /// Reads everything; every item is delivered once, unless there is an error. Both parts, if there are
+    /// two, are read at once where something may be [preferred](Self::prefer).
     pub(crate) fn run(
         &self,
         options: &ReadOptions,
@@ -164,16 +181,14 @@ impl HostLoad {
             let data = unsafe { Data::host(SharedBuffer::empty(), 0, 0) };
             deliver(*index, self.tensor(*index, data)).map_err(from_sink)?;
         }
-        let mut reads = Vec::new();
-        if !self.placed.is_empty() {
+        let placed = || -> Result<ReadStats, fst_io::Error> {
             let on_arena =
                 |arena: usize, buffer: SharedBuffer| self.hand_out(arena, &buffer, deliver);
             let sink = InPlace::new(&self.plan, &self.layout, budget, &on_arena);
-            let control = watch.next();
-            let stats = fst_io::read(&self.files, &self.plan, &sink, options, &control);
-            reads.push(stats.map_err(located)?);
-        }
-        if !self.transformed.is_empty() {
+            let control = watch.next_of(Part::Placed);
+            fst_io::read(&self.files, &self.plan, &sink, options, &control)
+        };
+        let transformed = || -> Result<ReadStats, fst_io::Error> {
             let mut by_arena = vec![Vec::new(); self.transform.arenas.len()];
             for (index, dest) in self.transformed.iter().zip(self.transform.dests()) {
                 by_arena[dest.arena].push((*index, dest));
@@ -192,17 +207,29 @@ impl HostLoad {
             let take = |block: &_, bytes: &[u8]| transform.take(block, bytes);
             let plan = &self.transform.plan;
             let slots = (SCRATCH / plan.limits().block).max(1) as usize;
-            let sink = Scratch::new(plan, slots, &admit, &take).map_err(located)?;
-            let control = watch.next();
-            let stats = fst_io::read(&self.files, plan, &sink, options, &control);
-            let mut stats = stats.map_err(located)?;
+            let sink = Scratch::new(plan, slots, &admit, &take)?;
+            let control = watch.next_of(Part::Transformed);
+            let mut stats = fst_io::read(&self.files, plan, &sink, options, &control)?;
             // Done inside of `reserve`, and a stage of its own.
             let (touch, touch_bytes) = transform.touched();
             stats.reserve = stats.reserve.saturating_sub(touch);
             stats.touch += touch;
             stats.touch_bytes += touch_bytes;
-            reads.push(stats);
-        }
+            Ok(stats)
+        };
+        let reads = match (self.placed.is_empty(), self.transformed.is_empty()) {
+            (true, true) => Vec::new(),
+            (false, true) => vec![placed().map_err(located)?],
+            (true, false) => vec![transformed().map_err(located)?],
+            (false, false) if watch.may_prefer => {
+                let (one, other) = both(watch, placed, transformed);
+                // The first failure ended the other.
+                let failed = |read: &Result<_, _>| matches!(read, Err(fst_io::Error::Cancelled));
+                let (one, other) = if failed(&one) { (other, one) } else { (one, other) };
+                vec![one.map_err(located)?, other.map_err(located)?]
+            }
+            (false, false) => vec![placed().map_err(located)?, transformed().map_err(located)?],
+        };
         Ok(reads)
     }
 
@@ -250,11 +277,31 @@ pub(crate) fn open_files(
     Ok((files, number))
 }
 
-/// Follows the reads of one load: how many bytes they brought, and whether to end.
+/// What a read of a load is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// Tensors that are usable where they land.
+    Placed,
+    /// Tensors that are moved, cut or converted on their way.
+    Transformed,
+}
+
+/// Follows the reads of one load: how many bytes they brought, what is wanted first, and whether to end.
 #[derive(Debug, Default)]
 pub(crate) struct Watch {
     flag: Arc<AtomicBool>,
-    controls: Mutex<Vec<Arc<Control>>>,
+    /// That of the user's token, where `flag` is not.
+    token: Option<Arc<AtomicBool>>,
+    reads: Mutex<Reads>,
+    /// Whether anything may be preferred.
+    may_prefer: bool,
+}
+
+/// The reads that have begun, and what was preferred, whether its read has begun or not.
+#[derive(Debug, Default)]
+struct Reads {
+    controls: Vec<(Option<Part>, Arc<Control>)>,
+    preferred: Vec<(Part, Range<u32>)>,
 }
 
 impl Watch {
@@ -262,18 +309,79 @@ impl Watch {
         Self { flag, ..Self::default() }
     }
 
+    /// Of a load that goes on in the background, and ends by `token` or by [`stop`](Self::stop). With
+    /// `may_prefer`, tensors may be preferred.
+    pub(crate) fn background(token: Arc<AtomicBool>, may_prefer: bool) -> Self {
+        Self { token: Some(token), may_prefer, ..Self::default() }
+    }
+
+    /// Ends the reads.
+    pub(crate) fn stop(&self) {
+        self.flag.store(true, Relaxed);
+    }
+
+    fn reads(&self) -> MutexGuard<'_, Reads> {
+        self.reads.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
     /// Follows one more read.
     pub(crate) fn next(&self) -> Arc<Control> {
-        let control = Arc::new(Control::with_flag(self.flag.clone()));
-        self.controls.lock().unwrap_or_else(|e| e.into_inner()).push(control.clone());
+        self.follow(None)
+    }
+
+    /// Follows one more read, of a part whose blocks may be preferred.
+    pub(crate) fn next_of(&self, part: Part) -> Arc<Control> {
+        self.follow(Some(part))
+    }
+
+    fn follow(&self, part: Option<Part>) -> Arc<Control> {
+        let control = Control::with_flag(self.flag.clone());
+        let control = Arc::new(match &self.token {
+            Some(token) => control.within(token.clone()),
+            None => control,
+        });
+        let mut reads = self.reads();
+        let wanted = reads.preferred.iter().filter(|(of, _)| Some(*of) == part);
+        wanted.for_each(|(_, blocks)| control.prefer(blocks.clone()));
+        reads.controls.push((part, control.clone()));
         control
+    }
+
+    /// Has these blocks read before others of the same part.
+    pub(crate) fn prefer(&self, part: Part, blocks: Range<u32>) {
+        let mut reads = self.reads();
+        let begun = reads.controls.iter().filter(|(of, _)| *of == Some(part));
+        begun.for_each(|(_, control)| control.prefer(blocks.clone()));
+        reads.preferred.push((part, blocks));
     }
 
     /// Bytes that have been read so far.
     pub(crate) fn bytes(&self) -> u64 {
-        let controls = self.controls.lock().unwrap_or_else(|e| e.into_inner());
-        controls.iter().map(|control| control.landed_bytes()).sum()
+        self.reads().controls.iter().map(|(_, control)| control.landed_bytes()).sum()
     }
+}
+
+/// Carries out two reads at once; the first that fails ends the other.
+fn both(
+    watch: &Watch,
+    one: impl FnOnce() -> Result<ReadStats, fst_io::Error> + Send,
+    other: impl FnOnce() -> Result<ReadStats, fst_io::Error>,
+) -> (Result<ReadStats, fst_io::Error>, Result<ReadStats, fst_io::Error>) {
+    let end = |_: &fst_io::Error| watch.stop();
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("fst-read".to_owned());
+        match thread.spawn_scoped(scope, || one().inspect_err(end)) {
+            Ok(thread) => {
+                let other = other().inspect_err(end);
+                let one = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                (one, other)
+            }
+            Err(source) => {
+                let what = "a thread for reads";
+                (Err(fst_io::Error::Setup { what, source }), Err(fst_io::Error::Cancelled))
+            }
+        }
+    })
 }
 
 /// Turns what a sink passed through a reader back into this crate's error.

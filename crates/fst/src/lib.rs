@@ -48,6 +48,7 @@ mod host;
 mod into;
 mod load;
 mod loader;
+mod loading;
 mod manifest;
 mod mapped;
 mod memory;
@@ -80,6 +81,7 @@ pub use fst_format::{
 pub use fst_io::{DirectIo, Engine, ResolvedEngine};
 pub use into::Destination;
 pub use loader::Loader;
+pub use loading::Loading;
 pub use manifest::{Checksum, Digest, Manifest, ManifestError, NotADigest, VerifyError};
 pub use pattern::{Pattern, PatternError};
 pub use progress::{CancelToken, Progress};

@@ -127,6 +127,14 @@ impl Load {
         }
     }
 
+    /// Has an item read before others; for loads whose arenas may all be in memory at once.
+    pub(crate) fn prefer(&self, index: usize, watch: &Watch) {
+        match self {
+            Self::Host(load) => load.prefer(index, watch),
+            Self::Cuda(load) => load.prefer(index, watch),
+        }
+    }
+
     /// Reads everything; every item is delivered once, unless there is an error.
     pub(crate) fn run(
         &self,

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use fst_format::{Checkpoint, Dtype, TensorInfo};
-use fst_io::{Engine, ReadOptions};
+use fst_io::{Budget, Engine, ReadOptions};
 
 use crate::cached::{CachedCopy, DeviceOptions};
 use crate::device::Device;
@@ -151,7 +151,7 @@ impl Loader {
     }
 
     /// Calls `hook` about twenty times a second while a load runs, and once at its end, from a
-    /// thread of its own. [Streams](Self::stream) call nothing: their tensors tell.
+    /// thread of its own.
     #[must_use]
     pub fn on_progress(mut self, hook: impl Fn(&Progress) + Send + Sync + 'static) -> Self {
         self.on_progress = Some(Arc::new(hook));
@@ -252,15 +252,7 @@ impl Loader {
         report.add_files(load.files());
         report.push("plan", began.elapsed(), 0);
 
-        let began = Instant::now();
         let slots: Mutex<Vec<Option<Tensor>>> = Mutex::new(vec![None; load.items().len()]);
-        let watch = Watch::new(self.cancel.flag());
-        let progress = |bytes_done| Progress {
-            bytes_done,
-            bytes_total: load.bytes_read(),
-            tensors_total: load.items().len(),
-            elapsed: began.elapsed(),
-        };
         let deliver = |index, tensor| {
             let mut slots = slots.lock().unwrap_or_else(|e| e.into_inner());
             if let Some(slot) = slots.get_mut(index) {
@@ -268,27 +260,47 @@ impl Loader {
             }
             Ok(())
         };
+        self.read_all(&load, None, &Watch::new(self.cancel.flag()), &deliver, report)?;
+        let slots = slots.into_inner().unwrap_or_else(|e| e.into_inner());
+        let tensors: Option<Vec<Tensor>> = slots.into_iter().collect();
+        // Every item is delivered by a read that succeeds; an incomplete set is never handed out.
+        tensors.ok_or(Error::Cancelled)
+    }
+
+    /// Reads everything, holds it to the manifest if there is one, and adds what it took to `report`.
+    pub(crate) fn read_all(
+        &self,
+        load: &Load,
+        budget: Option<&Budget>,
+        watch: &Watch,
+        deliver: Deliver<'_>,
+        report: &mut LoadReport,
+    ) -> Result<()> {
+        let began = Instant::now();
+        let progress = |bytes_done| Progress {
+            bytes_done,
+            bytes_total: load.bytes_read(),
+            tensors_total: load.items().len(),
+            elapsed: began.elapsed(),
+        };
         let run = |deliver: Deliver<'_>| {
-            self.watched(&watch, &progress, || {
-                let reads = load.run(&self.read, None, &watch, deliver)?;
+            self.watched(watch, &progress, || {
+                let reads = load.run(&self.read, budget, watch, deliver)?;
                 Ok((reads, began.elapsed()))
             })
         };
         let hashed = Hashed::default();
         let (reads, took) = match &self.manifest {
-            Some(manifest) => verified(manifest, &hashed, &deliver, run)?,
-            None => run(&deliver)?,
+            Some(manifest) => verified(manifest, &hashed, deliver, run)?,
+            None => run(deliver)?,
         };
-        let slots = slots.into_inner().unwrap_or_else(|e| e.into_inner());
-        let tensors: Option<Vec<Tensor>> = slots.into_iter().collect();
         report.push("read", took, load.bytes_read());
         report.add_reads(&reads);
         report.device_copy = load.device_copy();
         if self.manifest.is_some() {
             hashed.report(report);
         }
-        // Every item is delivered by a read that succeeds; an incomplete set is never handed out.
-        tensors.ok_or(Error::Cancelled)
+        Ok(())
     }
 
     /// Loads the selected tensors and hands each out as soon as it is complete, keeping what is in
@@ -304,7 +316,7 @@ impl Loader {
     /// What is wrong with the request; [`Error::Budget`] names the smallest budget that works.
     pub fn stream(&self, checkpoint: &Checkpoint) -> Result<TensorStream> {
         self.ranks.refuse("a stream")?;
-        TensorStream::start(self, checkpoint)
+        TensorStream::start(self, checkpoint, self.selection.resolve(checkpoint)?)
     }
 
     pub(crate) fn target(&self) -> &Device {

@@ -65,10 +65,10 @@ impl Loader {
         let mut loader = self.clone().in_order(true).stall_timeout(Duration::MAX);
         loader.manifest = None;
         loader.budget = Some(budget);
-        let stream = match TensorStream::start_items(&loader, checkpoint, parts.clone()) {
+        let stream = match TensorStream::start(&loader, checkpoint, parts.clone()) {
             Err(Error::Budget { needed, .. }) if self.budget.is_none() => {
                 loader.budget = Some(needed);
-                TensorStream::start_items(&loader, checkpoint, parts)?
+                TensorStream::start(&loader, checkpoint, parts)?
             }
             stream => stream?,
         };

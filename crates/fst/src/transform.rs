@@ -141,6 +141,8 @@ pub(crate) struct TransformPlan {
     owners: Vec<u32>,
     /// Length in bytes of each arena, and the source bytes that it waits for.
     pub(crate) arenas: Vec<(u64, u64)>,
+    /// For each arena, its first piece and its last.
+    spans: Vec<(u32, u32)>,
 }
 
 /// Alignment of tensors in a host arena, in bytes: a cache line.
@@ -179,6 +181,7 @@ impl TransformPlan {
         let mut owners = Vec::new();
         let mut arenas: Vec<(u64, u64)> = Vec::new();
         let mut work: Vec<Work> = Vec::with_capacity(pieces.len());
+        let mut spans: Vec<(u32, u32)> = Vec::new();
         // The arenas that are being filled: that of short pieces, and that of the others.
         let mut open: [Option<usize>; 2] = [None; 2];
         for (index, piece) in pieces.iter().enumerate() {
@@ -194,16 +197,22 @@ impl TransformPlan {
                     push(at..at + runs.len);
                 });
             }
-            let open = &mut open[usize::from(len >= apart)];
+            let kind = usize::from(len >= apart);
             let free = |at: usize| arenas[at].0.next_multiple_of(align);
-            let (at, offset) = match open.map(|at| (at, free(at))) {
+            let (at, offset) = match open[kind].map(|at| (at, free(at))) {
                 Some((at, offset)) if offset + len <= arena => (at, offset),
                 _ => (arenas.len(), 0),
             };
-            *open = Some(at);
             if at == arenas.len() {
                 arenas.push((0, 0));
+                spans.push((index as u32, 0));
+                // Short pieces are soon complete if they wait for their neighbours only.
+                if kind == 1 {
+                    open[0] = None;
+                }
             }
+            open[kind] = Some(at);
+            spans[at].1 = index as u32;
             let (end, missing) = &mut arenas[at];
             (*end, *missing) = (offset + len, *missing + piece.source_len());
             let dest = Dest { arena: at, offset, len };
@@ -217,7 +226,7 @@ impl TransformPlan {
             _ => work[owners[extent] as usize].dest.arena,
         };
         let plan = ReadPlan::grouped(extents, group, limits)?;
-        Ok(Self { plan, work, owners, arenas })
+        Ok(Self { plan, work, owners, arenas, spans })
     }
 
     /// The tensors that have bytes in a block, and the part of the file where these are.
@@ -260,6 +269,20 @@ impl TransformPlan {
     pub(crate) fn least_memory(&self) -> u64 {
         let of_block = |block| self.arenas_of(block).map(|arena| self.arenas[arena].0).sum();
         self.plan.blocks().iter().map(of_block).max().unwrap_or(0)
+    }
+
+    /// The blocks that fill the arena of a piece, by number.
+    pub(crate) fn blocks_of(&self, piece: usize) -> Range<u32> {
+        let Some((first, last)) = self.work.get(piece).map(|work| self.spans[work.dest.arena])
+        else {
+            return 0..0;
+        };
+        // Pieces, extents and blocks have one order.
+        let extents = self.owners.partition_point(|owner| *owner < first) as u32
+            ..self.owners.partition_point(|owner| *owner <= last) as u32;
+        let blocks = self.plan.blocks();
+        blocks.partition_point(|block| block.extents.end <= extents.start) as u32
+            ..blocks.partition_point(|block| block.extents.start < extents.end) as u32
     }
 
     /// Where each item goes, in the order given.

@@ -61,6 +61,7 @@ pub(crate) fn assert_same<'a>(
     }
     assert_eq!(count, host.len());
 }
+#[allow(unused_imports, reason = "not every test file needs it")]
 pub(crate) use simulated_or_skip;
 
 /// The tensor holds what the host's of the same name holds.

@@ -41,6 +41,8 @@ pub(super) struct Job<'a> {
     trace: bool,
     started: Instant,
     cursor: AtomicUsize,
+    /// For each block, whether somebody reads it, or has.
+    taken: Vec<AtomicBool>,
     stopped: AtomicBool,
     failure: Mutex<Option<Error>>,
     /// Set when the system refuses to fault memory in ahead of its use.
@@ -102,6 +104,7 @@ impl<'a> Job<'a> {
             started,
             depth,
             cursor: AtomicUsize::new(0),
+            taken: plan.blocks().iter().map(|_| AtomicBool::new(false)).collect(),
             stopped: AtomicBool::new(false),
             failure: Mutex::new(None),
             no_populate: AtomicBool::new(false),
@@ -110,10 +113,18 @@ impl<'a> Job<'a> {
 
     /// The next block that nobody reads yet, unless the read is over.
     pub(super) fn next(&self) -> Option<&'a Block> {
-        if self.is_stopped() {
-            return None;
+        while !self.is_stopped() {
+            let number = match self.control.preferred() {
+                // A preference may name any number.
+                Some(number) if number as usize >= self.taken.len() => continue,
+                Some(number) => number as usize,
+                None => self.cursor.fetch_add(1, Relaxed),
+            };
+            if !self.taken.get(number)?.swap(true, Relaxed) {
+                return self.plan.blocks().get(number);
+            }
         }
-        self.plan.blocks().get(self.cursor.fetch_add(1, Relaxed))
+        None
     }
 
     pub(super) fn is_stopped(&self) -> bool {

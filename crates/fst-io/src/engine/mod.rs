@@ -14,9 +14,13 @@ mod pread;
 mod uring;
 
 use std::fmt;
+use std::ops::Range;
 use std::str::FromStr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicBool, AtomicU64,
+    Ordering::{Acquire, Relaxed, Release},
+};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Instant;
 
@@ -155,11 +159,17 @@ pub struct ReadOptions {
     pub trace: bool,
 }
 
-/// The owner's handle on a running read: how far it is, and the way to end it.
+/// The owner's handle on a running read: how far it is, what is wanted first, and the way to end it.
 #[derive(Debug, Default)]
 pub struct Control {
     cancelled: Arc<AtomicBool>,
+    /// Another flag that ends the read.
+    outer: Option<Arc<AtomicBool>>,
     landed: AtomicU64,
+    /// Blocks to read before others, by number, the next one last.
+    preferred: Mutex<Vec<u32>>,
+    /// Whether there are any.
+    prefers: AtomicBool,
 }
 
 impl Control {
@@ -173,15 +183,44 @@ impl Control {
         Self { cancelled, ..Self::default() }
     }
 
+    /// The same handle, whose read also ends when `outer` becomes true; [`cancel`](Self::cancel) leaves that
+    /// as it is.
+    #[must_use]
+    pub fn within(self, outer: Arc<AtomicBool>) -> Self {
+        Self { outer: Some(outer), ..self }
+    }
+
     /// Ends the read as soon as the requests in flight are over; it returns
     /// [`Error::Cancelled`].
     pub fn cancel(&self) {
         self.cancelled.store(true, Relaxed);
     }
 
-    /// Whether [`cancel`](Self::cancel) was called.
+    /// Whether [`cancel`](Self::cancel) was called, or a flag ends the read.
     pub fn is_cancelled(&self) -> bool {
-        self.cancelled.load(Relaxed)
+        let is_set = |flag: &Arc<AtomicBool>| flag.load(Relaxed);
+        is_set(&self.cancelled) || self.outer.as_ref().is_some_and(is_set)
+    }
+
+    /// Has these blocks of the plan, by their [numbers](crate::plan::Block::index), read before all others that nobody reads yet, those
+    /// preferred before included. Without effect on blocks that are read already.
+    ///
+    /// A sink whose memory comes in the order of the blocks must have room for all of them.
+    pub fn prefer(&self, blocks: Range<u32>) {
+        let mut preferred = self.preferred.lock().unwrap_or_else(|e| e.into_inner());
+        preferred.extend(blocks.rev());
+        self.prefers.store(!preferred.is_empty(), Release);
+    }
+
+    /// The block to read before others.
+    fn preferred(&self) -> Option<u32> {
+        if !self.prefers.load(Acquire) {
+            return None;
+        }
+        let mut preferred = self.preferred.lock().unwrap_or_else(|e| e.into_inner());
+        let block = preferred.pop();
+        self.prefers.store(!preferred.is_empty(), Release);
+        block
     }
 
     /// Bytes that have landed so far (of [`ReadPlan::bytes_read`]).

@@ -42,6 +42,40 @@ fn load(
     Ok(arena.lock().unwrap()[at..at + (end - start) as usize].to_vec())
 }
 
+/// All blocks once, those that are wanted first before the others.
+#[test]
+fn preferred_blocks_come_first_and_each_comes_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("file");
+    let bytes = noise(640 * KIB);
+    fs::write(&path, &bytes).unwrap();
+    let files = [SourceFile::open(&path, None).unwrap()];
+    let limits = Limits { block: 64 * KIB, align: files[0].align(), ..Limits::default() };
+    let plan = ReadPlan::new(vec![Extent::new(0, 0..bytes.len() as u64)], limits).unwrap();
+    assert_eq!(plan.blocks().len(), 10);
+    let options = ReadOptions { engine: Engine::Pread, workers: Some(1), ..ReadOptions::default() };
+    let order = |plan: &ReadPlan, first: &[u32], then: &[u32]| {
+        let control = Control::new();
+        first.iter().for_each(|block| control.prefer(*block..block + 1));
+        let seen = Mutex::new(Vec::new());
+        let take = |block: &Block, _: &[u8]| {
+            let mut seen = seen.lock().unwrap();
+            // Wanted in the midst of it.
+            if seen.is_empty() {
+                then.iter().for_each(|block| control.prefer(*block..block + 2));
+            }
+            seen.push(block.index);
+            Ok(())
+        };
+        let sink = Scratch::new(plan, 1, &|_, _| Ok(true), &take).unwrap();
+        super::read(&files, plan, &sink, &options, &control).unwrap();
+        seen.into_inner().unwrap()
+    };
+    assert_eq!(order(&plan, &[], &[]), (0..10).collect::<Vec<_>>());
+    assert_eq!(order(&plan, &[4, 7], &[7, 8]), [7, 8, 9, 4, 0, 1, 2, 3, 5, 6]);
+    assert_eq!(order(&plan, &[99, 3, u32::MAX - 1], &[3]), [3, 4, 0, 1, 2, 5, 6, 7, 8, 9]);
+}
+
 /// On a ring this is memory that the kernel keeps hold of.
 #[test]
 fn bytes_pass_through_scratch_as_they_are() {

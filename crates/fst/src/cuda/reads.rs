@@ -12,7 +12,7 @@ use fst_io::{Budget, ReadOptions, ReadStats, ResolvedEngine};
 use super::{LandingSite, POLL};
 use crate::cached::{self, DeviceCopy, Way};
 use crate::error::{DeviceError, Result};
-use crate::host::{Watch, from_sink, locate};
+use crate::host::{Part, Watch, from_sink, locate};
 
 /// Reads everything through pinned memory, but for what travels straight out of the page cache.
 pub(super) fn run(
@@ -157,7 +157,7 @@ impl Run<'_> {
         };
         let admit = |block: &Block, _wait: bool| site.has_room(block);
         let (route, admit): (Route<'_>, Admit<'_>) = (&route, &admit);
-        let control = self.watch.next();
+        let control = self.watch.next_of(Part::Transformed);
         let options = CachedOptions::default();
         let pipeline = self.direct()?;
         // SAFETY: as for staged blocks.
@@ -198,7 +198,7 @@ impl Run<'_> {
             return Ok(());
         }
         let (site, load, budget) = (self.site, self.site.load, self.budget);
-        let (options, control) = (self.options, self.watch.next());
+        let (options, control) = (self.options, self.watch.next_of(Part::Transformed));
         let pipeline = self.pipeline()?;
         let route = |block: &Block| site.route(block);
         let admit = |block: &Block, wait: bool| {

@@ -1,0 +1,616 @@
+//! Tensors that are read in the background and handed out by name, or as they land.
+
+use std::any::Any;
+use std::collections::{HashMap, VecDeque};
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use fst_format::Checkpoint;
+use fst_io::Budget;
+
+use crate::available::{self, AvailableMemory};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::host::{Watch, locate};
+use crate::load::{Load, resolve_engine};
+use crate::loader::{ARENA, Loader};
+use crate::options::Item;
+use crate::progress::CancelToken;
+use crate::report::LoadReport;
+use crate::tensor::Tensor;
+use crate::verify::VERIFY_ARENA;
+
+/// The budget of a stream when none was set, in bytes: 2 GiB, or half of what there is where that is
+/// less.
+pub(crate) fn default_budget(device: &Device) -> u64 {
+    let available = match device.as_cuda() {
+        None => AvailableMemory::now().map(|available| available.bytes),
+        Some(cuda) => cuda.memory().ok().map(|memory| memory.free),
+    };
+    (2 << 30).min(available.unwrap_or(u64::MAX) / 2)
+}
+
+/// Bytes of an arena where the budget is tight.
+const SHORT_ARENA: u64 = 1 << 20;
+
+/// How long nothing may be read, while a reader waits for memory that held tensors occupy, before
+/// that is said, unless the loader was told otherwise.
+pub(crate) const STALL: Duration = Duration::from_secs(10);
+
+/// How often one who waits looks at the cancel token and for a stall.
+const TICK: Duration = Duration::from_millis(50);
+
+/// A load that goes on in the background; see [`Loader::start`].
+///
+/// Tensors are read in the order of the files, except that one that somebody waits for is read before all
+/// others. Clones are handles of one load, for any thread. When the last of them is dropped the load
+/// ends; tensors that were handed out stay.
+///
+/// ```no_run
+/// use fst::{Checkpoint, Loader};
+///
+/// let checkpoint = Checkpoint::open("model")?;
+/// let loading = Loader::new().start(&checkpoint)?;
+/// // Each as soon as it is there, in the order in which the model is built:
+/// let embedding = loading.take("model.embed_tokens.weight")?;
+/// let norm = loading.take("model.norm.weight")?;
+/// println!("{:?} {:?}", embedding.shape(), norm.shape());
+/// let report = loading.finish()?; // all is read, and no file changed meanwhile
+/// # Ok::<(), fst::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Loading {
+    reading: Arc<Reading>,
+}
+
+/// What the handles of a load share. Dropping it ends the load.
+struct Reading {
+    table: Arc<Table>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Asks for a tensor, by its place among the items, to be read before others.
+type Prefer = Box<dyn Fn(usize) + Send + Sync>;
+
+/// What has landed, and who waits for it.
+struct Table {
+    by_name: HashMap<Box<str>, usize>,
+    byte_len: u64,
+    /// Where tensors keep to the order of the items.
+    in_order: bool,
+    budget: Option<Budget>,
+    watch: Arc<Watch>,
+    cancel: CancelToken,
+    stall_timeout: Duration,
+    prefer: Prefer,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+struct State {
+    slots: Vec<Slot>,
+    /// Those that landed, in that order; some of them are taken.
+    landed: VecDeque<usize>,
+    /// Tensors that nobody has taken yet, and the first that may be left.
+    left: usize,
+    first: usize,
+    /// How reading ended, once it has.
+    end: Option<Result<LoadReport, Arc<Error>>>,
+}
+
+enum Slot {
+    Coming { preferred: bool },
+    Here(Tensor),
+    Taken,
+}
+
+impl State {
+    /// Takes a tensor out, if it is there.
+    fn take(&mut self, index: usize) -> Option<Tensor> {
+        let slot = self.slots.get_mut(index)?;
+        if !matches!(slot, Slot::Here(_)) {
+            return None;
+        }
+        self.left -= 1;
+        match std::mem::replace(slot, Slot::Taken) {
+            Slot::Here(tensor) => Some(tensor),
+            _ => None,
+        }
+    }
+
+    /// Takes the next tensor out: the one that landed first, or the first of all.
+    fn take_next(&mut self, in_order: bool) -> Option<Tensor> {
+        if in_order {
+            while let Some(Slot::Taken) = self.slots.get(self.first) {
+                self.first += 1;
+            }
+            return self.take(self.first);
+        }
+        while let Some(index) = self.landed.pop_front() {
+            if let Some(tensor) = self.take(index) {
+                return Some(tensor);
+            }
+        }
+        None
+    }
+}
+
+impl Table {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// A tensor has landed.
+    fn put(&self, index: usize, tensor: Tensor) {
+        let mut state = self.state();
+        if let Some(slot @ Slot::Coming { .. }) = state.slots.get_mut(index) {
+            *slot = Slot::Here(tensor);
+            state.landed.push_back(index);
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    fn end(&self, end: Result<LoadReport>) {
+        self.state().end = Some(end.map_err(Arc::new));
+        self.changed.notify_all();
+    }
+
+    /// Waits until `ready` has something, reading has ended, or it is `until`. `None` in the latter two
+    /// cases, unless reading ended with an error.
+    fn wait<T>(
+        &self,
+        until: Option<Instant>,
+        mut ready: impl FnMut(&mut State) -> Option<T>,
+    ) -> Result<Option<T>> {
+        let (mut bytes, mut since) = (self.watch.bytes(), Instant::now());
+        let mut state = self.state();
+        loop {
+            if self.cancel.is_cancelled() {
+                return Err(Error::Cancelled);
+            }
+            if let Some(found) = ready(&mut state) {
+                return Ok(Some(found));
+            }
+            if let Some(end) = &state.end {
+                return end.as_ref().map(|_| None).map_err(|error| match **error {
+                    Error::Cancelled => Error::Cancelled,
+                    _ => Error::Failed(error.clone()),
+                });
+            }
+            let now = Instant::now();
+            let left = until.map_or(TICK, |until| until.saturating_duration_since(now));
+            if left.is_zero() {
+                return Ok(None);
+            }
+            let tick = TICK.min(self.stall_timeout).min(left);
+            state = match self.changed.wait_timeout(state, tick) {
+                Ok((state, _)) => state,
+                Err(poison) => poison.into_inner().0,
+            };
+            // One reader may wait for memory while another waits for slow storage.
+            let now = self.watch.bytes();
+            if now != bytes {
+                (bytes, since) = (now, Instant::now());
+            }
+            let waited = since.elapsed();
+            if let Some(budget) = &self.budget
+                && waited > self.stall_timeout
+                && budget.waiting() > 0
+                && ready(&mut state).is_none()
+            {
+                return Err(Error::Stalled { budget: budget.limit(), waited });
+            }
+        }
+    }
+
+    /// The tensor at `index`, once it is there, as `found` takes it.
+    fn get(
+        &self,
+        name: &str,
+        index: usize,
+        mut found: impl FnMut(&mut State) -> Option<Tensor>,
+    ) -> Result<Tensor> {
+        let mut wanted = false;
+        if let Some(Slot::Coming { preferred }) = self.state().slots.get_mut(index) {
+            wanted = !std::mem::replace(preferred, true);
+        }
+        if wanted {
+            (self.prefer)(index);
+        }
+        let taken = || Error::Taken { tensor: name.to_owned() };
+        let tensor = self.wait(None, |state| match state.slots.get(index) {
+            Some(Slot::Here(_)) => found(state).map(Ok),
+            Some(Slot::Coming { .. }) => None,
+            Some(Slot::Taken) | None => Some(Err(taken())),
+        })?;
+        // Every tensor lands in a read that succeeds.
+        tensor.unwrap_or(Err(Error::Cancelled))
+    }
+
+    /// Ends reading as soon as may be, and forgets what has landed.
+    fn close(&self) {
+        self.watch.stop();
+        if let Some(budget) = &self.budget {
+            budget.close();
+        }
+        let mut state = self.state();
+        let slots = std::mem::take(&mut state.slots);
+        (state.left, state.landed) = (0, VecDeque::new());
+        drop(state);
+        drop(slots);
+    }
+}
+
+impl Reading {
+    /// Has `run` read on a thread of its own.
+    fn start(
+        table: Arc<Table>,
+        run: impl FnOnce(&Table) -> Result<LoadReport> + Send + 'static,
+    ) -> Result<Self> {
+        let thread =
+            {
+                let table = table.clone();
+                std::thread::Builder::new().name("fst-loading".to_owned()).spawn(move || {
+                    let end = catch_unwind(AssertUnwindSafe(|| run(&table)));
+                    // Nothing more is asked for: what tensors leave behind is of no use any more.
+                    if let Some(budget) = &table.budget {
+                        budget.close();
+                    }
+                    table.end(end.unwrap_or_else(|panic| {
+                        Err(Error::Panicked { message: message_of(&*panic) })
+                    }));
+                })
+            };
+        let thread = thread
+            .map_err(|source| fst_io::Error::Setup { what: "the reader thread", source })
+            .map_err(|e| locate(e, &[]))?;
+        Ok(Self { table, thread: Some(thread) })
+    }
+}
+
+impl Drop for Reading {
+    /// Waits until no read is in flight.
+    fn drop(&mut self) {
+        self.table.close();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Loading {
+    /// Starts loading `items` as `loader` says, within a budget if there is one.
+    pub(crate) fn of_items(
+        loader: &Loader,
+        checkpoint: &Checkpoint,
+        items: Vec<Item>,
+        budget: Option<u64>,
+    ) -> Result<Self> {
+        let began = Instant::now();
+        let device = loader.target();
+        let engine = resolve_engine(loader.read.engine, device)?;
+        let mut report = LoadReport::new(engine, device.clone());
+        report.push("open", checkpoint.open_time(), 0);
+        if let Some(manifest) = &loader.manifest {
+            manifest.check(checkpoint, &items)?;
+        }
+        let (load, budget) = match budget {
+            None => {
+                let load = Load::new(device, checkpoint, items, VERIFY_ARENA, None)?;
+                let load = load.with_options(loader.device_options);
+                load.check_memory(&loader.read, !loader.unchecked)?;
+                (load, None)
+            }
+            Some(limit) => {
+                let (load, left) = within(loader, checkpoint, &items, limit)?;
+                (load, Some(Budget::new(left)))
+            }
+        };
+        report.add_files(load.files());
+        report.push("plan", began.elapsed(), 0);
+
+        let load = Arc::new(load);
+        let watch = Arc::new(Watch::background(loader.cancel.flag(), budget.is_none()));
+        let prefer = {
+            let (load, watch, free) = (load.clone(), watch.clone(), budget.is_none());
+            // Within a budget, memory comes in the order of the files.
+            move |index| {
+                if free {
+                    load.prefer(index, &watch)
+                }
+            }
+        };
+        let names = load.items().iter().enumerate();
+        let names = names.map(|(index, item)| (item.info.name().into(), index));
+        let table = Arc::new(Table {
+            by_name: names.collect(),
+            byte_len: load.items().iter().map(Item::len).sum(),
+            in_order: loader.in_order,
+            budget,
+            watch,
+            cancel: loader.cancel.clone(),
+            stall_timeout: loader.stall_timeout.unwrap_or(STALL),
+            prefer: Box::new(prefer),
+            state: Mutex::new(State {
+                slots: load.items().iter().map(|_| Slot::Coming { preferred: false }).collect(),
+                landed: VecDeque::new(),
+                left: load.items().len(),
+                first: 0,
+                end: None,
+            }),
+            changed: Condvar::new(),
+        });
+        let loader = loader.clone();
+        let run = move |table: &Table| {
+            let deliver = |index: usize, tensor: Tensor| {
+                table.put(index, tensor);
+                Ok(())
+            };
+            let budget = table.budget.as_ref();
+            loader.read_all(&load, budget, &table.watch, &deliver, &mut report)?;
+            (report.tensors, report.bytes) = (load.items().len(), table.byte_len);
+            Ok(report)
+        };
+        let reading = Reading::start(table, run)?;
+        Ok(Self { reading: Arc::new(reading) })
+    }
+
+    fn table(&self) -> &Table {
+        &self.reading.table
+    }
+
+    fn index(&self, name: &str) -> Result<usize> {
+        let index = self.table().by_name.get(name).copied();
+        index.ok_or_else(|| Error::UnknownTensor { name: name.to_owned() })
+    }
+
+    /// The tensor of this name, as soon as it is there; shared with those who ask again. It stays in
+    /// memory as long as a handle of this load lives: [`take`](Self::take) what nobody asks for twice.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::UnknownTensor`], [`Error::Taken`], [`Error::Stalled`] where tensors that nobody takes fill
+    /// the budget, or why the load ended ([`Error::Failed`]).
+    pub fn get(&self, name: &str) -> Result<Tensor> {
+        let index = self.index(name)?;
+        self.table().get(name, index, |state| match state.slots.get(index) {
+            Some(Slot::Here(tensor)) => Some(tensor.clone()),
+            _ => None,
+        })
+    }
+
+    /// As [`get`](Self::get), and hands the tensor over: nobody gets it again.
+    ///
+    /// # Errors
+    ///
+    /// As for [`get`](Self::get).
+    pub fn take(&self, name: &str) -> Result<Tensor> {
+        let index = self.index(name)?;
+        self.table().get(name, index, |state| state.take(index))
+    }
+
+    /// The tensor of this name if it is there already, as by [`get`](Self::get).
+    ///
+    /// # Errors
+    ///
+    /// As for [`get`](Self::get).
+    pub fn try_get(&self, name: &str) -> Result<Option<Tensor>> {
+        let index = self.index(name)?;
+        let now = Some(Instant::now());
+        let found = self.table().wait(now, |state| match state.slots.get(index) {
+            Some(Slot::Here(tensor)) => Some(Ok(tensor.clone())),
+            Some(Slot::Coming { .. }) => None,
+            Some(Slot::Taken) | None => Some(Err(Error::Taken { tensor: name.to_owned() })),
+        })?;
+        found.transpose()
+    }
+
+    /// Takes the tensor that landed first of those that nobody took, or with
+    /// [`in_order`](Loader::in_order) the first in the checkpoint's order; waits for one. `None` when all
+    /// are taken and the load has ended well: that files did not change meanwhile is known only behind
+    /// the last tensor.
+    ///
+    /// After [`Error::Stalled`] the load goes on where it was; any other error is its end.
+    #[allow(clippy::should_implement_trait, reason = "many threads may ask one load")]
+    pub fn next(&self) -> Option<Result<Tensor>> {
+        let table = self.table();
+        table.wait(None, |state| state.take_next(table.in_order)).transpose()
+    }
+
+    /// As [`next`](Self::next), but waits no longer than `timeout`: `None` also when nothing landed until
+    /// then, while tensors [remain](Self::remaining).
+    ///
+    /// # Errors
+    ///
+    /// As for [`get`](Self::get).
+    pub fn next_timeout(&self, timeout: Duration) -> Result<Option<Tensor>> {
+        let table = self.table();
+        let until = Instant::now().checked_add(timeout);
+        table.wait(until, |state| state.take_next(table.in_order))
+    }
+
+    /// Waits until all is read and the files are known not to have changed meanwhile. Tensors that were
+    /// not taken stay here. Where a [budget](Loader::memory_budget) holds less than all of them, others
+    /// must take them meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// As for [`get`](Self::get).
+    pub fn finish(&self) -> Result<LoadReport> {
+        let ended = |state: &mut State| match &state.end {
+            Some(Ok(report)) => Some(report.clone()),
+            _ => None,
+        };
+        self.table().wait(None, ended)?.ok_or(Error::Cancelled)
+    }
+
+    /// What the load did: `None` until it has ended well.
+    pub fn report(&self) -> Option<LoadReport> {
+        match &self.table().state().end {
+            Some(Ok(report)) => Some(report.clone()),
+            _ => None,
+        }
+    }
+
+    /// Ends the load; whoever waits for a tensor gets [`Error::Cancelled`]. What has landed stays here.
+    pub fn cancel(&self) {
+        self.table().watch.stop();
+        if let Some(budget) = &self.table().budget {
+            budget.close();
+        }
+    }
+
+    /// Whether a tensor of this name is loaded.
+    pub fn contains(&self, name: &str) -> bool {
+        self.table().by_name.contains_key(name)
+    }
+
+    /// Tensors that nobody has taken, those to come included.
+    pub fn remaining(&self) -> usize {
+        self.table().state().left
+    }
+
+    /// Bytes of all its tensors, those that are taken included.
+    pub fn byte_len(&self) -> u64 {
+        self.table().byte_len
+    }
+
+    /// The most bytes of tensor memory that were in use at once within the budget, so far; 0 without one.
+    /// What dropped tensors left for the next ones is not in use.
+    pub fn peak_bytes(&self) -> u64 {
+        self.table().budget.as_ref().map_or(0, Budget::peak)
+    }
+
+    /// Ends the load, and forgets what has landed.
+    pub(crate) fn close(&self) {
+        self.table().close();
+    }
+
+    /// Gives up this load's own hold on the error that ended it.
+    pub(crate) fn forget_error(&self) {
+        let end = &mut self.table().state().end;
+        if let Some(Err(_)) = end {
+            *end = Some(Err(Arc::new(Error::Cancelled)));
+        }
+    }
+}
+
+impl fmt::Debug for Loading {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Loading").field("remaining", &self.remaining()).finish_non_exhaustive()
+    }
+}
+
+impl Loader {
+    /// Starts loading the selected tensors in the background, and returns at once: they are there to
+    /// [get](Loading::get) by name, in any order and from any thread, while later ones are read. Without
+    /// a [budget](Self::memory_budget) all of them are read, whether somebody asks for them or not; with
+    /// one, reading stops where tensors that nobody takes fill it.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with the request, and what of the files shows before they are read; the rest is told
+    /// to those who ask for tensors.
+    pub fn start(&self, checkpoint: &Checkpoint) -> Result<Loading> {
+        self.ranks.refuse("a load in the background")?;
+        Loading::of_items(self, checkpoint, self.selection.resolve(checkpoint)?, self.budget)
+    }
+}
+
+/// A load within `limit` bytes, and what of these is left for tensors.
+fn within(
+    loader: &Loader,
+    checkpoint: &Checkpoint,
+    items: &[Item],
+    limit: u64,
+) -> Result<(Load, u64)> {
+    let device = loader.target();
+    let plan = |arena| -> Result<(Load, u64)> {
+        let load = Load::new(device, checkpoint, items.to_vec(), arena, Some(loader.in_order))?;
+        let load = load.with_options(loader.device_options).within(limit, loader.in_order);
+        let needed = load.least_memory(loader.in_order) + load.scratch(&loader.read);
+        Ok((load, needed))
+    };
+    let (mut load, mut needed) = plan((limit / 8).clamp(SHORT_ARENA, ARENA / 4))?;
+    if limit < needed {
+        // The shortest arenas need the least.
+        (load, needed) = plan(SHORT_ARENA)?;
+    }
+    if limit < needed {
+        return Err(Error::Budget { budget: limit, needed });
+    }
+    available::check(!loader.unchecked, load.host_memory(&loader.read, Some(limit)))?;
+    let left = limit - load.scratch(&loader.read);
+    Ok((load, left))
+}
+
+/// What a panic said.
+fn message_of(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+    text.unwrap_or_else(|| "no message".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    /// A load of so many tensors, whose reader does this.
+    fn loading_of(
+        tensors: usize,
+        run: impl FnOnce(&Table) -> Result<LoadReport> + Send + 'static,
+    ) -> Loading {
+        let table = Table {
+            by_name: (0..tensors).map(|index| (format!("t{index}").into(), index)).collect(),
+            byte_len: 0,
+            in_order: false,
+            budget: None,
+            watch: Arc::default(),
+            cancel: CancelToken::new(),
+            stall_timeout: STALL,
+            prefer: Box::new(|_| {}),
+            state: Mutex::new(State {
+                slots: (0..tensors).map(|_| Slot::Coming { preferred: false }).collect(),
+                landed: VecDeque::new(),
+                left: tensors,
+                first: 0,
+                end: None,
+            }),
+            changed: Condvar::new(),
+        };
+        Loading { reading: Arc::new(Reading::start(Arc::new(table), run).unwrap()) }
+    }
+
+    #[test]
+    fn a_panic_of_the_reader_is_not_a_cancelled_load() {
+        // Before the last tensor, and behind it.
+        for tensors in [1, 0] {
+            let loading = loading_of(tensors, |_| panic!("out of {}", "paper"));
+            let Error::Failed(error) = loading.next().unwrap().unwrap_err() else { panic!() };
+            assert!(matches!(&*error, Error::Panicked { message } if message == "out of paper"));
+        }
+    }
+
+    #[test]
+    fn all_who_wait_get_the_error() {
+        let loading = loading_of(2, |_| Err(Error::UnknownTensor { name: "x".to_owned() }));
+        std::thread::scope(|scope| {
+            for name in ["t0", "t1", "t0"] {
+                let loading = loading.clone();
+                scope.spawn(move || {
+                    let error = loading.get(name).unwrap_err();
+                    assert!(matches!(&error, Error::Failed(_)), "{error}");
+                    assert_eq!(error.to_string(), "no tensor named \"x\"");
+                });
+            }
+        });
+        assert!(loading.finish().is_err() && loading.try_get("t1").is_err());
+        assert!(matches!(loading.get("t2"), Err(Error::UnknownTensor { .. })));
+    }
+}
