@@ -16,22 +16,24 @@ use crate::sys;
 /// The processors of the node that the files' storage hangs on, where that is one node of several
 /// and most of the bytes are not in memory already: copies out of the page cache want all
 /// processors.
-pub(crate) fn processors_near(files: &[SourceFile]) -> Option<BTreeSet<usize>> {
+pub(crate) fn processors_near<'a>(
+    files: impl Iterator<Item = &'a SourceFile> + Clone,
+) -> Option<BTreeSet<usize>> {
     let sys = Path::new("/sys");
     if nodes(sys).len() < 2 {
         return None;
     }
     let mut found = None;
-    for file in files {
+    for file in files.clone() {
         let device = file.buffered().metadata().ok()?.dev();
         let node = device_node(sys, libc::major(device), libc::minor(device))?;
         if *found.get_or_insert(node) != node {
             return None;
         }
     }
-    let whole: u64 = files.iter().map(SourceFile::len).sum();
+    let whole: u64 = files.clone().map(SourceFile::len).sum();
     let resident = |f: &SourceFile| residency::resident_bytes(f.buffered(), 0, f.len());
-    let cached: u64 = files.iter().filter_map(|f| resident(f).ok()).sum();
+    let cached: u64 = files.filter_map(|f| resident(f).ok()).sum();
     if cached > whole / 2 {
         return None;
     }

@@ -13,6 +13,7 @@ mod mmap;
 mod pread;
 mod uring;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::Range;
 use std::str::FromStr;
@@ -234,8 +235,8 @@ impl Control {
     }
 }
 
-/// Reads every block of `plan` into memory lent by `sink`, and checks afterwards that no file
-/// changed meanwhile.
+/// Reads every block of `plan` into memory lent by `sink`, and checks afterwards that no file that it
+/// read from changed meanwhile.
 ///
 /// `files` are the sources that the plan's file numbers index. Returns when every block has
 /// landed or the first error has ended the read; either way no request is in flight any more, and
@@ -268,7 +269,10 @@ pub fn read(
     let workers = workers.clamp(1, plan.blocks().len().max(1));
     let depth = Depth::new(options.depth, workers, plan.limits().block);
     let job = Job::new(files, plan, sink, options, control, started, depth)?;
-    let near = numa::processors_near(files);
+    // A part of a load may read from few of its files: to look at all each time would take long.
+    let numbers: BTreeSet<u32> = plan.blocks().iter().map(|block| block.file).collect();
+    let read = || numbers.iter().filter_map(|number| files.get(*number as usize));
+    let near = numa::processors_near(read());
     let run = |worker: usize| {
         let _bound = near.as_ref().and_then(Bound::to);
         let unwinding = EndOnUnwind(&job);
@@ -304,9 +308,7 @@ pub fn read(
         _ => workers,
     };
     job.finish()?;
-    for file in files {
-        file.verify_unchanged()?;
-    }
+    read().try_for_each(SourceFile::verify_unchanged)?;
     stats.seconds = started.elapsed().as_secs_f64();
     Ok(stats)
 }

@@ -104,6 +104,30 @@ fn bytes_pass_through_scratch_as_they_are() {
 }
 
 #[test]
+fn only_files_that_are_read_from_must_not_change() {
+    let folder = tempfile::tempdir().unwrap();
+    let paths = ["a", "b"].map(|name| folder.path().join(name));
+    paths.iter().for_each(|path| fs::write(path, noise(100 * KIB)).unwrap());
+    let files = paths.each_ref().map(|path| SourceFile::open(path, None).unwrap());
+    OpenOptions::new().append(true).open(&paths[1]).unwrap().set_len(200 * KIB).unwrap();
+    for engine in ENGINES {
+        if uring_refusal().is_some() && engine == Engine::Uring {
+            continue;
+        }
+        let read = |file: u32| {
+            let extents = vec![Extent::new(file, 0..50 * KIB)];
+            let plan = ReadPlan::new(extents, Limits::default()).unwrap();
+            let layout = Layout::new(&plan, u64::MAX);
+            let sink = InPlace::new(&plan, &layout, None, &|_, _| Ok(()));
+            let options = ReadOptions { engine, ..ReadOptions::default() };
+            super::read(&files, &plan, &sink, &options, &Control::new()).map(drop)
+        };
+        read(0).unwrap();
+        assert!(matches!(read(1), Err(Error::Changed { path, .. }) if path == paths[1]));
+    }
+}
+
+#[test]
 fn an_error_in_mid_file_names_the_byte_where_it_is() {
     // This process's memory as a file: a mapping reaches past its file's end, and what lies there
     // cannot be read. The read that meets the border is short; the next one fails with EIO.
