@@ -1,6 +1,10 @@
-//! Entries for `fst-format`: the header decoder and a checkpoint's index.
+//! Entries for `fst-format`: the header decoder, a checkpoint's index, and which files of a folder are a
+//! checkpoint.
 
+use std::collections::HashSet;
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path};
 
 use fst_format::{Checkpoint, Decoded, Dtype, HeaderDecoder, Layout, MAX_HEADER_LEN};
@@ -100,6 +104,66 @@ impl IndexFolder {
             assert_eq!(tensor.byte_len(), 3);
         }
     }
+}
+
+/// Opens a folder with files of these names, one a line. A name that ends in `.json` is an index which
+/// puts a tensor into the first file, any other a file with a tensor of its own.
+///
+/// Panics where a checkpoint opens that takes hidden files, files twice or files of another folder.
+pub fn folder(names: &[u8]) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let usable = |name: &&[u8]| {
+        !matches!(name, [] | [b'.'] | [b'.', b'.'])
+            && name.len() < 256
+            && !name.iter().any(|b| matches!(b, b'/' | 0))
+    };
+    let names: Vec<&OsStr> =
+        names.split(|b| *b == b'\n').filter(usable).take(40).map(OsStr::from_bytes).collect();
+    let first =
+        names.iter().map(|name| name.to_string_lossy()).find(|name| !name.ends_with(".json"));
+    let index = format!(
+        "{{\"weight_map\":{{\"t\":{}}}}}",
+        serde_json::json!(first.clone().unwrap_or_default())
+    );
+    for (at, name) in names.iter().enumerate() {
+        let path = folder.path().join(name);
+        let file = one_file(&if Some(name.to_string_lossy()) == first {
+            "t".to_owned()
+        } else {
+            format!("t{at}")
+        });
+        fs::write(path, if name.as_bytes().ends_with(b".json") { index.as_bytes() } else { &file })
+            .expect("the temporary folder takes files");
+    }
+    let opened = Checkpoint::open(folder.path());
+    match (&opened, Checkpoint::open(folder.path())) {
+        (Ok(one), Ok(other)) => assert_eq!(one.shards().len(), other.shards().len()),
+        (Err(one), Err(other)) => assert_eq!(one.to_string(), other.to_string()),
+        (one, other) => panic!("{one:?}, then {other:?}"),
+    }
+    let Ok(checkpoint) = opened else { return };
+    let mut taken = HashSet::new();
+    for shard in checkpoint.shards() {
+        let inside =
+            shard.path().strip_prefix(folder.path()).expect("a shard is outside of the folder");
+        assert!(
+            names.iter().any(|name| inside == Path::new(name)),
+            "{inside:?} is none of its files"
+        );
+        // An index may name any file.
+        let hidden = inside.as_os_str().as_bytes().starts_with(b".");
+        let index = names.iter().any(|name| name.as_bytes().ends_with(b".json"));
+        assert!(!hidden || index, "{inside:?} is hidden");
+        assert!(taken.insert(inside.to_owned()), "{inside:?} is taken twice");
+    }
+}
+
+fn one_file(tensor: &str) -> Vec<u8> {
+    let mut layout = Layout::new();
+    layout.tensor(tensor, Dtype::U8, &[3]).expect("a sound declaration");
+    let mut writer = layout.write_to(Vec::new()).expect("a header");
+    writer.write_tensor(&[0; 3]).expect("declared bytes");
+    writer.finish().expect("all bytes")
 }
 
 fn write_shards(folder: &Path) {

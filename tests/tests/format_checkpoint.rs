@@ -76,7 +76,7 @@ fn one_file_has_the_official_readers_tensors_and_bytes() {
     }
     assert!(checkpoint.get("w").is_none());
     assert_eq!(checkpoint.byte_len(), 15);
-    assert_eq!(checkpoint.metadata()["format"], "pt");
+    assert_eq!(checkpoint.metadata().get("format"), Some("pt"));
 
     let [shard] = checkpoint.shards() else { panic!() };
     assert_eq!(shard.path(), path);

@@ -41,7 +41,7 @@ fn official(file: &[u8]) -> Option<Accepted> {
             (name, (t.dtype.to_string(), t.shape.clone(), begin, end))
         })
         .collect();
-    let own = metadata.metadata().clone().map(|m| m.into_iter().collect());
+    let own = metadata.metadata().clone().map(|m| m.into_iter().collect::<BTreeMap<_, _>>());
     Some((table, own))
 }
 
@@ -104,7 +104,9 @@ fn compare(file: &[u8], tally: &mut Tally) {
                 .collect();
             assert_eq!(found, table, "{}", shown());
             assert_eq!(names.len(), found.len());
-            assert_eq!(*header.metadata(), own.unwrap_or_default(), "{}", shown());
+            let read =
+                header.metadata().iter().map(|(k, v)| (k.to_owned(), v.to_owned())).collect();
+            assert_eq!(own.unwrap_or_default(), read, "{}", shown());
             for (i, name) in names.iter().enumerate() {
                 let by_name = header.get(name).unwrap();
                 assert_eq!(by_name.data_range(), header.tensor(i).unwrap().data_range());

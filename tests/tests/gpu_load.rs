@@ -478,3 +478,31 @@ fn torn_tensors_and_views_count_against_a_streams_budget() {
     assert_eq!(needed(&loader.clone().memory_budget(1 << 20)), sizes[0]);
     assert_eq!(needed(&loader.in_order(true)), sizes[0] + sizes[1]);
 }
+
+/// Of a model, an engine may keep the norms and give the rest away, as it quantises that.
+#[test]
+fn small_tensors_keep_no_memory_of_large_ones() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.safetensors");
+    let norms = ["norm0", "norm1", "norm2", "norm3"];
+    let layers = ["layer0", "layer1", "layer2", "layer3"];
+    let layer = |i| [(layers[i], vec![1024, 1100]), (norms[i], vec![1024])];
+    let specs: Vec<fst_tests::Spec> = (0..4)
+        .flat_map(layer)
+        .map(|(name, shape)| (name, safetensors::Dtype::F32, shape))
+        .collect();
+    fst_tests::write(&path, &specs);
+    let checkpoint = open(&[path]);
+    for loader in [Loader::new(), Loader::new().dtype(Dtype::BF16)] {
+        let host = loader.load(&checkpoint).unwrap();
+        let sim = simulated_or_skip!(1, MEMORY);
+        let tensors = loader.device(Device::cuda(0).unwrap()).load(&checkpoint).unwrap();
+        assert_same(&tensors, &host, &"norms and layers");
+        let kept: Vec<_> = norms.iter().map(|norm| tensors.get(norm).unwrap().clone()).collect();
+        assert!(sim.report().device_bytes > 8 << 20);
+        drop(tensors);
+        let held = sim.report().device_bytes;
+        assert!(held <= 64 << 10, "{held} bytes held by 4 norms");
+        assert!(kept.iter().all(|norm| norm.to_host().is_ok()));
+    }
+}

@@ -1,10 +1,12 @@
 //! The command line.
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
 use fst::dist::group::DEFAULT_DEADLINE;
 use fst::{CachedCopy, Dtype, Engine, Pattern};
 use fst_cli::models::MODELS;
@@ -20,6 +22,9 @@ use crate::slice::SliceArg;
 #[derive(Debug, Parser)]
 #[command(name = "fst", version, propagate_version = true, max_term_width = 100)]
 pub(crate) struct Cli {
+    /// Print only what was asked for: no progress, no warnings, no report of a load or of files made
+    #[arg(short, long, global = true)]
+    pub(crate) quiet: bool,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
@@ -41,6 +46,34 @@ pub(crate) enum Command {
     Plan(PlanArgs),
     /// Show what this machine offers and how a checkpoint would be read here
     Doctor(DoctorArgs),
+    /// Print a shell's completions of this command line
+    ///
+    /// For bash: fst completions bash > ~/.local/share/bash-completion/completions/fst
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Write the manual pages, one for each command, into a folder
+    Man {
+        /// The folder; it must exist
+        #[arg(value_name = "DIR")]
+        folder: PathBuf,
+    },
+}
+
+impl Command {
+    /// Whether a script reads what this prints.
+    pub(crate) fn json(&self) -> bool {
+        match self {
+            Command::Load(args) => args.json,
+            Command::Inspect(args) => args.json,
+            Command::Sum(args) => args.json,
+            Command::Synth(args) => args.json,
+            Command::Plan(args) => args.json,
+            Command::Doctor(args) => args.json,
+            Command::Completions { .. } | Command::Man { .. } => false,
+        }
+    }
 }
 
 /// Which tensors.
@@ -95,7 +128,7 @@ pub(crate) struct Rule {
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub(crate) preset: PresetArg,
     /// Elements of an attention head: heads then stay whole
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", value_parser = whole::<u64>(1..=u64::MAX))]
     pub(crate) head_dim: Option<u64>,
     /// Join query, key and value, and gate and up, into one tensor each
     #[arg(long)]
@@ -120,7 +153,7 @@ impl Rule {
 pub(crate) struct Together {
     /// Seconds that a rank waits for the others before all give up: in each exchange, and for them
     /// to come [default: 120]
-    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=86_400))]
+    #[arg(long, value_name = "SECONDS", value_parser = whole::<u32>(1..=86_400))]
     deadline: Option<u32>,
 }
 
@@ -145,7 +178,7 @@ fn needs_ranks(said: &str) -> Failure {
 pub(crate) struct Ranks {
     /// Load by N ranks of this process, each keeping its shards; with `--device cuda` on all GPUs in
     /// turn
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    #[arg(long, value_name = "N", value_parser = whole::<u32>(1..=4096))]
     pub(crate) world: Option<u32>,
     /// Load as one rank of a group of processes: `mpi`, started by mpirun, or `nccl`, started by
     /// torchrun, each on the GPU of its local rank
@@ -159,7 +192,8 @@ pub(crate) struct Ranks {
 
 #[derive(Debug, Args)]
 pub(crate) struct LoadArgs {
-    /// A .safetensors file, an index.json, or a folder that holds either
+    /// A .safetensors file, an index.json, a folder that holds either, or the id ORG/NAME of a model in
+    /// the local cache of the Hugging Face hub
     #[arg(value_name = "PATH")]
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]
@@ -203,12 +237,25 @@ pub(crate) struct LoadArgs {
         conflicts_with_all = ["world", "dist"]
     )]
     pub(crate) plot: Option<PathBuf>,
+    /// Load N times, and report the load of median time and how far the others spread
+    #[arg(
+        long,
+        value_name = "N",
+        value_parser = whole::<u32>(1..=1000),
+        default_value_t = 1,
+        conflicts_with_all = ["world", "dist", "trace", "plot"]
+    )]
+    pub(crate) runs: u32,
+    /// Take the files out of the page cache first, before each run; other files stay
+    #[arg(long, conflicts_with = "dist")]
+    pub(crate) cold: bool,
     /// Print one JSON document instead of text
     ///
     /// Whatever is loaded, it has `tensors`, `bytes` (as loaded), `seconds`, `gb_per_s` (of `bytes`;
     /// GB are 10^9), `engine`, `device` and `stages`, an object of `{"seconds", "bytes"}` by name.
     /// Of ranks these are sums, and the time and stages of the slowest; `ranks` has the same of
-    /// each.
+    /// each. Of several runs these are the median run's, and `runs` has `seconds`, `gb_per_s` and
+    /// `resident_bytes` of each.
     #[arg(long)]
     pub(crate) json: bool,
     #[command(flatten)]
@@ -217,7 +264,8 @@ pub(crate) struct LoadArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
-    /// A .safetensors file, an index.json, or a folder that holds either
+    /// A .safetensors file, an index.json, a folder that holds either, or the id ORG/NAME of a model in
+    /// the local cache of the Hugging Face hub
     #[arg(value_name = "PATH", required = true)]
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]
@@ -232,7 +280,8 @@ pub(crate) struct InspectArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct SumArgs {
-    /// A .safetensors file, an index.json, or a folder that holds either
+    /// A .safetensors file, an index.json, a folder that holds either, or the id ORG/NAME of a model in
+    /// the local cache of the Hugging Face hub
     #[arg(value_name = "PATH", required = true)]
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]
@@ -249,11 +298,18 @@ pub(crate) struct SumArgs {
     /// Print one JSON document instead of text
     #[arg(long)]
     pub(crate) json: bool,
+    /// Sum whole files instead, and hold them to the SHA-256 that the Hugging Face hub recorded when they
+    /// were downloaded, into its cache or by `hf download --local-dir`
+    #[arg(
+        long,
+        conflicts_with_all = ["patterns", "slice", "dtype", "output", "world", "dist", "device", "engine"]
+    )]
+    pub(crate) hub: bool,
     /// Sum the shards of N ranks of this process
     #[arg(
         long,
         value_name = "N",
-        value_parser = clap::value_parser!(u32).range(1..=4096),
+        value_parser = whole::<u32>(1..=4096),
         conflicts_with_all = ["slice", "output"],
         help_heading = "Several ranks"
     )]
@@ -275,18 +331,19 @@ pub(crate) struct SumArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct PlanArgs {
-    /// A .safetensors file, an index.json, or a folder that holds either
+    /// A .safetensors file, an index.json, a folder that holds either, or the id ORG/NAME of a model in
+    /// the local cache of the Hugging Face hub
     #[arg(value_name = "PATH", required = true)]
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) select: Select,
     /// How many ranks
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    #[arg(long, value_name = "N", value_parser = whole::<u32>(1..=65536))]
     pub(crate) world: u32,
     #[command(flatten)]
     pub(crate) rule: Rule,
     /// Spread the ranks over K nodes
-    #[arg(long, value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "K", default_value_t = 1, value_parser = whole::<u32>(1..=u32::MAX.into()))]
     pub(crate) nodes: u32,
     /// Each node has the checkpoint on storage of its own, rather than all on shared storage
     #[arg(long)]
@@ -321,7 +378,7 @@ pub(crate) struct SynthArgs {
     #[arg(long, value_name = "N")]
     pub(crate) layers: Option<usize>,
     /// Cut the checkpoint into N files of about the same size instead of as published
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", value_parser = whole::<u32>(1..=u32::MAX.into()))]
     pub(crate) shards: Option<u32>,
     /// Give tensors of a floating-point dtype this one
     #[arg(value_parser = parse_made, long, value_name = "DTYPE")]
@@ -330,7 +387,7 @@ pub(crate) struct SynthArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) seed: u64,
     /// Divide every dimension of 64 or more by N: all tensors of a large model on a small disk
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = whole::<u16>(1..=u16::MAX.into()))]
     pub(crate) shrink: u16,
     /// Print one JSON document instead of text
     #[arg(long)]
@@ -351,6 +408,20 @@ pub(crate) struct DoctorArgs {
     /// Print one JSON document instead of text
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// A whole number in this range.
+fn whole<T: TryFrom<u64>>(
+    range: RangeInclusive<u64>,
+) -> impl Fn(&str) -> Result<T, String> + Clone + Send + Sync {
+    move |text| {
+        let number = text.parse().ok().filter(|number| range.contains(number));
+        let (least, most) = (range.start(), range.end());
+        number.and_then(|number: u64| T::try_from(number).ok()).ok_or_else(|| match *most {
+            u64::MAX => format!("expected a whole number, at least {least}"),
+            most => format!("expected a whole number from {least} to {most}"),
+        })
+    }
 }
 
 /// The file of a drawing, whose name says what it is.

@@ -5,7 +5,7 @@ use std::fmt::Display;
 use std::path::Path;
 use std::process::ExitCode;
 
-use crate::text::visible;
+use crate::text::{self, visible};
 
 /// Why a command failed.
 #[derive(Debug)]
@@ -39,16 +39,22 @@ impl Failure {
         Failure::Failed(format!("standard output: {error}"))
     }
 
-    /// Says what happened on standard error and returns the exit status.
-    pub(crate) fn report(&self) -> ExitCode {
+    /// Says what happened on standard error, and with `json` as `{"error": ...}` on standard output as
+    /// well, and returns the exit status.
+    pub(crate) fn report(&self, json: bool) -> ExitCode {
         let (message, status) = match self {
-            Failure::Failed(message) => (message, 1),
-            Failure::Usage(message) => (message, 2),
-            Failure::Interrupted => {
-                let _ = std::io::Write::write_all(&mut anstream::stderr(), b"cancelled\n");
-                return ExitCode::from(130);
-            }
+            Failure::Failed(message) => (&**message, 1),
+            Failure::Usage(message) => (&**message, 2),
+            Failure::Interrupted => ("cancelled", 130),
         };
+        if json {
+            // Where this cannot be written, the status still tells.
+            let _ = text::print_json(&serde_json::json!({ "error": message }));
+        }
+        if let Failure::Interrupted = self {
+            let _ = std::io::Write::write_all(&mut anstream::stderr(), b"cancelled\n");
+            return ExitCode::from(status);
+        }
         // One line whatever a path or a name in a file holds. If standard error is gone as well,
         // the status has to do.
         let _ = std::io::Write::write_fmt(

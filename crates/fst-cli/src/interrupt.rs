@@ -11,6 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::failure::Failure;
+use crate::progress;
 
 /// Set by the first ctrl-C.
 static STOP: AtomicBool = AtomicBool::new(false);
@@ -44,11 +45,12 @@ pub(crate) fn catch() {
         if again || !heeded {
             // A second one ends the program even where standard error is stuck.
             if !again {
-                Failure::Interrupted.report();
+                Failure::Interrupted.report(false);
             }
             for folder in &actions.folders {
                 let _ = std::fs::remove_dir_all(folder);
             }
+            progress::wipe();
             _exit(130);
         }
         for cancel in &actions.cancel {

@@ -6,8 +6,10 @@ mod device;
 mod dtype;
 mod failure;
 mod figures;
+mod hub;
 mod interrupt;
 mod output;
+mod parallel;
 mod progress;
 mod ranks;
 mod reading;
@@ -28,6 +30,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     interrupt::catch();
     raise_file_limit();
+    text::set_quiet(cli.quiet);
     let result = match &cli.command {
         Command::Load(args) => command::load::run(args),
         Command::Inspect(args) => command::inspect::run(args),
@@ -35,10 +38,12 @@ fn main() -> ExitCode {
         Command::Synth(args) => command::synth::run(args),
         Command::Plan(args) => command::plan::run(args),
         Command::Doctor(args) => command::doctor::run(args),
+        Command::Completions { shell } => command::manual::completions(*shell),
+        Command::Man { folder } => command::manual::pages(folder),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => failure.report(),
+        Err(failure) => failure.report(cli.command.json()),
     }
 }
 

@@ -245,16 +245,11 @@ fn warn_of_misfit(preset: &Preset, world: u32, checkpoint: &Checkpoint, paths: &
         return;
     }
     let path = paths.first().map_or(String::new(), |path| format!("{}: ", path.display()));
-    let warning = format!(
+    text::warn(&format!(
         "{path}preset {} cuts {:.1}% of the bytes, and every rank keeps all of the others",
         preset.name(),
         cut * 100.0
-    );
-    // A warning that cannot be written must not end the work.
-    let _ = std::io::Write::write_fmt(
-        &mut anstream::stderr(),
-        format_args!("warning: {}\n", visible(&warning)),
-    );
+    ));
 }
 
 /// `fst load --world N`.
@@ -380,7 +375,7 @@ fn print(
     if args.json {
         return text::print_json(&report).map_err(Failure::output);
     }
-    text::print(&render(&report, paths)).map_err(Failure::output)
+    text::remark(&render(&report, paths)).map_err(Failure::output)
 }
 
 fn render(report: &Report<'_>, paths: &[PathBuf]) -> String {

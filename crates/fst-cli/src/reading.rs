@@ -9,8 +9,9 @@ use fst::{CancelToken, Checkpoint, Error, Loader, Notice, OpenOptions, TensorInf
 
 use crate::args::{Reading, Select};
 use crate::failure::Failure;
+use crate::hub;
 use crate::interrupt;
-use crate::text::{self, visible};
+use crate::text;
 
 /// A loader that does what the command line says.
 pub(crate) fn loader(reading: &Reading) -> Result<Loader, Failure> {
@@ -32,7 +33,8 @@ pub(crate) fn select(loader: Loader, select: &Select) -> Loader {
 
 /// Opens the checkpoint that `paths` name together.
 pub(crate) fn open(paths: &[PathBuf], select: &Select) -> Result<Checkpoint, Failure> {
-    OpenOptions::new().allow_missing(select.allow_missing).open_all(paths).map_err(Failure::of)
+    let paths = paths.iter().map(|path| hub::resolve(path)).collect::<Result<Vec<_>, _>>()?;
+    OpenOptions::new().allow_missing(select.allow_missing).open_all(&paths).map_err(Failure::of)
 }
 
 /// Opens a checkpoint, and warns on standard error of what may not be meant: tensors that are left out,
@@ -41,9 +43,7 @@ pub(crate) fn open_and_warn(paths: &[PathBuf], select: &Select) -> Result<Checkp
     let checkpoint = open(paths, select)?;
     for notice in checkpoint.notices() {
         if !matches!(notice, Notice::Unlisted { .. }) {
-            let line = format!("warning: {}\n", visible(&notice.to_string()));
-            // What cannot be written to standard error has no better place.
-            let _ = std::io::Write::write_all(&mut anstream::stderr(), line.as_bytes());
+            text::warn(&notice.to_string());
         }
     }
     Ok(checkpoint)

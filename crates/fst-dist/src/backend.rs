@@ -154,9 +154,12 @@ unsafe impl<R: Reader> Backend for HostBackend<R> {
     }
 
     fn stage(&self, bytes: u64) -> Result<Staging, Cause> {
-        let layout = Layout::from_size_align(usize::try_from(bytes)?.max(1), 4096)?;
+        // Memory of a larger alignment is zeroed by the allocator byte by byte.
+        const PAGE: u64 = 4096;
+        let bytes = bytes.checked_add(PAGE).ok_or("the address space has no room for it")?;
+        let layout = Layout::array::<u8>(usize::try_from(bytes)?)?;
         let pages = Pages::new(layout).ok_or("the address space has no room for it")?;
-        Ok(Staging::new(pages.addr as u64, pages))
+        Ok(Staging::new((pages.addr as u64).next_multiple_of(PAGE), pages))
     }
 
     unsafe fn read(&self, ranges: &[ReadAt]) -> Result<(), (usize, Cause)> {

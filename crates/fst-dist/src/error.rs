@@ -63,6 +63,17 @@ pub enum ShardError {
         /// Sum of the sections.
         total: u64,
     },
+    /// More equal sections than a plan takes.
+    #[error("dimension {dim}: {sections} sections, and {most} are the most")]
+    #[non_exhaustive]
+    TooManySections {
+        /// The dimension.
+        dim: usize,
+        /// How many were asked for.
+        sections: u64,
+        /// How many there may be.
+        most: u64,
+    },
     /// A cut of sub-byte elements that falls within a byte.
     #[error("dimension {dim}: index {index} of {bits}-bit elements does not fall on a byte")]
     #[non_exhaustive]

@@ -61,6 +61,9 @@ pub(crate) struct Fuse {
     pub(crate) position: u32,
 }
 
+/// Most equal sections of a tensor: a specification of a few bytes must not make a plan of any length.
+const MAX_SECTIONS: u64 = 1 << 16;
+
 impl Split {
     /// A split along `dim`, by [`Remainder::CeilDiv`].
     #[must_use]
@@ -95,7 +98,7 @@ impl Split {
     }
 
     /// The tensor is `n` equal tensors stored as one (GPT-2's `c_attn` holds query, key and value):
-    /// each is split by itself and the rank keeps its parts concatenated.
+    /// each is split by itself and the rank keeps its parts concatenated. At most 65,536.
     #[must_use]
     pub fn sections(mut self, n: u64) -> Self {
         self.sections = Sections::Equal(n.max(1));
@@ -155,6 +158,11 @@ impl Split {
 
     pub(crate) fn check(&self, extent: u64, world: u64) -> Result<(), ShardError> {
         let (dim, unit) = (self.dim, self.unit);
+        if let Sections::Equal(sections) = self.sections
+            && sections > MAX_SECTIONS
+        {
+            return Err(ShardError::TooManySections { dim, sections, most: MAX_SECTIONS });
+        }
         let total = match &self.sections {
             Sections::Equal(n) => extent / n * n,
             Sections::Sizes(sizes) => {

@@ -248,6 +248,12 @@ fn what_cannot_be_planned_is_refused_by_name() {
     assert_eq!(refused(&planner, |_| Shard::keep_on(4)), "tensor t0: rank 4 in a world of 4");
     let exact = |_: &TensorDesc| Split::along(0).remainder(Remainder::Exact).into();
     assert_eq!(refused(&planner, exact), "tensor t1: dimension 0: 65 does not divide by 4 ranks");
+    // Also of a tensor without a row, where any number of sections adds up.
+    let sections = |_: &TensorDesc| Split::along(0).sections(1 << 40).into();
+    let empty =
+        TensorDesc { name: "e".into(), bits: 8, shape: vec![0], shard: 0, file_range: 8..8 };
+    let error = planner.plan([empty], sections).unwrap_err().to_string();
+    assert_eq!(error, "tensor e: dimension 0: 1099511627776 sections, and 65536 are the most");
     let twice = |_: &TensorDesc| Split::along(0).fused_into("all", 0).into();
     assert_eq!(refused(&planner, twice), "fused tensor all: position 0 is 30 times filled");
     let small = planner.clone().budget(1000);

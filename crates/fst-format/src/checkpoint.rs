@@ -14,7 +14,7 @@ use crate::folder::{self, Choice};
 use crate::index::{Index, MAX_INDEX_LEN};
 use crate::names::NameTable;
 use crate::reading::{self, AbandonOnDrop, HeaderReads};
-use crate::{Dtype, Error, Header, HeaderTensor};
+use crate::{Dtype, Error, Header, HeaderTensor, Metadata};
 
 /// The tensors of a checkpoint and the files that hold them. Headers only: no file stays open.
 ///
@@ -29,7 +29,7 @@ struct Inner {
     tensors: Vec<TensorInfo>,
     /// Positions in `tensors`; not needed for one shard, whose header has its own.
     by_name: Option<NameTable>,
-    metadata: BTreeMap<String, String>,
+    metadata: Metadata,
     byte_len: u64,
     open_time: Duration,
     notices: Vec<Notice>,
@@ -242,12 +242,7 @@ impl Checkpoint {
         } else {
             None
         };
-        let mut metadata = BTreeMap::new();
-        for (key, value) in shards.iter().flat_map(|shard| shard.metadata()) {
-            if !metadata.contains_key(key) {
-                metadata.insert(key.clone(), value.clone());
-            }
-        }
+        let metadata = Metadata::merged(shards.iter().map(Shard::metadata));
         let byte_len = tensors.iter().fold(0u64, |sum, t| sum.saturating_add(t.byte_len()));
         let open_time = Duration::ZERO;
         let inner = Inner { files, tensors, by_name, metadata, byte_len, open_time, notices };
@@ -333,7 +328,7 @@ impl Checkpoint {
 
     /// The metadata of all shards; of two values for one key, the earlier shard's.
     #[must_use]
-    pub fn metadata(&self) -> &BTreeMap<String, String> {
+    pub fn metadata(&self) -> &Metadata {
         &self.inner.metadata
     }
 }
@@ -390,7 +385,7 @@ impl Shard {
 
     /// The file's own metadata.
     #[must_use]
-    pub fn metadata(&self) -> &BTreeMap<String, String> {
+    pub fn metadata(&self) -> &Metadata {
         self.header.metadata()
     }
 

@@ -5,13 +5,12 @@
 //! each range is as long as shape and dtype ask for, in whole bytes; no size overflows; no name
 //! appears twice.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 
 use crate::json::{self, Entries, Entry};
 use crate::names::NameTable;
-use crate::{Dtype, HeaderError};
+use crate::{Dtype, HeaderError, Metadata};
 
 /// Longest header that the format allows, in bytes.
 pub const MAX_HEADER_LEN: u64 = 100_000_000;
@@ -106,7 +105,7 @@ impl Header {
 
     /// The file's own metadata; empty where `__metadata__` is absent or null.
     #[must_use]
-    pub fn metadata(&self) -> &BTreeMap<String, String> {
+    pub fn metadata(&self) -> &Metadata {
         &self.entries.metadata
     }
 

@@ -9,7 +9,6 @@
 //! Headers as libraries write them take a shorter way still, [`parse_plain`]: a third of the time.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 
@@ -17,7 +16,7 @@ use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visit
 
 use crate::error::JsonError;
 use crate::scan::Scanner;
-use crate::{Dtype, HeaderError};
+use crate::{Dtype, HeaderError, Metadata};
 
 /// One tensor's entry. The ranges index the buffers in [`Entries`].
 #[derive(Clone, Copy, Debug)]
@@ -43,7 +42,7 @@ pub(crate) struct Entries {
     pub(crate) names: String,
     pub(crate) dims: Vec<usize>,
     pub(crate) tensors: Vec<Entry>,
-    pub(crate) metadata: BTreeMap<String, String>,
+    pub(crate) metadata: Metadata,
 }
 
 impl Entries {
@@ -54,7 +53,7 @@ impl Entries {
             names: String::with_capacity(text.len() / 3),
             dims: Vec::with_capacity(text.len() / 50),
             tensors: Vec::with_capacity(text.len() / 90),
-            metadata: BTreeMap::new(),
+            metadata: Metadata::default(),
         }
     }
 
@@ -211,8 +210,7 @@ impl<'de> Visitor<'de> for TopLevel<'_> {
                 }
                 Key::Metadata => {
                     has_metadata = true;
-                    let metadata: Option<BTreeMap<String, String>> = map.next_value()?;
-                    state.entries.metadata = metadata.unwrap_or_default();
+                    state.entries.metadata = map.next_value::<Option<_>>()?.unwrap_or_default();
                 }
                 Key::Tensor => {
                     state.in_tensor = true;
@@ -503,7 +501,7 @@ impl<'de> Visitor<'de> for Skipped {
 mod tests {
     use super::*;
 
-    type Seen<'e> = (&'e str, &'e [usize], &'e BTreeMap<String, String>, Vec<[u64; 7]>);
+    type Seen<'e> = (&'e str, &'e [usize], &'e Metadata, Vec<[u64; 7]>);
 
     fn seen(entries: &Entries) -> Seen<'_> {
         let numbers = |e: &Entry| {

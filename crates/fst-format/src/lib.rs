@@ -38,8 +38,10 @@ pub mod element;
 mod error;
 mod folder;
 mod header;
+pub mod hub;
 mod index;
 mod json;
+mod metadata;
 mod names;
 mod reading;
 mod scan;
@@ -53,6 +55,7 @@ pub use dtype::{Dtype, UnknownDtype};
 pub use element::Element;
 pub use error::{Error, HeaderError, JsonError, SizeError};
 pub use header::{Header, HeaderTensor, MAX_HEADER_LEN};
+pub use metadata::Metadata;
 pub use slice::{Runs, RunsIter, Slice, SliceError};
 pub use writer::{
     DEFAULT_DATA_ALIGNMENT, Layout, WriteError, Writer, shard_file_name, write_index,

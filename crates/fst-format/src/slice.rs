@@ -50,7 +50,7 @@ pub struct Runs {
 #[non_exhaustive]
 pub enum SliceError {
     /// The tensor has fewer dimensions.
-    #[error("tensor {tensor:?}: no dimension {dim} in {rank}")]
+    #[error("tensor {tensor:?}: no dimension {dim}: it has {rank}, counted from 0")]
     NoSuchDim {
         /// The tensor.
         tensor: String,

@@ -84,10 +84,10 @@ impl<'a> Arenas<'a> {
     ) -> Self {
         let make = |bytes, lease| {
             let too_much = |_| Error::Memory { bytes, source: io::ErrorKind::OutOfMemory.into() };
-            let buffer = HostBuffer::new(usize::try_from(bytes).map_err(too_much)?)?;
+            let len = usize::try_from(bytes).map_err(too_much)?;
             Ok(match lease {
-                Some(lease) => buffer.with_lease(lease),
-                None => buffer,
+                Some(lease) => HostBuffer::leased(len, lease)?,
+                None => HostBuffer::new(len)?,
             })
         };
         Self::with(arenas, budget, make, on_full)

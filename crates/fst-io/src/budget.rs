@@ -1,10 +1,17 @@
 //! A hard limit on memory: who wants some waits until others have given theirs back.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
+use crate::reuse::Reuse;
+use crate::sys::Anonymous;
+
 /// Bytes that may be in use at once. Cloning gives another handle on the same budget.
+///
+/// Host memory that its [buffers](crate::HostBuffer) no longer use stays for the next ones until the budget is
+/// [closed](Self::close) or others need the room: both together never exceed the limit.
 #[derive(Debug, Clone)]
 pub struct Budget(Arc<Inner>);
 
@@ -22,6 +29,8 @@ struct State {
     waiting: usize,
     generation: u64,
     closed: bool,
+    /// What is in use and what lies idle here is never more than the limit.
+    reuse: Reuse,
 }
 
 /// A part of a [`Budget`]; dropping it gives the bytes back.
@@ -32,14 +41,50 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// Gives a part of the bytes back, at most what is left of them.
-    pub fn give_back(&self, bytes: u64) {
-        let less = |left: u64| Some(left.saturating_sub(bytes));
-        let left = self.bytes.fetch_update(Relaxed, Relaxed, less).unwrap_or_else(|left| left);
+    /// Memory for a buffer of `len` bytes (whole pages) that this lease counts: what another buffer of the
+    /// budget left, if there is such. `None`: it takes a new mapping, and [adds](Self::add) it.
+    pub(crate) fn reused(&self, len: usize) -> Option<Arc<Anonymous>> {
+        let mut state = self.budget.state();
+        let map = state.reuse.take(len);
+        // This lease is counted already, and its memory may not exceed what is left.
+        let most = self.budget.limit().saturating_sub(state.used);
+        state.reuse.trim(most);
+        map
+    }
+
+    /// Keeps the memory of a buffer of `len` bytes for others when it is gone.
+    pub(crate) fn add(&self, map: &Arc<Anonymous>, len: usize) {
+        let mut state = self.budget.state();
+        if !state.closed {
+            state.reuse.add(map.clone(), len);
+        }
+    }
+
+    /// Gives the bytes of whole pages back.
+    ///
+    /// # Safety
+    ///
+    /// Nobody reads or writes them any more.
+    pub(crate) unsafe fn retire(&self, map: &Arc<Anonymous>, pages: Range<usize>) {
         self.budget.change(|state| {
-            state.used -= left.min(bytes);
-            true
+            // SAFETY: passed on from the caller.
+            let back = unsafe {
+                state.reuse.retire(map, pages.clone())
+                    || map.discard(pages.start, pages.len()).is_ok()
+            };
+            let bytes = pages.len() as u64;
+            let less = |left: u64| Some(left.saturating_sub(bytes));
+            if back {
+                let left = self.bytes.fetch_update(Relaxed, Relaxed, less);
+                state.used -= left.unwrap_or_else(|left| left).min(bytes);
+            }
+            back
         });
+    }
+
+    /// The buffer that has this memory is gone.
+    pub(crate) fn leave(&self, map: &Arc<Anonymous>) {
+        self.budget.state().reuse.leave(map);
     }
 }
 
@@ -139,10 +184,11 @@ impl Budget {
         self.state().closed
     }
 
-    /// Refuses all further requests, those that wait included.
+    /// Refuses all further requests, those that wait included, and keeps no memory for them.
     pub fn close(&self) {
         self.change(|state| {
             state.closed = true;
+            state.reuse.end();
             true
         });
     }

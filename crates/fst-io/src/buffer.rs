@@ -17,10 +17,10 @@ use crate::sys::{self, Anonymous};
 /// pages), in bytes.
 pub const HUGE_PAGE: usize = 2 << 20;
 
-/// Zero-initialised memory that one owner fills and many then read.
+/// Initialised memory that one owner fills and many then read.
 #[derive(Debug)]
 pub struct HostBuffer {
-    map: Option<Anonymous>,
+    map: Option<Arc<Anonymous>>,
     len: usize,
     /// Declared behind the mapping, so that the bytes are back in the budget only once the memory
     /// is back with the system.
@@ -28,33 +28,48 @@ pub struct HostBuffer {
 }
 
 impl HostBuffer {
-    /// Reserves `len` bytes. Pages come when they are first written.
+    /// Reserves `len` zero bytes. Pages come when they are first written.
     ///
     /// # Errors
     ///
     /// [`Error::Memory`] when the address space or a limit does not allow it.
     pub fn new(len: usize) -> Result<Self, Error> {
+        Self::with(len, None)
+    }
+
+    /// Reserves `len` bytes that count against a budget as long as they live. They hold anything: memory
+    /// that earlier buffers of the budget had is used again.
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new).
+    pub fn leased(len: usize, lease: Lease) -> Result<Self, Error> {
+        Self::with(len, Some(lease))
+    }
+
+    fn with(len: usize, lease: Option<Lease>) -> Result<Self, Error> {
         if len == 0 {
-            return Ok(Self { map: None, len, lease: None });
+            return Ok(Self { map: None, len, lease });
         }
         let fail = |source| Error::Memory { bytes: len as u64, source };
         let page = sys::page_size();
         let padded = len
             .checked_next_multiple_of(page)
             .ok_or_else(|| fail(io::ErrorKind::OutOfMemory.into()))?;
+        if let Some(map) = lease.as_ref().and_then(|lease| lease.reused(padded)) {
+            return Ok(Self { map: Some(map), len, lease });
+        }
         let huge = padded >= HUGE_PAGE;
         let map = Anonymous::new(padded, if huge { HUGE_PAGE } else { page }).map_err(fail)?;
         if huge {
             // Without huge pages (disabled, or an old kernel) the load is slower and still right.
             let _ = map.advise(0, padded, libc::MADV_HUGEPAGE);
         }
-        Ok(Self { map: Some(map), len, lease: None })
-    }
-
-    /// Ties a part of a budget to the life of this buffer.
-    pub fn with_lease(mut self, lease: Lease) -> Self {
-        self.lease = Some(lease);
-        self
+        let map = Arc::new(map);
+        if let Some(lease) = &lease {
+            lease.add(&map, padded);
+        }
+        Ok(Self { map: Some(map), len, lease })
     }
 
     /// Length in bytes.
@@ -69,13 +84,14 @@ impl HostBuffer {
 
     /// Bytes that may be written from the start: the length up to the next page border.
     pub fn capacity(&self) -> usize {
-        self.map.as_ref().map_or(0, Anonymous::len)
+        // No more was asked for, and the mapping may be longer.
+        self.len.next_multiple_of(sys::page_size())
     }
 
     /// Where the buffer starts; dangling when it is empty. Writing through it is for whoever
     /// knows that no slice of these bytes exists.
     pub fn as_ptr(&self) -> NonNull<u8> {
-        self.map.as_ref().map_or(NonNull::dangling(), Anonymous::ptr)
+        self.map.as_ref().map_or(NonNull::dangling(), |map| map.ptr())
     }
 
     /// The bytes of `range`, or `None` when it lies outside.
@@ -86,8 +102,8 @@ impl HostBuffer {
     pub unsafe fn slice(&self, range: Range<usize>) -> Option<&[u8]> {
         let start = self.start_of(&range)?;
         // SAFETY: the range lies in the mapping (or is empty, where the dangling pointer is
-        // valid), which is initialised (anonymous memory starts as zeros) and lives as long as
-        // `self`; the caller vouches that nobody writes.
+        // valid), which is initialised (anonymous memory starts as zeros, whoever wrote to it since)
+        // and lives as long as `self`; the caller vouches that nobody writes.
         Some(unsafe { slice::from_raw_parts(start, range.len()) })
     }
 
@@ -114,11 +130,18 @@ impl HostBuffer {
         if let Some(map) = &self.map {
             let page = sys::page_size();
             let start = offset / page * page;
-            // The mapping ends at a page border.
-            let end = offset.saturating_add(len).min(map.len()).next_multiple_of(page);
+            let end = offset.saturating_add(len).min(self.len).next_multiple_of(page);
             if start < end {
                 let _ = map.advise(start, end - start, libc::MADV_POPULATE_WRITE);
             }
+        }
+    }
+}
+
+impl Drop for HostBuffer {
+    fn drop(&mut self) {
+        if let (Some(map), Some(lease)) = (&self.map, &self.lease) {
+            lease.leave(map);
         }
     }
 }
@@ -186,8 +209,8 @@ impl Deref for SharedBuffer {
     }
 }
 
-/// Bytes of a [`SharedBuffer`] that go back to the system as soon as nobody holds them, whoever holds
-/// others: the pages wholly inside, and their part of the budget. Clones share them.
+/// Bytes of a [`SharedBuffer`] that go back to the system, or to the budget that they are of, as soon as nobody
+/// holds them, whoever holds others: the pages wholly inside. Clones share them.
 #[derive(Debug, Clone)]
 pub struct Piece(Arc<Held>);
 
@@ -239,9 +262,12 @@ impl Drop for Held {
             return;
         }
         // SAFETY: these bytes were read through this piece only, by the contract of `piece`.
-        let discarded = unsafe { map.discard(start, end - start) };
-        if let (Ok(()), Some(lease)) = (discarded, &buffer.lease) {
-            lease.give_back((end - start) as u64);
+        unsafe {
+            match &buffer.lease {
+                Some(lease) => lease.retire(map, start..end),
+                // What the system does not take goes with the buffer.
+                None => drop(map.discard(start, end - start)),
+            }
         }
     }
 }
@@ -251,27 +277,89 @@ mod tests {
     use super::*;
     use crate::Budget;
 
-    #[test]
-    fn a_dropped_piece_gives_its_pages_back_whoever_holds_others() {
-        let (page, len) = (sys::page_size(), 4 * HUGE_PAGE);
-        let budget = Budget::new(len as u64);
-        let buffer = HostBuffer::new(len).unwrap().with_lease(budget.take(len as u64).unwrap());
+    /// A buffer full of sevens.
+    fn sevens(len: usize, budget: Option<&Budget>) -> SharedBuffer {
+        let buffer = match budget {
+            Some(budget) => HostBuffer::leased(len, budget.take(len as u64).unwrap()).unwrap(),
+            None => HostBuffer::new(len).unwrap(),
+        };
         // SAFETY: nobody else has the buffer yet.
         unsafe { buffer.slice_mut(0..len) }.unwrap().fill(7);
         // SAFETY: the only writer is done.
-        let shared = unsafe { SharedBuffer::new(Arc::new(buffer)) };
-        // SAFETY: the pieces are apart, and nothing is read but through them until they are gone.
-        let (small, large) =
-            unsafe { (shared.clone().piece(0..100), shared.clone().piece(100..len)) };
-        let twin = large.clone();
-        drop(large);
-        assert!(budget.used() == len as u64 && twin.iter().all(|byte| *byte == 7));
-        drop(twin);
-        assert_eq!(budget.used(), page as u64);
-        assert!(small.iter().all(|byte| *byte == 7));
-        // Pages that went back are zeros when they come again.
-        assert!(shared[page..].iter().all(|byte| *byte == 0));
-        drop((shared, small));
+        unsafe { SharedBuffer::new(Arc::new(buffer)) }
+    }
+
+    #[test]
+    fn a_dropped_piece_gives_its_pages_back_whoever_holds_others() {
+        let (page, len) = (sys::page_size(), 4 * HUGE_PAGE);
+        for budget in [None, Some(Budget::new(len as u64))] {
+            let shared = sevens(len, budget.as_ref());
+            let used = || budget.as_ref().map_or(0, Budget::used);
+            let full = used();
+            // SAFETY: the pieces are apart, and nothing is read but through them until they are gone.
+            let (small, large) =
+                unsafe { (shared.clone().piece(0..100), shared.clone().piece(100..len)) };
+            let twin = large.clone();
+            drop(large);
+            assert!(used() == full && twin.iter().all(|byte| *byte == 7));
+            drop(twin);
+            // The system has them, or at the latest when the budget has no use for them any more.
+            if let Some(budget) = &budget {
+                assert_eq!(used(), page as u64);
+                assert!(shared[page..].iter().all(|byte| *byte == 7));
+                budget.close();
+            }
+            assert!(small.iter().all(|byte| *byte == 7));
+            assert!(shared[page..].iter().all(|byte| *byte == 0));
+            drop((shared, small));
+            assert_eq!(used(), 0);
+        }
+    }
+
+    /// Whether memory stands behind each page.
+    fn resident(buffer: &HostBuffer) -> Vec<bool> {
+        let mut pages = vec![0u8; buffer.capacity() / sys::page_size()];
+        let start = buffer.as_ptr().as_ptr().cast();
+        // SAFETY: the range is mapped, and there is a byte for each of its pages.
+        let status = unsafe { libc::mincore(start, buffer.capacity(), pages.as_mut_ptr()) };
+        assert_eq!(status, 0);
+        pages.iter().map(|page| page & 1 == 1).collect()
+    }
+
+    #[test]
+    fn a_budget_uses_memory_again_and_never_more_than_its_limit() {
+        let (page, budget) = (sys::page_size(), Budget::new(16 * sys::page_size() as u64));
+        let take = |pages: usize| {
+            HostBuffer::leased(pages * page, budget.take((pages * page) as u64).unwrap()).unwrap()
+        };
+        drop(sevens(8 * page, Some(&budget)));
+        // Shorter, the same memory.
+        let short = take(6);
+        assert!(resident(&short) == [true; 6]);
+        assert_eq!(short.capacity(), 6 * page);
+        // SAFETY: nobody writes to this buffer.
+        assert!(unsafe { short.slice(0..6 * page) }.unwrap().iter().all(|byte| *byte == 7));
+        // All but two pages are in use: those behind the short buffer may stay.
+        let rest = take(8);
+        assert!(resident(&rest) == [false; 8]);
+        drop(short);
+        assert!(resident(&take(8)) == [true; 8]);
+        // There is no room for the eight pages left behind beside what is in use now.
+        let most = take(7);
+        assert!(resident(&most) == [true; 7]);
+        drop((most, rest));
+        assert!(resident(&take(16)) == [false; 16]);
+        let shared = sevens(8 * page, Some(&budget));
+        // SAFETY: the pieces are apart, and nothing is read but through them.
+        let (held, dropped) =
+            unsafe { (shared.clone().piece(0..page), shared.piece(page..8 * page)) };
+        let pages = |held: &Piece| resident(&held.0.buffer.0).iter().filter(|page| **page).count();
+        drop(dropped);
+        assert_eq!(pages(&held), 8, "there is room for all");
+        let most = take(15);
+        assert_eq!(pages(&held), 1, "there is none");
+        budget.close();
+        drop((most, held));
         assert_eq!(budget.used(), 0);
     }
 

@@ -21,6 +21,7 @@ pub mod engine;
 pub mod ledger;
 pub mod lent;
 pub mod mapping;
+pub mod mount;
 pub mod place;
 pub mod plan;
 pub mod residency;
@@ -33,6 +34,7 @@ mod error;
 mod extent;
 mod file;
 mod numa;
+mod reuse;
 mod sys;
 
 pub use budget::Budget;

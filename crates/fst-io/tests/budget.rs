@@ -6,6 +6,7 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
+use fst_io::arenas::Arenas;
 use fst_io::place::{InPlace, Layout};
 use fst_io::plan::{Block, Limits, ReadPlan};
 use fst_io::sink::{Sink, SinkError, Target};
@@ -55,4 +56,21 @@ fn an_error_ends_those_who_wait_for_the_budget() {
     options.workers = Some(3);
     let error = fst_io::read(&files, &plan, &sink, &options, &Control::new()).unwrap_err();
     assert!(matches!(error, Error::EarlyEnd { .. }), "{error}");
+}
+
+#[test]
+fn an_arena_that_is_gone_leaves_its_memory_to_the_next() {
+    let budget = Budget::new(LEN);
+    let arenas = Arenas::new([(LEN, 1), (LEN - 5000, 1)], Some(&budget), &|_, _| Ok(()));
+    for (arena, before) in [(0, 0), (1, 7)] {
+        let buffer = arenas.get(arena, false).unwrap().unwrap();
+        // SAFETY: nobody else writes to the arena, or reads it.
+        let bytes = unsafe { buffer.slice_mut(0..buffer.len()) }.unwrap();
+        assert!(bytes.iter().all(|byte| *byte == before), "arena {arena}");
+        bytes.fill(7);
+        drop(buffer);
+        // SAFETY: all of it is written.
+        unsafe { arenas.fill(arena, 1) }.unwrap();
+    }
+    assert_eq!((budget.used(), budget.peak()), (0, LEN));
 }

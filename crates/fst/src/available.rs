@@ -12,7 +12,8 @@ use crate::error::{Error, Result};
 pub enum MemoryLimit {
     /// Memory and swap of the machine (`MemAvailable` and `SwapFree` of `/proc/meminfo`).
     Machine,
-    /// A control group, as containers and services have them.
+    /// A control group, as containers and services have them: the file of the limit. Beyond a
+    /// `memory.high` the kernel ends nobody, but slows all of the group down until it hardly moves.
     ControlGroup(PathBuf),
     /// The address space of the process (`RLIMIT_AS`).
     AddressSpace,
@@ -22,7 +23,7 @@ impl fmt::Display for MemoryLimit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Machine => f.write_str("memory of the machine"),
-            Self::ControlGroup(path) => write!(f, "limit of control group {}", path.display()),
+            Self::ControlGroup(path) => write!(f, "limit of a control group, {}", path.display()),
             Self::AddressSpace => f.write_str("limit of the address space, RLIMIT_AS"),
         }
     }
@@ -159,20 +160,21 @@ fn unescaped(path: &str) -> String {
 fn left_of_group(root: &Path, group: &Path, version: Version) -> Option<AvailableMemory> {
     let folder = root.join(group.strip_prefix("/").unwrap_or(group));
     let read = |name: &str| fs::read_to_string(folder.join(name)).ok();
-    let (limit, usage, fields) = match version {
+    let (limits, usage, fields) = match version {
         Version::V1 => (
-            "memory.limit_in_bytes",
+            &["memory.limit_in_bytes"][..],
             "memory.usage_in_bytes",
             &["total_inactive_file", "total_active_file"][..],
         ),
         Version::V2 => (
-            "memory.max",
+            &["memory.max", "memory.high"][..],
             "memory.current",
             &["inactive_file", "active_file", "slab_reclaimable"][..],
         ),
     };
     // `max` is no number.
-    let limit: u64 = read(limit)?.trim().parse().ok()?;
+    let number = |name: &&str| Some((read(name)?.trim().parse::<u64>().ok()?, group.join(name)));
+    let (limit, file) = limits.iter().filter_map(number).min()?;
     let usage: u64 = read(usage)?.trim().parse().ok()?;
     let stat = read("memory.stat").unwrap_or_default();
     let reclaimable = stat.lines().fold(0u64, |sum, line| {
@@ -181,7 +183,7 @@ fn left_of_group(root: &Path, group: &Path, version: Version) -> Option<Availabl
         sum.saturating_add(bytes)
     });
     let bytes = limit.saturating_sub(usage.saturating_sub(reclaimable));
-    Some(AvailableMemory { bytes, limit: MemoryLimit::ControlGroup(group.to_owned()) })
+    Some(AvailableMemory { bytes, limit: MemoryLimit::ControlGroup(file) })
 }
 
 #[cfg(test)]
@@ -228,8 +230,19 @@ mod tests {
             ("cg x/a/b/memory.max", "max\n"),
             ("cg x/a/b/memory.current", "800000\n"),
         ];
-        let limit = MemoryLimit::ControlGroup("/cg x/a".into());
+        let limit = MemoryLimit::ControlGroup("/cg x/a/memory.max".into());
         assert_eq!(least_of("v2", &files), Some((500_000, limit)));
+        // The kernel holds a group up at `memory.high`.
+        for (group, high, left, least) in [
+            ("a", "700000\n", 200_000, "/cg x/a/memory.high"),
+            ("a/b", "900000\n", 100_000, "/cg x/a/b/memory.high"),
+            ("a/b", "max\n", 500_000, "/cg x/a/memory.max"),
+        ] {
+            let file = format!("cg x/{group}/memory.high");
+            let files = [&files[..], &[(&file, high)]].concat();
+            let limit = MemoryLimit::ControlGroup(least.into());
+            assert_eq!(least_of("v2-high", &files), Some((left, limit)), "{file}");
+        }
     }
 
     #[test]
@@ -259,7 +272,8 @@ mod tests {
                 ("proc/self/mountinfo", &*mount),
             ];
             files.extend(limits.iter().map(|(path, text)| (&**path, *text)));
-            let limit = MemoryLimit::ControlGroup(Path::new("/").join(at));
+            let limit = Path::new("/").join(at).join("memory.limit_in_bytes");
+            let limit = MemoryLimit::ControlGroup(limit);
             assert_eq!(least_of(name, &files), Some((200_000, limit)), "{name}");
         }
     }

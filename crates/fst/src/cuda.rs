@@ -21,7 +21,7 @@ use crate::error::{DeviceError, Error, Result};
 use crate::host::{Deliver, HostLoad, Watch, from_sink, locate, open_files};
 use crate::options::Item;
 use crate::tensor::{Data, Tensor};
-use crate::transform::{Cut, TransformPlan, Work};
+use crate::transform::{Cut, Sharing, TransformPlan, Work};
 
 /// Bytes of host memory for tensors that are converted on the host on their way to a device, unless
 /// one of them needs more.
@@ -91,12 +91,14 @@ pub(crate) struct CudaLoad {
 }
 
 impl CudaLoad {
-    /// Plans the loading of `items` into arenas of about `arena` bytes.
+    /// Plans the loading of `items` into arenas of about `arena` bytes, tensors shorter than `apart` in
+    /// others than the rest.
     pub(crate) fn new(
         checkpoint: &Checkpoint,
         items: Vec<Item>,
         device: &CudaDevice,
         arena: u64,
+        apart: u64,
     ) -> Result<Self> {
         let (files, number) = open_files(checkpoint, &items)?;
         let files = Arc::new(files);
@@ -115,8 +117,9 @@ impl CudaLoad {
                 None => empty.push(index),
             }
         }
-        let plan = TransformPlan::new(&works, limits, arena, DEVICE_ALIGN)
-            .map_err(|e| locate(e, &items))?;
+        let plan =
+            TransformPlan::new(&works, limits, Sharing { arena, align: DEVICE_ALIGN, apart })
+                .map_err(|e| locate(e, &items))?;
         let torn = groups(torn, TORN_MEMORY, |index| items[*index].len()).into_iter();
         let torn = torn.map(|indices| {
             let items = indices.iter().map(|index| items[*index].clone()).collect();

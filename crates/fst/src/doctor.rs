@@ -10,6 +10,7 @@ use fst_dist::group::Nccl;
 use fst_format::Checkpoint;
 use fst_gpu::CudaDevice;
 use fst_gpu::cufile::GdsStatus;
+use fst_io::mount::FileSystem;
 use fst_io::{DirectIo, Engine, ResolvedEngine, SourceFile};
 
 use crate::available::AvailableMemory;
@@ -100,6 +101,8 @@ pub struct PathReport {
     pub bytes: u64,
     /// Bytes of its files in the page cache, if the system tells.
     pub resident_bytes: Option<u64>,
+    /// The file system that the first file lies on, if the system tells.
+    pub file_system: Option<FileSystem>,
     /// Direct I/O on the first file.
     pub direct_io: DirectIo,
     /// Which way a load would take now, in a sentence.
@@ -226,6 +229,7 @@ fn examine_path(path: &Path, auto: &ResolvedEngine) -> Result<PathReport> {
         files: checkpoint.shards().len(),
         bytes,
         resident_bytes,
+        file_system: checkpoint.shards().first().and_then(|s| FileSystem::of(s.path()).ok()),
         direct_io,
         verdict,
     })

@@ -15,7 +15,7 @@ use fst_io::{Budget, Control, Extent, ReadOptions, ReadStats, SharedBuffer, Sour
 use crate::error::{DeviceError, Error, Result};
 use crate::options::Item;
 use crate::tensor::{Data, Tensor};
-use crate::transform::{HOST_ALIGN, Transform, TransformPlan};
+use crate::transform::{HOST_ALIGN, Sharing, Transform, TransformPlan};
 
 /// Bytes of scratch memory, in slots of [`SCRATCH_BLOCK`].
 ///
@@ -101,7 +101,9 @@ impl HostLoad {
             }
         }
         let limits = Limits { block: SCRATCH_BLOCK, segment: u64::MAX, ..limits };
-        let transform = TransformPlan::new(&works, limits, arena, HOST_ALIGN).map_err(io)?;
+        let transform =
+            TransformPlan::new(&works, limits, Sharing { arena, align: HOST_ALIGN, apart: 0 })
+                .map_err(io)?;
         Ok(Self {
             items,
             files,

@@ -25,7 +25,7 @@ use crate::options::Item;
 use crate::progress::Progress;
 use crate::report::LoadReport;
 use crate::tensor::Tensor;
-use crate::transform::{Piece, Transform, TransformPlan};
+use crate::transform::{Piece, Sharing, Transform, TransformPlan};
 use crate::verify::{Hashed, verify_all};
 
 /// Memory for one tensor, on the host or on a CUDA device: bytes, or elements of the type that is
@@ -353,7 +353,7 @@ impl Loader {
             // SAFETY: whoever made the destination vouches for its memory as long as `places` live.
             given.push(unsafe { DeviceArena::lent(device, address, len) });
         }
-        let load = CudaLoad::new(checkpoint, items, device, 0)?;
+        let load = CudaLoad::new(checkpoint, items, device, 0, 0)?;
         // SAFETY: as above.
         let load = unsafe { load.with_options(self.device_options).into_memory(given.clone()) };
         load.check_memory(&self.read)?;
@@ -442,7 +442,8 @@ impl<'d> Planned<'d> {
         let cached = (ReadPlan::new(extents, Limits { align: 1, ..apart })?, memory);
         let (pieces, memory): (Vec<Piece>, _) = ways.scratch.into_iter().unzip();
         let limits = Limits { align, block: SCRATCH_BLOCK, ..Limits::default() };
-        let scratch = (TransformPlan::of_pieces(&pieces, limits, 0, 1)?, memory);
+        let sharing = Sharing { arena: 0, align: 1, apart: 0 };
+        let scratch = (TransformPlan::of_pieces(&pieces, limits, sharing)?, memory);
         Ok(Self { aligned, cached, scratch })
     }
 

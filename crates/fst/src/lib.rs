@@ -74,7 +74,8 @@ pub use dist::{
 pub use doctor::{CudaReport, Doctor, HugePages, Measurement, PathReport};
 pub use error::{DeviceError, Error, Result};
 pub use fst_format::{
-    Checkpoint, Dtype, Element, Notice, OpenOptions, Shard as ShardFile, Slice, TensorInfo,
+    Checkpoint, Dtype, Element, Metadata, Notice, OpenOptions, Shard as ShardFile, Slice,
+    TensorInfo,
 };
 pub use fst_io::{DirectIo, Engine, ResolvedEngine};
 pub use into::Destination;

@@ -12,6 +12,10 @@ use crate::error::{Error, Result};
 use crate::host::{Deliver, HostLoad, SCRATCH, Watch, locate};
 use crate::options::Item;
 
+/// Tensors on a device that are shorter than this many bytes share no arena with longer ones, so that
+/// who keeps the norms of a model does not keep all of it.
+const APART: u64 = 1 << 20;
+
 /// A load that is planned and whose files are open.
 #[derive(Debug)]
 pub(crate) enum Load {
@@ -20,18 +24,24 @@ pub(crate) enum Load {
 }
 
 impl Load {
-    /// Plans the loading of `items` into arenas of about `arena` bytes. With `in_order`, arenas
-    /// become complete in the order of the items.
+    /// Plans the loading of `items` into arenas of about `arena` bytes, for a stream or for memory that
+    /// holds all of them at once. Of a stream `in_order`, arenas become complete in the order of the
+    /// items.
     pub(crate) fn new(
         device: &Device,
         checkpoint: &Checkpoint,
         items: Vec<Item>,
         arena: u64,
-        in_order: bool,
+        stream: Option<bool>,
     ) -> Result<Self> {
+        let in_order = stream == Some(true);
+        // Pages of host memory go back one by one, arenas of devices as a whole.
+        let apart = if stream.is_some() { 0 } else { APART };
         Ok(match device.as_cuda() {
             None => Self::Host(Box::new(HostLoad::new(checkpoint, items, arena, in_order)?)),
-            Some(device) => Self::Cuda(Box::new(CudaLoad::new(checkpoint, items, device, arena)?)),
+            Some(device) => {
+                Self::Cuda(Box::new(CudaLoad::new(checkpoint, items, device, arena, apart)?))
+            }
         })
     }
 

@@ -180,7 +180,8 @@ impl Loader {
     }
 
     /// Bounds the memory of a [`stream`](Self::stream), in bytes: tensors that are still held count, and
-    /// so does the scratch memory of conversions (on a device also that of cuFile's reads).
+    /// so does the scratch memory of conversions (on a device also that of cuFile's reads). Host memory of
+    /// tensors that are dropped is kept for the next ones until all are read, within the same bound.
     #[must_use]
     pub fn memory_budget(mut self, bytes: u64) -> Self {
         self.budget = Some(bytes);
@@ -245,7 +246,7 @@ impl Loader {
             manifest.check(checkpoint, &items)?;
         }
         let arena = if self.manifest.is_some() { VERIFY_ARENA } else { ARENA };
-        let load = Load::new(&self.device, checkpoint, items, arena, false)?;
+        let load = Load::new(&self.device, checkpoint, items, arena, None)?;
         let load = load.with_options(self.device_options);
         load.check_memory(&self.read, !self.unchecked)?;
         report.add_files(load.files());

@@ -83,7 +83,7 @@ impl TensorStream {
         }
         let limit = loader.budget.unwrap_or_else(default_budget);
         let plan = |arena| -> Result<(Load, u64)> {
-            let load = Load::new(device, checkpoint, items.clone(), arena, loader.in_order)?;
+            let load = Load::new(device, checkpoint, items.clone(), arena, Some(loader.in_order))?;
             let load = load.with_options(loader.device_options).within(limit, loader.in_order);
             let needed = load.least_memory(loader.in_order) + load.scratch(&loader.read);
             Ok((load, needed))
@@ -126,6 +126,8 @@ impl TensorStream {
                     Some(manifest) => verified(manifest, &hashed, &deliver, run),
                     None => run(&deliver),
                 };
+                // Nothing more is asked for: what tensors leave behind is of no use any more.
+                budget.close();
                 match result {
                     Ok((reads, took)) => {
                         report.push("read", took, load.bytes_read());
@@ -173,7 +175,8 @@ impl TensorStream {
         self.byte_len
     }
 
-    /// The most bytes of tensor memory that were in use at once, so far.
+    /// The most bytes of tensor memory that were in use at once, so far. What dropped tensors left for
+    /// the next ones is not in use.
     pub fn peak_bytes(&self) -> u64 {
         self.budget.peak()
     }

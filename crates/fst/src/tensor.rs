@@ -21,7 +21,8 @@ use crate::report::LoadReport;
 ///
 /// Cloning is cheap and shares the memory. The memory is freed with the last clone:
 /// in host memory the pages that no other tensor of the same arena shares, on a device with the last
-/// tensor of the arena.
+/// tensor of the arena. While a [stream](crate::Loader::stream) runs, what its tensors free in host memory
+/// is used for the next ones.
 #[derive(Clone)]
 pub struct Tensor {
     info: TensorInfo,

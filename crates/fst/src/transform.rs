@@ -146,30 +146,41 @@ pub(crate) struct TransformPlan {
 /// Alignment of tensors in a host arena, in bytes: a cache line.
 pub(crate) const HOST_ALIGN: u64 = 64;
 
+/// How pieces share arenas.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sharing {
+    /// Pieces that fit share an arena of at most so many bytes; with 0, each has one of its own.
+    pub(crate) arena: u64,
+    /// Of what a piece's offset in its arena is a multiple, in bytes.
+    pub(crate) align: u64,
+    /// Pieces shorter than this share no arena with others: who keeps a few of them keeps little memory.
+    /// Above 0 only where all arenas may be in memory at once.
+    pub(crate) apart: u64,
+}
+
 impl TransformPlan {
     /// Plans for `items`, each with the index of its source file, sorted by file and offset.
     pub(crate) fn new(
         items: &[(&Item, u32)],
         limits: Limits,
-        arena: u64,
-        align: u64,
+        sharing: Sharing,
     ) -> Result<Self, fst_io::Error> {
         let pieces: Vec<_> = items.iter().map(|(item, file)| Piece::of(item, *file)).collect();
-        Self::of_pieces(&pieces, limits, arena, align)
+        Self::of_pieces(&pieces, limits, sharing)
     }
 
-    /// Plans for pieces, sorted by file and offset. Those that fit share an arena of at most
-    /// `arena` bytes; with 0, each has one of its own.
+    /// Plans for pieces, sorted by file and offset.
     pub(crate) fn of_pieces(
         pieces: &[Piece],
         limits: Limits,
-        arena: u64,
-        align: u64,
+        Sharing { arena, align, apart }: Sharing,
     ) -> Result<Self, fst_io::Error> {
         let mut extents = Vec::new();
         let mut owners = Vec::new();
         let mut arenas: Vec<(u64, u64)> = Vec::new();
         let mut work: Vec<Work> = Vec::with_capacity(pieces.len());
+        // The arenas that are being filled: that of short pieces, and that of the others.
+        let mut open: [Option<usize>; 2] = [None; 2];
         for (index, piece) in pieces.iter().enumerate() {
             let Piece { file, start, runs, cast, len } = *piece;
             let mut push = |range: Range<u64>| {
@@ -183,24 +194,25 @@ impl TransformPlan {
                     push(at..at + runs.len);
                 });
             }
-            let offset = match arenas.last_mut() {
-                Some((end, missing)) if end.next_multiple_of(align) + len <= arena => {
-                    let offset = end.next_multiple_of(align);
-                    *end = offset + len;
-                    *missing += piece.source_len();
-                    offset
-                }
-                _ => {
-                    arenas.push((len, piece.source_len()));
-                    0
-                }
+            let open = &mut open[usize::from(len >= apart)];
+            let free = |at: usize| arenas[at].0.next_multiple_of(align);
+            let (at, offset) = match open.map(|at| (at, free(at))) {
+                Some((at, offset)) if offset + len <= arena => (at, offset),
+                _ => (arenas.len(), 0),
             };
-            let dest = Dest { arena: arenas.len() - 1, offset, len };
+            *open = Some(at);
+            if at == arenas.len() {
+                arenas.push((0, 0));
+            }
+            let (end, missing) = &mut arenas[at];
+            (*end, *missing) = (offset + len, *missing + piece.source_len());
+            let dest = Dest { arena: at, offset, len };
             work.push(Work { start, runs, cast, dest });
         }
         // A block that led to two arenas would need the memory of both at once. Where each piece has
-        // an arena of its own, that memory is there already, and blocks may have many pieces.
+        // an arena of its own, or all arenas may be there at once, blocks may have any pieces.
         let group = |extent: usize| match arena {
+            _ if apart > 0 => 0,
             0 => 0,
             _ => work[owners[extent] as usize].dest.arena,
         };
@@ -234,7 +246,8 @@ impl TransformPlan {
     /// The arenas that a block leads to, each once.
     pub(crate) fn arenas_of(&self, block: &Block) -> impl Iterator<Item = usize> + use<'_> {
         let mut last = None;
-        // Tensors are packed in the order of the file, so that equal arenas come together.
+        // Tensors are packed in the order of the file, so that equal arenas come together, but for those
+        // of short pieces.
         self.parts_of(block).filter_map(move |(_, work, _)| {
             let arena = work.dest.arena;
             (last.replace(arena) != Some(arena)).then_some(arena)

@@ -1,11 +1,13 @@
 //! `fst doctor`: what this machine offers to a load, and which way a load of a path would take.
 
 use fst::gpu::cufile::GdsMode;
+use fst::io::mount::{FileSystem, Place};
 use fst::{CudaReport, DirectIo, Doctor, HugePages, Measurement, PathReport};
 use serde::Serialize;
 
 use crate::args::DoctorArgs;
 use crate::failure::Failure;
+use crate::hub;
 use crate::text::{self, Align, GOOD, HEADING, MISSING, Table, counted, styled, visible};
 
 /// How much of a checkpoint is read to measure an engine.
@@ -96,18 +98,29 @@ struct Auto<'d> {
 }
 
 #[derive(Serialize)]
+struct FileSystemJson<'d> {
+    kind: &'d str,
+    /// `local`, `network`, `memory` or `program` (FUSE).
+    place: &'static str,
+    compressed: bool,
+}
+
+#[derive(Serialize)]
 struct PathJson<'d> {
     path: String,
     files: usize,
     bytes: u64,
     resident_bytes: Option<u64>,
+    file_system: Option<FileSystemJson<'d>>,
     direct_io: String,
     verdict: &'d str,
 }
 
 pub(crate) fn run(args: &DoctorArgs) -> Result<(), Failure> {
-    let doctor = Doctor::examine(args.path.as_deref()).map_err(Failure::of)?;
-    let measured = args.measure.as_deref().map(|path| Doctor::measure(path, MEASURED_BYTES));
+    let path = args.path.as_deref().map(hub::resolve).transpose()?;
+    let doctor = Doctor::examine(path.as_deref()).map_err(Failure::of)?;
+    let measured = args.measure.as_deref().map(hub::resolve).transpose()?;
+    let measured = measured.map(|path| Doctor::measure(&path, MEASURED_BYTES));
     let measured = measured.transpose().map_err(Failure::of)?;
     if args.json {
         let report = Report::of(&doctor, measured.as_deref());
@@ -161,6 +174,7 @@ impl<'d> Report<'d> {
                 files: path.files,
                 bytes: path.bytes,
                 resident_bytes: path.resident_bytes,
+                file_system: path.file_system.as_ref().map(FileSystemJson::of),
                 direct_io: path.direct_io.to_string(),
                 verdict: &path.verdict,
             }),
@@ -176,6 +190,19 @@ impl<'d> DeviceJson<'d> {
             memory: device.memory.map(|(total, available)| Memory { total, available }),
             driver: device.driver.as_deref(),
         }
+    }
+}
+
+impl<'d> FileSystemJson<'d> {
+    fn of(there: &'d FileSystem) -> Self {
+        let place = match there.place {
+            Place::Local => "local",
+            Place::Network => "network",
+            Place::Memory => "memory",
+            Place::Program => "program",
+            _ => "unknown",
+        };
+        Self { kind: &there.kind, place, compressed: there.compressed }
     }
 }
 
@@ -248,7 +275,7 @@ fn render(doctor: &Doctor) -> String {
     );
     fact("engine", format!("auto takes {}: {}", doctor.auto.used, visible(&doctor.auto.reason)));
     match &doctor.cuda {
-        Err(error) => fact("CUDA", missing(&visible(&error.to_string()))),
+        Err(error) => fact("CUDA", absent(&error.to_string())),
         Ok(devices) if devices.is_empty() => fact("CUDA", missing("a driver, but no device")),
         Ok(devices) => {
             for device in devices {
@@ -268,14 +295,18 @@ fn render(doctor: &Doctor) -> String {
         "GDS",
         match gds_mode(&doctor.gds.mode) {
             (mode, None) => good(mode),
-            (_, Some(why)) => missing(&visible(&why)),
+            (_, Some(why)) => absent(&why),
         },
     );
     fact(
         "NCCL",
         match &doctor.nccl {
             Ok(library) => good(library),
-            Err(error) => missing(&format!("{}; {GET_NCCL}", visible(&error.to_string()))),
+            // Who has no GPU does not miss it.
+            Err(error) if doctor.cuda.as_ref().is_ok_and(|devices| !devices.is_empty()) => {
+                format!("{}; {GET_NCCL}", absent(&error.to_string()))
+            }
+            Err(error) => absent(&error.to_string()),
         },
     );
     let mut out = format!("{}\n{}", styled(HEADING, "This machine"), facts.render());
@@ -297,6 +328,16 @@ fn render_path(path: &PathReport) -> String {
             None => missing("the system does not tell"),
         },
     );
+    fact(
+        "storage",
+        match &path.file_system {
+            Some(there) if there.place == Place::Local && !there.compressed => {
+                good(&visible(&there.to_string()))
+            }
+            Some(there) => missing(&visible(&there.to_string())),
+            None => missing("the system does not tell"),
+        },
+    );
     let direct = visible(&path.direct_io.to_string());
     fact(
         "direct I/O",
@@ -312,6 +353,16 @@ fn render_path(path: &PathReport) -> String {
 
 fn good(what: &str) -> String {
     styled(GOOD, what)
+}
+
+/// What is missing, in short where it is just not installed: the dynamic linker's words then say no more.
+fn absent(what: &str) -> String {
+    let looked_for = what.split_once("looked for ").filter(|_| what.contains("No such file"));
+    let names = looked_for.and_then(|(_, rest)| rest.split([':', ';']).next());
+    match names {
+        Some(names) => missing(&visible(&format!("not installed: looked for {names}"))),
+        None => missing(&visible(what)),
+    }
 }
 
 fn missing(what: &str) -> String {

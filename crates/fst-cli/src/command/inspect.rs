@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use fst::{Checkpoint, Dtype, TensorInfo};
+use fst::{Checkpoint, Dtype, Metadata, TensorInfo};
 use serde::Serialize;
 
 use crate::args::InspectArgs;
@@ -14,6 +14,10 @@ use crate::text::{self, Align, HEADING, Table, counted, styled, summarize, visib
 /// More tensors than this are summarized unless all are asked for.
 const LISTED: usize = 50;
 
+/// More rows than this are cut off elsewhere, unless all are asked for: of a checkpoint as published, every
+/// pattern of names, and the files of all but a few.
+const ROWS: usize = 200;
+
 /// The longest metadata value shown to people, in characters.
 const METADATA_SHOWN: usize = 100;
 
@@ -22,7 +26,7 @@ struct Report<'c> {
     tensors: Vec<TensorReport<'c>>,
     dtypes: Vec<DtypeReport>,
     files: Vec<FileReport<'c>>,
-    metadata: &'c BTreeMap<String, String>,
+    metadata: &'c Metadata,
     total: Total,
     /// What may not be meant.
     notices: Vec<String>,
@@ -57,7 +61,7 @@ struct FileReport<'c> {
     tensors: u64,
     tensor_bytes: u64,
     data_start: u64,
-    metadata: &'c BTreeMap<String, String>,
+    metadata: &'c Metadata,
 }
 
 /// Of what was selected.
@@ -171,17 +175,18 @@ impl<'c> Report<'c> {
             for notice in &self.notices {
                 table.row([visible(notice)]);
             }
-            out += &section("Notices", &table);
+            out += &section("Notices", table, usize::MAX);
         }
-        out += &section("Dtypes", &self.dtype_table());
-        out += &section("Files", &self.file_table(whole.is_some()));
+        let rows = if all { usize::MAX } else { ROWS };
+        out += &section("Dtypes", self.dtype_table(), rows);
+        out += &section("Files", self.file_table(whole.is_some()), rows);
         if !self.metadata.is_empty() {
-            out += &section("Metadata", &self.metadata_table());
+            out += &section("Metadata", self.metadata_table(), rows);
         }
         if all || self.tensors.len() <= LISTED {
-            out += &section("Tensors", &self.tensor_table());
+            out += &section("Tensors", self.tensor_table(), rows);
         } else {
-            out += &section("Tensors by name (--all lists each)", &self.pattern_table());
+            out += &section("Tensors by name (--all lists each)", self.pattern_table(), rows);
         }
         out
     }
@@ -211,7 +216,7 @@ impl<'c> Report<'c> {
 
     fn metadata_table(&self) -> Table {
         let mut table = Table::new(&[Align::Left, Align::Left]);
-        for (key, value) in self.metadata {
+        for (key, value) in self.metadata.iter() {
             let mut shown = visible(&value.chars().take(METADATA_SHOWN).collect::<String>());
             if value.chars().nth(METADATA_SHOWN).is_some() {
                 shown.push_str("...");
@@ -255,7 +260,14 @@ impl<'c> Report<'c> {
     }
 }
 
-fn section(title: &str, table: &Table) -> String {
+fn section(title: &str, table: Table, rows: usize) -> String {
+    let more =
+        |left_out| format!("... and {} more (--all lists each)", text::count(left_out as u64));
+    let table = table.at_most(rows, more);
+    let table = match text::width() {
+        Some(width) => table.fit(width),
+        None => table,
+    };
     format!("\n{}\n{}", styled(HEADING, title), table.render())
 }
 

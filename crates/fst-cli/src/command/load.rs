@@ -3,10 +3,13 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use fst::{AvailableMemory, Checkpoint, Error, LoadReport, Loader, Stage, Tensors};
+use fst::{
+    AvailableMemory, Checkpoint, Engine, Error, LoadReport, Loader, ResolvedEngine, Stage, Tensors,
+};
 use fst_cli::models::Model;
 use fst_cli::synth::{Recipe, SynthError, Watch};
 use rustix::fs::{Advice, fadvise};
+use serde::Serialize;
 
 use crate::args::LoadArgs;
 use crate::failure::Failure;
@@ -40,7 +43,7 @@ pub(crate) fn run(args: &LoadArgs) -> Result<(), Failure> {
     load(args, &[path])?;
     if !args.json {
         let hint = "That was a demonstration; fst load PATH loads a checkpoint of yours.";
-        text::print(&format!("\n{}\n", styled(FAINT, hint))).map_err(Failure::output)?;
+        text::remark(&format!("\n{}\n", styled(FAINT, hint))).map_err(Failure::output)?;
     }
     Ok(())
 }
@@ -63,7 +66,10 @@ fn refuse(args: &LoadArgs) -> Result<(), Failure> {
 }
 
 fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
-    let checkpoint = reading::open_and_warn(paths, &args.reading.select)?;
+    let mut checkpoint = reading::open_and_warn(paths, &args.reading.select)?;
+    if args.cold {
+        checkpoint = open(args, paths)?;
+    }
     reading::spare(&checkpoint, paths, [&args.trace, &args.plot])?;
     let mut loader = reading::loader(&args.reading)?;
     if let Some(dtype) = args.dtype {
@@ -85,20 +91,24 @@ fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
     if let Some(group) = args.ranks.dist {
         return ranks::load_as_one(args, paths, &checkpoint, loader, group);
     }
-    let progress = Progress::new("loading", 0, !args.reading.no_progress);
-    let bar = progress.bar();
-    let loader = loader.on_progress(move |progress| {
-        bar.set_length(progress.bytes_total);
-        bar.set_position(progress.bytes_done);
-    });
-    let tensors = match args.map {
-        true => map(&loader, &checkpoint)?,
-        false => loader.load(&checkpoint),
-    };
-    let tensors = tensors.map_err(|error| reading::failure(paths, &checkpoint, &error))?;
-    drop(progress);
-    let report = tensors.report();
-    let figures = Figures::of(&tensors);
+    let mut runs = vec![load_once(args, paths, &loader, &checkpoint)?];
+    for _ in 1..args.runs {
+        // Opening is a part of a load.
+        let checkpoint = open(args, paths)?;
+        runs.push(load_once(args, paths, &loader, &checkpoint)?);
+    }
+    let spread = (runs.len() > 1).then(|| Spread::of(&runs));
+    runs.sort_by(|(one, _), (other, _)| one.seconds.total_cmp(&other.seconds));
+    // Of an even number of runs the slower of the two in the middle.
+    let (report, figures) = &runs[runs.len() / 2];
+    if args.cold
+        && let Some(left) = figures.resident_bytes.filter(|left| *left > figures.file_bytes / 100)
+    {
+        text::warn(&format!(
+            "{} stayed in the page cache: another process uses these files, or they lie in memory",
+            text::bytes(left)
+        ));
+    }
     if let Some(path) = &args.trace {
         timeline::write_trace(report, path)?;
     }
@@ -106,11 +116,15 @@ fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
         timeline::write_plot(report, path)?;
     }
     if args.json {
-        return text::print_json(&figures).map_err(Failure::output);
+        let runs = spread.map(|spread| spread.runs);
+        return text::print_json(&Document { figures, runs }).map_err(Failure::output);
     }
-    let mut out = render(args, report, &figures, paths);
+    let mut out = render(args, report, figures, paths);
+    if let Some(spread) = spread {
+        out += &spread.render();
+    }
     if let Some(path) = &args.verify {
-        let tensors = counted(tensors.len() as u64, "tensor");
+        let tensors = counted(report.tensors as u64, "tensor");
         let line = format!("{tensors} verified by {}", visible(&path.display().to_string()));
         out += &format!("\n{}\n", styled(RESULT, line));
     }
@@ -122,7 +136,97 @@ fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
             out += &format!("\n{}\n", styled(FAINT, line));
         }
     }
-    text::print(&out).map_err(Failure::output)
+    text::remark(&out).map_err(Failure::output)
+}
+
+/// Opens the checkpoint, whose files are taken out of the page cache first where that was asked for.
+fn open(args: &LoadArgs, paths: &[PathBuf]) -> Result<Checkpoint, Failure> {
+    let checkpoint = reading::open(paths, &args.reading.select)?;
+    if !args.cold {
+        return Ok(checkpoint);
+    }
+    for shard in checkpoint.shards() {
+        forget(shard.path());
+    }
+    // Headers are read cold as well.
+    reading::open(paths, &args.reading.select)
+}
+
+/// Takes a file out of the page cache. Where this fails, a load is as correct and only faster.
+fn forget(path: &Path) {
+    // What is not on storage yet would stay.
+    if let Ok(file) = File::open(path)
+        && file.sync_all().is_ok()
+    {
+        let _ = fadvise(&file, 0, None, Advice::DontNeed);
+    }
+}
+
+fn load_once(
+    args: &LoadArgs,
+    paths: &[PathBuf],
+    loader: &Loader,
+    checkpoint: &Checkpoint,
+) -> Result<(LoadReport, Figures), Failure> {
+    let progress = Progress::new("loading", 0, !args.reading.no_progress);
+    let bar = progress.bar();
+    let loader = loader.clone().on_progress(move |progress| {
+        bar.set_length(progress.bytes_total);
+        bar.set_position(progress.bytes_done);
+    });
+    let tensors = match args.map {
+        true => map(&loader, checkpoint)?,
+        false => loader.load(checkpoint),
+    };
+    let tensors = tensors.map_err(|error| reading::failure(paths, checkpoint, &error))?;
+    Ok((tensors.report().clone(), Figures::of(&tensors)))
+}
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Document<'f> {
+    #[serde(flatten)]
+    figures: &'f Figures,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    runs: Option<Vec<Run>>,
+}
+
+/// One of several runs.
+#[derive(Serialize)]
+struct Run {
+    seconds: f64,
+    gb_per_s: f64,
+    resident_bytes: Option<u64>,
+}
+
+/// Several runs, in their order.
+struct Spread {
+    runs: Vec<Run>,
+}
+
+impl Spread {
+    fn of(runs: &[(LoadReport, Figures)]) -> Self {
+        let run = |(_, figures): &(LoadReport, Figures)| Run {
+            seconds: figures.seconds,
+            gb_per_s: figures.gb_per_s,
+            resident_bytes: figures.resident_bytes,
+        };
+        Self { runs: runs.iter().map(run).collect() }
+    }
+
+    fn render(&self) -> String {
+        let seconds = || self.runs.iter().map(|run| run.seconds);
+        let (least, most) = seconds()
+            .fold((f64::INFINITY, 0.0f64), |(least, most), one| (least.min(one), most.max(one)));
+        let each: Vec<String> = seconds().map(text::seconds).collect();
+        format!(
+            "\n{}\n  {} to {}, in their order: {}\n",
+            styled(HEADING, format!("{} runs, of which the above is the median", self.runs.len())),
+            text::seconds(least),
+            text::seconds(most),
+            each.join(", ")
+        )
+    }
 }
 
 /// Maps the checkpoint and brings all of it into memory, so that the time is that of tensors ready
@@ -147,8 +251,7 @@ fn render(args: &LoadArgs, report: &LoadReport, figures: &Figures, paths: &[Path
     let mut out = format!("{}\n", styled(HEADING, paths.join(" ")));
     out += &format!("  {}\n\n", headline(args, report, figures));
     let mut facts = Table::new(&[Align::Left, Align::Left]);
-    let reason = visible(&report.engine.reason);
-    facts.row(["engine".into(), format!("{}: {reason}", report.engine.used)]);
+    facts.row(["engine".into(), engine(report)]);
     if report.workers > 0 {
         let rest = if figures.mapped_bytes > 0 { "what is not mapped: " } else { "" };
         facts.row([
@@ -201,7 +304,8 @@ fn headline(args: &LoadArgs, report: &LoadReport, figures: &Figures) -> String {
             )
         }
         (None, mapped) => format!(
-            "{tensors}, {bytes} in memory after {took}: {} mapped, {} could not be and were read",
+            "{tensors}, {bytes} in memory after {took}: {} mapped, {} read, as they are cut, converted or \
+             not aligned to their elements",
             text::bytes(mapped),
             text::bytes(report.bytes - mapped)
         ),
@@ -237,6 +341,28 @@ fn mapping_time(report: &LoadReport) -> Option<f64> {
     let stage = |name: &str| report.stages.iter().find(|stage| stage.name == name);
     let mapped = stage("map").filter(|_| stage("read").is_none())?;
     Some(stage("open").map_or(0.0, |open| open.seconds) + mapped.seconds)
+}
+
+/// The engine, which ways bytes took through it, and why it is not the usual one.
+fn engine(report: &LoadReport) -> String {
+    let mut parts: Vec<String> = [
+        ("read.direct", "from storage"),
+        ("read.buffered", "from storage through the page cache"),
+        ("read.cached", "out of the page cache"),
+        ("read.mapped", "out of a mapping"),
+    ]
+    .into_iter()
+    .filter_map(|(stage, way)| {
+        let bytes = report.stage(stage).map_or(0, |stage| stage.bytes);
+        (bytes > 0).then(|| format!("{} {way}", text::bytes(bytes)))
+    })
+    .collect();
+    // That an engine is there is no news; that one is missing is.
+    let ResolvedEngine { asked, used, reason } = &report.engine;
+    if parts.is_empty() || (*asked == Engine::Auto && *used != Engine::Uring) {
+        parts.push(visible(reason));
+    }
+    format!("{used}: {}", parts.join(", "))
 }
 
 /// What was read, and how much of it nobody had asked for.
@@ -318,7 +444,7 @@ fn make_demo(args: &LoadArgs, path: &Path) -> Result<(), Failure> {
     if !args.json {
         let size = text::bytes(bytes);
         let line = format!("Making a checkpoint of {size} with the shapes of Llama 2 ...");
-        text::print(&format!("{}\n\n", styled(FAINT, line))).map_err(Failure::output)?;
+        text::remark(&format!("{}\n\n", styled(FAINT, line))).map_err(Failure::output)?;
     }
     let progress = Progress::new("writing", bytes, !args.reading.no_progress);
     let count = |bytes| progress.add(bytes);
@@ -327,13 +453,6 @@ fn make_demo(args: &LoadArgs, path: &Path) -> Result<(), Failure> {
         SynthError::Cancelled { .. } => Failure::Interrupted,
         error => Failure::of(error),
     })?;
-    for file in &written.files {
-        // Where this fails, the load is as correct and only faster.
-        if let Ok(file) = File::open(file)
-            && file.sync_all().is_ok()
-        {
-            let _ = fadvise(&file, 0, None, Advice::DontNeed);
-        }
-    }
+    written.files.iter().for_each(|file| forget(file));
     Ok(())
 }

@@ -3,6 +3,7 @@
 pub(crate) mod doctor;
 pub(crate) mod inspect;
 pub(crate) mod load;
+pub(crate) mod manual;
 pub(crate) mod plan;
 pub(crate) mod sum;
 pub(crate) mod synth;

@@ -28,7 +28,7 @@ struct Rates {
 #[derive(Serialize)]
 struct Rate {
     gb_per_s: f64,
-    /// `given`, `measured` or `default`.
+    /// `given`, `measured`, `page cache` (measured, but of files that were in memory) or `default`.
     source: &'static str,
 }
 
@@ -208,9 +208,15 @@ fn rates(args: &PlanArgs, topology: &Topology, measured: Option<&MeasuredRates>)
     };
     let storage = topology.storages().first().map_or(0.0, |storage| storage.bytes_per_s);
     let read = measured.is_some_and(|measured| measured.read_bytes > 0);
+    let mut storage = rate(storage, args.storage_gb_s, read);
+    if storage.source == "measured"
+        && measured.and_then(|measured| measured.resident).is_some_and(|share| share >= 0.5)
+    {
+        storage.source = "page cache";
+    }
     let links = topology.links();
     Rates {
-        storage: rate(storage, args.storage_gb_s, read),
+        storage,
         node_link: rate(links.node_bytes_per_s, args.link_gb_s, measured.is_some()),
         net_link: rate(links.net_bytes_per_s, args.net_gb_s, false),
         measured: measured.map(|measured| Measured {
@@ -350,12 +356,17 @@ fn render(report: &Report, args: &PlanArgs) -> String {
 /// How rates were measured, for people.
 fn how(rates: &Rates, measured: &Measured) -> String {
     let mut ways = Vec::new();
-    if rates.storage.source == "measured" {
-        let resident = measured.resident.map_or(String::new(), |resident| {
-            format!(", {:.0}% of the files in the page cache", resident * 100.0)
-        });
-        let (bytes, engine) = (text::bytes(measured.read_bytes), measured.engine);
-        ways.push(format!("storage by one reader of {bytes} ({engine}{resident})"));
+    let resident = measured.resident.map_or(String::new(), |resident| {
+        format!(", {:.0}% of the files in the page cache", resident * 100.0)
+    });
+    let (bytes, engine) = (text::bytes(measured.read_bytes), measured.engine);
+    let reader = format!("by one reader of {bytes} ({engine}{resident})");
+    match rates.storage.source {
+        "measured" => ways.push(format!("storage {reader}")),
+        "page cache" => ways.push(format!(
+            "memory {reader}; for storage give --storage-gb-s, or measure files that are not cached"
+        )),
+        _ => {}
     }
     if rates.node_link.source == "measured" {
         let ranks = counted(u64::from(measured.copy_ranks), "rank");

@@ -1,14 +1,14 @@
 //! `fst sum`: the SHA-256 of each tensor's bytes as an engine read them.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-
 use fst::dist::Group;
 use fst::{Checkpoint, Checksum, Dtype, Error, Loader, Manifest, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::args::SumArgs;
 use crate::failure::Failure;
+use crate::hub;
 use crate::output;
+use crate::parallel;
 use crate::progress::Progress;
 use crate::ranks::{self, GroupArg};
 use crate::reading;
@@ -50,6 +50,9 @@ pub(crate) fn run(args: &SumArgs) -> Result<(), Failure> {
         args.together.without_ranks()?;
     }
     let checkpoint = reading::open_and_warn(&args.paths, &args.reading.select)?;
+    if args.hub {
+        return hub::check(&args.paths, &checkpoint, !args.reading.no_progress, args.json);
+    }
     reading::spare(&checkpoint, &args.paths, [&args.output])?;
     let mut loader = reading::loader(&args.reading)?;
     for slice in &args.slice {
@@ -86,7 +89,8 @@ pub(crate) fn run(args: &SumArgs) -> Result<(), Failure> {
     let out = match &args.output {
         Some(path) => {
             let sums = counted(manifest.len() as u64, "sum");
-            format!("{sums} written to {}\n", visible(&path.display().to_string()))
+            let line = format!("{sums} written to {}\n", visible(&path.display().to_string()));
+            return text::remark(&line).map_err(Failure::output);
         }
         None => {
             let line = |sum: &Checksum| format!("{}  {}\n", sum.sha256, visible(&sum.name));
@@ -112,7 +116,7 @@ fn selection(
     checkpoint: &Checkpoint,
     sizes: impl ExactSizeIterator<Item = u64>,
 ) -> String {
-    if args.reading.select.patterns.is_empty() {
+    if args.reading.select.patterns.is_empty() || text::is_quiet() {
         return String::new();
     }
     let (count, all) = (sizes.len() as u64, checkpoint.tensors().len() as u64);
@@ -133,7 +137,7 @@ fn shards(
     let preset = ranks::preset(checkpoint, &args.rule, &args.paths, world)?;
     let loader = loader.clone().preset(preset);
     let devices = args.reading.device().of_ranks(world)?;
-    let threads = cores() / world as usize;
+    let threads = parallel::cores() / world as usize;
     let sums = ranks::run(&devices, &args.together, &loader, checkpoint, |rank, tensors| {
         sums_of(rank, &tensors.iter().collect::<Vec<_>>(), threads)
     });
@@ -170,7 +174,7 @@ fn sums_of_all(
     at_once: usize,
     fail: &dyn Fn(Error) -> Failure,
 ) -> Result<Vec<Vec<ShardSum>>, Failure> {
-    let threads = cores() / ranks_here(group)?;
+    let threads = parallel::cores() / ranks_here(group)?;
     let mut all: Vec<Vec<ShardSum>> = (0..group.world_size()).map(|_| Vec::new()).collect();
     let mut left = tensors;
     loop {
@@ -216,13 +220,10 @@ fn ranks_here(group: &dyn Group) -> Result<usize, Failure> {
     Ok(all.iter().filter(|other| **other == here).count().max(1))
 }
 
-fn cores() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
-}
-
 /// Hashes on so many threads; the sums are in the order of the tensors.
 fn sums_of(rank: u32, tensors: &[&Tensor], threads: usize) -> Result<Vec<ShardSum>, Error> {
-    let sum = |tensor: &Tensor| -> Result<ShardSum, Error> {
+    parallel::map(threads, tensors.len(), |at| {
+        let tensor = tensors[at];
         Ok(ShardSum {
             rank,
             name: tensor.name().to_owned(),
@@ -230,38 +231,7 @@ fn sums_of(rank: u32, tensors: &[&Tensor], threads: usize) -> Result<Vec<ShardSu
             shape: tensor.shape().to_vec(),
             sha256: Checksum::of(tensor)?.sha256.to_string(),
         })
-    };
-    let next = AtomicUsize::new(0);
-    let hash = || -> Result<Vec<(usize, ShardSum)>, Error> {
-        let mut sums = Vec::new();
-        loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            match tensors.get(index) {
-                Some(tensor) => {
-                    // After an error nobody goes on.
-                    let sum = sum(tensor);
-                    let sum = sum.inspect_err(|_| next.store(tensors.len(), Ordering::Relaxed))?;
-                    sums.push((index, sum));
-                }
-                None => return Ok(sums),
-            }
-        }
-    };
-    let mut sums = std::thread::scope(|scope| -> Result<_, Error> {
-        // A machine out of threads sums with those it has.
-        let spawn = |_| std::thread::Builder::new().spawn_scoped(scope, hash).ok();
-        let others: Vec<_> = (1..threads.min(tensors.len())).map_while(spawn).collect();
-        let mut sums = hash()?;
-        for other in others {
-            match other.join() {
-                Ok(part) => sums.extend(part?),
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
-        }
-        Ok(sums)
-    })?;
-    sums.sort_unstable_by_key(|(index, _)| *index);
-    Ok(sums.into_iter().map(|(_, sum)| sum).collect())
+    })
 }
 
 fn print_shards(

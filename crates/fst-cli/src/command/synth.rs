@@ -52,7 +52,7 @@ pub(crate) fn run(args: &SynthArgs) -> Result<(), Failure> {
     if args.json {
         return text::print_json(&report).map_err(Failure::output);
     }
-    text::print(&format!(
+    text::remark(&format!(
         "{}: {} of {}, {} in {}, written in {} ({})\n",
         visible(&args.folder.display().to_string()),
         counted(report.tensors as u64, "tensor"),

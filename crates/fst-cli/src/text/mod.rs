@@ -9,6 +9,7 @@ mod units;
 
 use std::fmt::Write as _;
 use std::io::{self, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anstyle::{AnsiColor, Style};
 
@@ -74,6 +75,33 @@ fn escaped(json: &str) -> String {
     out
 }
 
+/// Whether only what was asked for is printed.
+static QUIET: AtomicBool = AtomicBool::new(false);
+
+/// Whether only what was asked for is printed from now on.
+pub(crate) fn set_quiet(quiet: bool) {
+    QUIET.store(quiet, Ordering::Relaxed);
+}
+
+/// Whether only what was asked for is printed.
+pub(crate) fn is_quiet() -> bool {
+    QUIET.load(Ordering::Relaxed)
+}
+
+/// Prints what nobody needs who asked for quiet.
+pub(crate) fn remark(text: &str) -> io::Result<()> {
+    if is_quiet() { Ok(()) } else { print(text) }
+}
+
+/// Warns on standard error, unless quiet was asked for.
+pub(crate) fn warn(what: &str) {
+    if !is_quiet() {
+        let line = format!("warning: {}\n", visible(what));
+        // What cannot be written to standard error has no better place.
+        let _ = anstream::stderr().write_all(line.as_bytes());
+    }
+}
+
 /// Writes finished text to standard output, with colours only where a terminal shows them.
 ///
 /// A reader that has gone away is no error: it has seen what it wanted.
@@ -83,6 +111,13 @@ pub(crate) fn print(text: &str) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         result => result,
     }
+}
+
+/// Characters in a line of the terminal that standard output goes to, if it goes to one.
+pub(crate) fn width() -> Option<usize> {
+    let size = rustix::termios::tcgetwinsize(io::stdout()).ok()?;
+    // A serial line has no size.
+    (size.ws_col > 0).then_some(usize::from(size.ws_col))
 }
 
 /// Writes one JSON document to standard output.

@@ -33,10 +33,15 @@ fn a_path_is_judged() {
     for part in ["This machine", "io_uring", "huge pages", "page cache", path.to_str().unwrap()] {
         assert!(text.stdout.contains(part), "no {part} in {}", text.stdout);
     }
-    if json["nccl"]["library"].is_null() {
-        for part in ["libnccl.so.2, libnccl.so: libnccl.so.2: ", "nvidia-nccl-cu12"] {
-            assert!(text.stdout.contains(part), "no {part} in {}", text.stdout);
-        }
+    let there = &json["path"]["file_system"];
+    assert!(text.stdout.contains(there["kind"].as_str().unwrap()), "{}", text.stdout);
+    assert!(there["place"] == "local" || there["place"] == "memory", "{there}");
+    // What is not installed takes one short line each.
+    if json["nccl"]["library"].is_null() && json["cuda"]["devices"].as_array().unwrap().is_empty() {
+        assert!(json["nccl"]["reason"].as_str().unwrap().contains("libnccl.so.2: "), "{json}");
+        let line = text.stdout.lines().find(|line| line.contains("NCCL")).unwrap();
+        assert!(line.ends_with("not installed: looked for libnccl.so.2, libnccl.so"), "{line}");
+        assert!(text.stdout.lines().all(|line| line.len() < 110), "{}", text.stdout);
     }
     let missing = folder.join("missing");
     let missing = missing.to_str().unwrap();

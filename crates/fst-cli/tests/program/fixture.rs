@@ -1,5 +1,6 @@
 //! Runs the program, and makes the checkpoints it is run on.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -23,7 +24,7 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    fn of(output: Output) -> Self {
+    pub(crate) fn of(output: Output) -> Self {
         Self {
             status: output.status.code().expect("the program ended by itself"),
             stdout: String::from_utf8(output.stdout).unwrap(),
@@ -37,12 +38,18 @@ impl Run {
         serde_json::from_str(&self.stdout).expect("one JSON document")
     }
 
-    /// What follows `error: ` in the one line on standard error of a run that failed.
+    /// What follows `error: ` in the one line on standard error of a run that failed; with `--json` it
+    /// stands in the document on standard output as well.
     pub(crate) fn error(&self) -> &str {
-        assert_eq!((self.status, self.stdout.as_str()), (1, ""), "{}", self.stderr);
+        assert_eq!(self.status, 1, "{}", self.stderr);
         let line = self.stderr.strip_suffix('\n').expect("a whole line");
         assert!(!line.contains('\n'), "one line, not {line:?}");
-        line.strip_prefix("error: ").expect("a line that starts with `error: `")
+        let line = line.strip_prefix("error: ").expect("a line that starts with `error: `");
+        if !self.stdout.is_empty() {
+            let document: Value = serde_json::from_str(&self.stdout).expect("one JSON document");
+            assert_eq!(document["error"], line);
+        }
+        line
     }
 }
 
@@ -93,6 +100,44 @@ impl Folder {
         assert_eq!((run.status, run.stderr.as_str()), (0, ""));
         path
     }
+}
+
+/// What the program writes to a terminal of so many columns, with the terminal's codes.
+pub(crate) fn on_a_terminal(columns: u16, args: &[&str]) -> String {
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&terminal).unwrap();
+    unlockpt(&terminal).unwrap();
+    let name = ptsname(&terminal, Vec::new()).unwrap().into_string().unwrap();
+    let end = std::fs::File::options().read(true).write(true).open(name).unwrap();
+    let size = rustix::termios::Winsize { ws_row: 24, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    rustix::termios::tcsetwinsize(&end, size).unwrap();
+    let stdout = end.try_clone().unwrap();
+    let mut child = fst(args).stdout(stdout).stderr(end).env("TERM", "xterm").spawn().unwrap();
+    let reader = std::thread::spawn(move || {
+        let mut shown = Vec::new();
+        // Ends with an error once nobody has the other end open.
+        let _ = std::fs::File::from(terminal).read_to_end(&mut shown);
+        String::from_utf8_lossy(&shown).into_owned()
+    });
+    assert!(child.wait().unwrap().success());
+    reader.join().unwrap()
+}
+
+/// The lines that a terminal was told to show, each as often as it was drawn, without colours.
+pub(crate) fn lines_shown(output: &str) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    let mut chars = output.chars();
+    while let Some(c) = chars.next() {
+        match c {
+            '\r' | '\n' => lines.push(String::new()),
+            // A control sequence goes on to its letter.
+            '\u{1b}' => drop(chars.find(char::is_ascii_alphabetic)),
+            c => lines.last_mut().unwrap().push(c),
+        }
+    }
+    lines.retain(|line| !line.is_empty());
+    lines
 }
 
 /// Names in a folder, sorted.

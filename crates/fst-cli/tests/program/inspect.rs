@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use safetensors::SafeTensors;
 
-use crate::fixture::{Folder, fst, run, write_raw};
+use crate::fixture::{Folder, fst, lines_shown, on_a_terminal, run, write_raw};
 
 #[test]
 fn json_says_what_the_official_parser_says() {
@@ -200,4 +200,30 @@ fn a_hangup_that_nohup_ignores_stays_ignored() {
     std::thread::sleep(std::time::Duration::from_millis(50));
     output.read_to_end(&mut Vec::new()).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn rows_fit_the_terminal_and_there_are_not_too_many() {
+    let folder = Folder::new();
+    let path = folder.join("long.safetensors");
+    // Words that are no numbers: each name is a pattern of its own.
+    let word = |i: usize| {
+        let letter = |n: usize| char::from(b'a' + (n % 26) as u8);
+        [letter(i / 676), letter(i / 26), letter(i)].iter().collect::<String>()
+    };
+    let name = |i: usize| format!("{}.{}", word(i), "a_rather_long_part_of_a_name.".repeat(4));
+    let entry = |i: usize| {
+        format!(r#""{}":{{"dtype":"U8","shape":[1],"data_offsets":[{i},{}]}}"#, name(i), i + 1)
+    };
+    let header = format!("{{{}}}", (0..1000).map(entry).collect::<Vec<_>>().join(","));
+    write_raw(&path, &header, &[0; 1000]);
+    let path = path.to_str().unwrap();
+    let lines = lines_shown(&on_a_terminal(80, &["inspect", path]));
+    assert!((200..250).contains(&lines.len()), "{} lines", lines.len());
+    assert!(lines.iter().all(|line| line.chars().count() <= 80), "{lines:#?}");
+    assert!(lines.iter().any(|line| line.contains("... and 800 more (--all lists each)")));
+    assert!(lines.iter().any(|line| line.contains("aac.") && line.contains("[1]")));
+    // Whole names where no terminal cuts them, and all of them when asked for.
+    let all = run(["inspect", path, "--all"]).stdout;
+    assert!((0..1000).all(|i| all.contains(&name(i))));
 }

@@ -175,7 +175,10 @@ fn map_brings_everything_in_without_reading() {
     assert_eq!(json["bytes"].as_u64().unwrap(), mapped + read["bytes"].as_u64().unwrap());
     let text = run(["load", path, "--map", "--slice", slice]).stdout;
     let headline = text.lines().nth(1).unwrap();
-    assert!(headline.contains(" mapped, ") && headline.ends_with(" were read"), "{text}");
+    assert!(
+        headline.contains(" mapped, ") && headline.contains(" read, as they are cut,"),
+        "{text}"
+    );
     assert!(!headline.contains("GB/s"), "{text}");
     if text.contains("in flight") {
         assert!(text.contains("reading  what is not mapped: "), "{text}");
@@ -456,5 +459,32 @@ fn what_makes_no_sense_is_refused_before_a_demonstration_is_made() {
         let told = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(status), "{told}");
         assert!(told.contains(named), "{told}");
+    }
+}
+
+#[test]
+fn several_runs_are_reported_by_their_median_and_spread() {
+    let folder = Folder::new();
+    let path = folder.synth("c", &["--model", "gpt2", "--layers", "1", "--shrink", "8"]);
+    let path = path.to_str().unwrap();
+    let json = run(["load", path, "--runs", "4", "--json"]).json();
+    let runs = json["runs"].as_array().unwrap();
+    let mut seconds: Vec<f64> = runs.iter().map(|run| run["seconds"].as_f64().unwrap()).collect();
+    seconds.sort_by(f64::total_cmp);
+    assert_eq!((runs.len(), &json["seconds"]), (4, &seconds[2].into()));
+    assert_eq!(json["bytes"], run(["inspect", path, "--json"]).json()["total"]["bytes"]);
+    let text = run(["load", path, "--runs", "3"]);
+    assert!(text.stdout.contains("3 runs, of which the above is the median"), "{}", text.stdout);
+    assert_eq!(text.stderr, "");
+    assert!(run(["load", path, "--json"]).json().get("runs").is_none());
+
+    // Cold runs read storage, where the system can forget files; where not, that is said.
+    let cold = run(["load", path, "--cold", "--runs", "2", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&cold.stdout).unwrap();
+    let (resident, files) = (json["resident_bytes"].as_u64(), json["file_bytes"].as_u64().unwrap());
+    let warm = resident.is_some_and(|resident| resident > files / 100);
+    assert_eq!(cold.stderr.contains("stayed in the page cache"), warm, "{}", cold.stderr);
+    if !warm && resident.is_some() {
+        assert!(json["stages"]["read.cached"]["bytes"].as_u64().unwrap_or(0) < files / 2, "{json}");
     }
 }

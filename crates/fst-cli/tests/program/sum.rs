@@ -1,15 +1,13 @@
 //! `fst sum` against SHA-256 of what the official reader gives.
 
 use std::collections::BTreeMap;
-use std::io::Read;
 use std::path::Path;
-use std::process::Stdio;
 
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::fixture::{Folder, fst, interrupted, names_in, run};
+use crate::fixture::{Folder, Run, fst, interrupted, lines_shown, names_in, on_a_terminal, run};
 
 const ENGINES: [&str; 4] = ["auto", "uring", "pread", "mmap"];
 
@@ -94,28 +92,6 @@ fn converted_tensors_are_summed_as_converted() {
     assert!(ours(&[path.to_str().unwrap(), "--dtype", "f32"]) == wide);
 }
 
-/// What the program writes to standard error when that is a terminal.
-fn on_a_terminal(args: &[&str]) -> String {
-    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-    let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
-    grantpt(&terminal).unwrap();
-    unlockpt(&terminal).unwrap();
-    let name = ptsname(&terminal, Vec::new()).unwrap().into_string().unwrap();
-    let end = std::fs::File::options().read(true).write(true).open(name).unwrap();
-    let size = rustix::termios::Winsize { ws_row: 24, ws_col: 120, ws_xpixel: 0, ws_ypixel: 0 };
-    rustix::termios::tcsetwinsize(&end, size).unwrap();
-    let mut child =
-        fst(args).stdout(Stdio::null()).stderr(end).env("TERM", "xterm").spawn().unwrap();
-    let reader = std::thread::spawn(move || {
-        let mut shown = Vec::new();
-        // Ends with an error once nobody has the other end open.
-        let _ = std::fs::File::from(terminal).read_to_end(&mut shown);
-        String::from_utf8_lossy(&shown).into_owned()
-    });
-    assert!(child.wait().unwrap().success());
-    reader.join().unwrap()
-}
-
 #[test]
 fn the_bar_of_a_selection_knows_its_end() {
     let folder = Folder::new();
@@ -125,11 +101,15 @@ fn the_bar_of_a_selection_knows_its_end() {
         .as_f64()
         .unwrap();
     let total = format!("/{:.2} MB", bytes / 1e6);
-    let shown = on_a_terminal(&["sum", path, "--select", "wte.*"]);
+    let shown = on_a_terminal(120, &["sum", path, "--select", "wte.*"]);
     assert!(shown.contains("summing") && shown.contains(&total), "{total} in {shown:?}");
     assert!(!shown.contains("/0 B"), "{shown:?}");
+    // It fits a narrow terminal, and is gone at the end.
+    let narrow = lines_shown(&on_a_terminal(60, &["sum", path]));
+    assert!(narrow.iter().all(|line| line.chars().count() <= 60 || line.len() > 66), "{narrow:?}");
+    assert!(!narrow.last().unwrap().contains("summing"), "{narrow:?}");
     // What is converted counts as it is then.
-    let shown = on_a_terminal(&["sum", path, "--select", "wte.*", "--dtype", "F64"]);
+    let shown = on_a_terminal(120, &["sum", path, "--select", "wte.*", "--dtype", "F64"]);
     assert!(shown.contains("summing") && !shown.contains(&total), "{shown:?}");
 }
 
@@ -370,4 +350,55 @@ fn sums_go_to_standard_output_for_a_dash() {
     assert_eq!(run(["sum", path, "-o", file.to_str().unwrap()]).status, 0);
     let told = run(["sum", path, "-o", "-"]);
     assert_eq!((told.status, told.stdout), (0, std::fs::read_to_string(file).unwrap()));
+}
+
+#[test]
+fn models_of_the_hub_are_found_by_id_and_held_to_its_sums() {
+    let folder = Folder::new();
+    let made = folder.synth("made", &["--model", "gpt2", "--layers", "1", "--shrink", "16"]);
+    let made = made.join(&names_in(&made)[0]);
+    let sum = sha256(&std::fs::read(&made).unwrap());
+    // As `hf download org/name` leaves it.
+    let model = folder.join("hub/models--org--name");
+    let snapshot = model.join("snapshots/abc");
+    for part in ["blobs", "refs", "snapshots/abc"] {
+        std::fs::create_dir_all(model.join(part)).unwrap();
+    }
+    std::fs::write(model.join("refs/main"), "abc").unwrap();
+    let blob = model.join("blobs").join(&sum);
+    std::fs::rename(made, &blob).unwrap();
+    let link = format!("../../blobs/{sum}");
+    std::os::unix::fs::symlink(link, snapshot.join("model.safetensors")).unwrap();
+
+    let with = |args: &[&str]| {
+        let mut command = fst(args);
+        command.env_remove("HF_HUB_CACHE").env("HF_HOME", folder.join(""));
+        Run::of(command.output().unwrap())
+    };
+    for command in [&["load"][..], &["sum"], &["inspect"], &["plan", "--world", "2"], &["doctor"]] {
+        let run = with(&[command, &["org/name"]].concat());
+        assert_eq!((run.status, &*run.stderr), (0, ""), "{command:?}");
+    }
+    let whole = with(&["sum", "--hub", "org/name"]).stdout;
+    assert!(
+        whole.starts_with(&format!("{sum}  ")) && whole.contains("# 1 file, as the hub has it")
+    );
+    let json = with(&["sum", "--hub", "org/name", "--json"]).json();
+    assert_eq!(json["files"][0]["sha256"], json["files"][0]["recorded"]);
+    let other = with(&["load", "org/other"]);
+    for part in ["org/other: no such file or folder", "hf download org/other", "hub"] {
+        assert!(other.error().contains(part), "{}", other.error());
+    }
+
+    // One bit of it is no longer what it was.
+    let mut bytes = std::fs::read(&blob).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&blob, &bytes).unwrap();
+    let run = with(&["sum", "--hub", "org/name"]);
+    assert!(
+        run.error().contains("model.safetensors: has the SHA-256 ") && run.error().contains(&sum)
+    );
+    // Nobody recorded anything of this one.
+    let run = with(&["sum", "--hub", blob.to_str().unwrap()]);
+    assert!(run.error().contains("recorded no SHA-256"), "{}", run.stderr);
 }

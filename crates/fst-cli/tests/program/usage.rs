@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
 
-use crate::fixture::{Folder, fst, run, write_raw};
+use crate::fixture::{Folder, fst, names_in, run, write_raw};
 
 #[test]
 fn help_and_version_succeed() {
@@ -57,7 +57,12 @@ fn refusals_say_what_there_is() {
         (&["load", "x", "--dtype", "bf17"][..], "no such dtype: tensors are converted to"),
         (&["load", "x", "--dtype", "bf17"], "F16, BF16, F32, F64"),
         (&["sum", "x", "--dtype", "I8"], "not I8: "),
-        (&["synth", "x", "--model", "gpt2", "--shards", "0"], "'--shards <N>': 0 is not in 1.."),
+        (
+            &["synth", "x", "--model", "gpt2", "--shards", "0"],
+            "expected a whole number from 1 to 4294967295",
+        ),
+        (&["load", "x", "--world", "0"], "'--world <N>': expected a whole number from 1 to 4096"),
+        (&["load", "x", "--world", "2", "--head-dim", "0"], "expected a whole number, at least 1"),
         (&["synth", "x", "--model", "gpt2", "--shards", "999"], "--shards 999: 999 files cannot"),
         (&["load", "x", "--plot", "drawing.png"], "name a file that ends in .svg"),
         (&["load", "x", "--world", "2", "--verify", "s"], "--verify is for whole tensors"),
@@ -185,4 +190,68 @@ fn a_full_standard_output_is_an_error() {
     let output = fst(["inspect", path.to_str().unwrap()]).stdout(full).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8(output.stderr).unwrap().starts_with("error: standard output: "));
+}
+
+#[test]
+fn quiet_commands_print_only_what_was_asked_for() {
+    let folder = Folder::new();
+    let path = folder.join("c");
+    let path = path.to_str().unwrap();
+    let silent = |args: &[&str]| {
+        let run = run(args);
+        assert_eq!((run.status, &*run.stdout, &*run.stderr), (0, "", ""), "{args:?}");
+    };
+    silent(&["-q", "synth", path, "--model", "gpt2", "--layers", "1", "--shrink", "64"]);
+    silent(&["load", path, "-q"]);
+    silent(&["load", path, "--world", "2", "--quiet"]);
+    silent(&["sum", path, "-q", "-o", folder.join("sums").to_str().unwrap()]);
+    let sums = run(["sum", path, "-q", "--select", "wte.*"]);
+    assert_eq!((sums.stdout.lines().count(), &*sums.stderr), (1, ""));
+    assert!(run(["load", path, "-q", "--json"]).json()["tensors"].as_u64() > Some(0));
+    assert_eq!(run(["load", "-q", folder.join("none").to_str().unwrap()]).status, 1);
+}
+
+#[test]
+fn scripts_get_errors_as_json_too() {
+    let folder = Folder::new();
+    let missing = folder.join("missing");
+    let missing = missing.to_str().unwrap();
+    for args in [
+        &["load", missing, "--json"][..],
+        &["sum", missing, "--json"],
+        &["inspect", missing, "--json"],
+        &["plan", missing, "--world", "2", "--json"],
+        &["doctor", missing, "--json"],
+        &["load", missing, "--json", "--fused"],
+    ] {
+        let run = run(args);
+        let line =
+            run.stderr.strip_prefix("error: ").and_then(|line| line.strip_suffix('\n')).unwrap();
+        let document: serde_json::Value = serde_json::from_str(&run.stdout).unwrap();
+        assert_eq!(document, serde_json::json!({ "error": line }), "{args:?}");
+        assert_eq!(run.status, if args.contains(&"--fused") { 2 } else { 1 });
+    }
+}
+
+#[test]
+fn shells_and_man_know_the_commands() {
+    for shell in ["bash", "zsh", "fish"] {
+        let script = run(["completions", shell]);
+        assert!(script.status == 0 && script.stdout.contains("allow-missing"), "{shell}");
+    }
+    let folder = Folder::new();
+    let path = folder.join("man");
+    std::fs::create_dir(&path).unwrap();
+    assert_eq!(run(["man", path.to_str().unwrap()]).status, 0);
+    let pages = names_in(&path);
+    assert!(
+        ["fst.1", "fst-load.1", "fst-synth.1"].iter().all(|page| pages.contains(&(*page).into()))
+    );
+    let page = std::fs::read_to_string(path.join("fst-load.1")).unwrap();
+    assert!(
+        page.starts_with(".ie") && page.contains("FST-LOAD") && page.contains("no\\-progress"),
+        "{page}"
+    );
+    let missing = folder.join("none");
+    assert!(run(["man", missing.to_str().unwrap()]).error().starts_with(missing.to_str().unwrap()));
 }

@@ -301,7 +301,8 @@ unsafe impl Sink for Places<'_> {
     }
 }
 
-/// A rank's host memory: that of [`HostBackend`], with staging on huge pages.
+/// A rank's host memory: that of [`HostBackend`], with staging on huge pages, and outputs of
+/// [`HostOutputs`](super::outputs::HostOutputs).
 pub(super) struct HostRank<'a> {
     reads: HostBackend<Reading<'a>>,
     reader: std::sync::Arc<FileReader<'a>>,
@@ -328,8 +329,8 @@ impl<'a> HostRank<'a> {
     }
 }
 
-// SAFETY: all but staging is `HostBackend`'s; staging is memory of the asked length, aligned to
-// huge pages or at least pages, zeroed, and kept by its owner.
+// SAFETY: all but zeros and staging is `HostBackend`'s; outputs start as zeros; staging is memory of the
+// asked length, aligned to huge pages or at least pages, zeroed, and kept by its owner.
 unsafe impl Backend for HostRank<'_> {
     fn space(&self) -> Space {
         self.reads.space()
@@ -350,8 +351,9 @@ unsafe impl Backend for HostRank<'_> {
         unsafe { self.reads.copy(copies) }
     }
 
-    unsafe fn zero(&self, addr: u64, len: u64) -> Result<(), Cause> {
-        // SAFETY: passed on from the caller.
-        unsafe { self.reads.zero(addr, len) }
+    /// Padding ends an output, and nobody has written there: outputs are fresh memory, zeros already, and
+    /// writing zeros would put pages behind them.
+    unsafe fn zero(&self, _addr: u64, _len: u64) -> Result<(), Cause> {
+        Ok(())
     }
 }

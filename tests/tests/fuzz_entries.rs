@@ -9,6 +9,9 @@ use std::path::Path;
 #[allow(unreachable_pub)]
 #[path = "../../fuzz/src/format.rs"]
 mod entries;
+#[allow(unreachable_pub)]
+#[path = "../../fuzz/src/planner.rs"]
+mod planner;
 #[path = "format_support/rng.rs"]
 mod rng;
 
@@ -65,4 +68,14 @@ fn decoder() {
 fn checkpoint_index() {
     let folder = entries::IndexFolder::new();
     run("checkpoint_index", 200, |json| folder.checkpoint_index(json));
+}
+
+#[test]
+fn folder() {
+    run("folder", 100, entries::folder);
+}
+
+#[test]
+fn planner() {
+    run("planner", 5_000, planner::planner);
 }
