@@ -255,7 +255,8 @@ pub enum GroupError {
         /// This rank.
         rank: u32,
     },
-    /// A rank did not answer in time.
+    /// A rank that was waited for was silent for as long as the deadline: it neither moved bytes nor told
+    /// that it is alive, as ranks do that read.
     #[error(
         "rank {rank} waited {waited:?} in {op}{}",
         .waiting_for.map(|rank| format!(", for rank {rank}")).unwrap_or_default()

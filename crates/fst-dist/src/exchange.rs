@@ -184,7 +184,7 @@ fn run(
         // The receiver lives until the thread ends: sending cannot fail yet.
         let _ = free.send(staging.addr() + index * buffers.block);
     }
-    let mut reading = Reading { view, backend, outputs, report: ExchangeReport::default() };
+    let mut reading = Reading { view, group, backend, outputs, report: ExchangeReport::default() };
     let mut trading = Trading {
         view,
         group,

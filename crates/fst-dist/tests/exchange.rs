@@ -207,6 +207,36 @@ fn a_fault_of_any_rank_reaches_all() {
     }
 }
 
+/// Takes its time for every read of one rank.
+struct Slow(Duration);
+
+impl Reader for Slow {
+    fn read(&self, ranges: &mut [ReadInto<'_>]) -> Result<(), (usize, Cause)> {
+        std::thread::sleep(self.0);
+        ranges.iter_mut().for_each(|range| range.into.fill(7));
+        Ok(())
+    }
+}
+
+#[test]
+fn a_deadline_does_not_count_what_another_rank_reads() {
+    let bytes = 32 << 20;
+    let (name, shape) = ("t".to_owned(), vec![bytes]);
+    let tensor = TensorDesc { name, bits: 8, shape, shard: 0, file_range: 0..bytes };
+    let plan = Planner::new(Topology::one_node(2))
+        .budget(1 << 20)
+        .plan([tensor], |_| Shard::split(0))
+        .unwrap();
+    let deadline = Duration::from_millis(400);
+    let start = Instant::now();
+    let slow = |rank| Slow(if rank == 0 { deadline / 4 } else { Duration::ZERO });
+    for (outputs, result) in load(|_| plan.clone(), 2, slow, deadline) {
+        result.unwrap();
+        assert!(outputs.iter().flatten().all(|byte| *byte == 7));
+    }
+    assert!(start.elapsed() > deadline * 2, "too few reads to show anything");
+}
+
 #[test]
 fn ranks_with_other_plans_are_refused_before_anything_is_read() {
     let world = 3;

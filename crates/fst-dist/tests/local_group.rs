@@ -105,6 +105,16 @@ fn a_silent_rank_meets_the_deadline() {
 }
 
 #[test]
+fn a_deadline_counts_silence() {
+    let scratch = conformance::HostScratch::default();
+    let groups = || LocalGroup::with(3, HostCopier, Duration::from_millis(400));
+    let results = on_ranks(groups(), |group| conformance::outwait(&group, &scratch));
+    assert_eq!(results, vec![Some(Ok(())); 3]);
+    let results = on_ranks(groups(), |group| conformance::outwait_none(&group, &scratch));
+    assert_eq!(results, vec![Some(Ok(())); 3]);
+}
+
+#[test]
 fn sizes_that_differ_are_refused_on_both_sides() {
     let results = on_ranks(LocalGroup::host(2), |group| {
         let result = match group.rank() {

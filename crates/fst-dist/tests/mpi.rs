@@ -33,7 +33,9 @@ fn main() -> ExitCode {
     std::fs::write(&path, bytes(0..6_000_000)).unwrap();
     let path = path.to_str().unwrap();
     for world in [2, 3, 4] {
-        for scene in ["battery", "load"] {
+        // Of two ranks, one hangs and none is left to wait for it.
+        let scenes = ["battery", "load", "outwait", "outwait-none"];
+        for scene in &scenes[..if world == 2 { 3 } else { 4 }] {
             let output = mpirun(world, scene, path);
             assert!(output.status.success(), "{scene} of {world}: {output:?}");
             println!("{scene} with {world} processes ... ok");
@@ -123,6 +125,7 @@ impl Reader for OneFile {
 fn act(scene: &str, path: &str) -> ExitCode {
     let deadline = Duration::from_millis(match scene {
         "silent" => 300,
+        "outwait" | "outwait-none" => 800,
         _ if scene.starts_with("kill") => 2_000,
         _ => 60_000,
     });
@@ -130,6 +133,8 @@ fn act(scene: &str, path: &str) -> ExitCode {
     let rank = group.rank();
     let result = match scene {
         "battery" => conformance::run(&group),
+        "outwait" => conformance::outwait(&group, &conformance::HostScratch::default()),
+        "outwait-none" => conformance::outwait_none(&group, &conformance::HostScratch::default()),
         "silent" if rank == 1 => {
             // Until it hears that the others have given up.
             let start = Instant::now();

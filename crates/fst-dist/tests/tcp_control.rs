@@ -162,6 +162,41 @@ fn a_silent_rank_meets_the_deadline() {
 }
 
 #[test]
+fn a_deadline_counts_silence() {
+    let deadline = Duration::from_secs(1);
+    for living in 0..3 {
+        let results = on_ranks(3, deadline, |control| {
+            if control.rank() == living {
+                for _ in 0..12 {
+                    std::thread::sleep(deadline / 4);
+                    control.alive();
+                }
+            }
+            control.barrier().map_err(|error| error.to_string())
+        });
+        assert_eq!(results, vec![Ok(()); 3], "{living}");
+        // Another one hangs, while this one gets on and on.
+        let silent = (living + 1) % 3;
+        let errors = on_ranks(3, deadline, |control| {
+            if control.rank() == (living + 2) % 3 {
+                return control.barrier().unwrap_err().to_string();
+            }
+            let start = Instant::now();
+            while control.failure().is_none() && start.elapsed() < deadline * 8 {
+                std::thread::sleep(Duration::from_millis(5));
+                if control.rank() == living {
+                    control.alive();
+                }
+            }
+            control.failure().map_or_else(|| "nothing".to_owned(), |error| error.to_string())
+        });
+        for error in errors {
+            assert!(error.contains(&format!("for rank {silent}")), "{living}: {error}");
+        }
+    }
+}
+
+#[test]
 fn a_dropped_connection_is_a_lost_rank() {
     let held = Port::new();
     let port = held.number();

@@ -74,8 +74,9 @@ use crate::tensor::Tensors;
 use cuda::Sources;
 use memory::{Outputs, RankMemory};
 
-/// How soon a rank that waits for others notices that its load was cancelled.
-const CANCEL_INTERVAL: Duration = Duration::from_millis(50);
+/// How soon a rank that waits for others notices that its load was cancelled, and how often one that reads
+/// tells that it is alive.
+const WATCH_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Chooses what each rank keeps of a tensor.
 #[derive(Clone)]
@@ -291,7 +292,7 @@ impl Loader {
         let items = self.selection.resolve(checkpoint)?;
         let (files, number) = open_files(checkpoint, &items)?;
         report.add_files(&files);
-        let fingerprint = fingerprint::of(&items, &files)?;
+        let fingerprint = fingerprint::of(&items, &files, &|| group.alive())?;
         let plan = self.ranks.plan(&items, fingerprint)?;
         let view = plan.rank(group.rank());
         let outputs = Outputs::new(self.target(), &view, &items, group, !self.unchecked)?;
@@ -313,7 +314,8 @@ impl Loader {
         let keep = self.device_options.keep_pinned;
         let memory = RankMemory::new(self.target(), &view, sources, neighbours, keep)?;
         let exchanged = self.watched(&watch, &progress, || {
-            self.cancelling(group, || {
+            let cancelled = || self.cancel.is_cancelled();
+            attending(group, &cancelled, &|| watch.bytes(), || {
                 // SAFETY: the regions are the outputs' own, apart from each other, and nothing
                 // else reaches them before `finish`.
                 unsafe { fst_dist::load_in(&view, occupied, memory.backend(), outputs.regions()) }
@@ -329,7 +331,7 @@ impl Loader {
         let began = Instant::now();
         // SAFETY: the exchange has succeeded on all ranks and is over, so that nobody writes to the
         // outputs any more.
-        let (tensors, converted) = unsafe { outputs.finish(&view, &items) }?;
+        let (tensors, converted) = unsafe { outputs.finish(&view, &items, &|| group.alive()) }?;
         if converted > 0 {
             report.push("convert", began.elapsed(), converted);
         }
@@ -356,25 +358,36 @@ impl Loader {
         }
         options
     }
+}
 
-    /// Runs `load` while another thread ends the group when the load is cancelled: a rank that
-    /// waits for others does not look.
-    fn cancelling<T>(&self, group: &dyn Group, load: impl FnOnce() -> Result<T>) -> Result<T> {
-        let done = AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            let watcher = std::thread::Builder::new().name("fst-cancel".to_owned());
-            let watcher = watcher.spawn_scoped(scope, || {
-                while !done.load(Relaxed) {
-                    if self.cancel.is_cancelled() {
-                        return group.abort("cancelled");
-                    }
-                    std::thread::park_timeout(CANCEL_INTERVAL);
+/// Runs `load` while another thread attends to the group: it ends it when the load is cancelled, which a
+/// rank that waits for others does not see, and tells that this rank is alive when `bytes` have moved,
+/// which a rank that reads for long does not stop to tell.
+fn attending<T>(
+    group: &dyn Group,
+    cancelled: &(dyn Fn() -> bool + Sync),
+    bytes: &(dyn Fn() -> u64 + Sync),
+    load: impl FnOnce() -> T,
+) -> T {
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let watcher = std::thread::Builder::new().name("fst-attend".to_owned());
+        let watcher = watcher.spawn_scoped(scope, || {
+            let mut known = bytes();
+            while !done.load(Relaxed) {
+                if cancelled() {
+                    return group.abort("cancelled");
                 }
-            });
-            let _stop = Done(&done, watcher.as_ref().ok().map(|watcher| watcher.thread()));
-            load()
-        })
-    }
+                let now = bytes();
+                if std::mem::replace(&mut known, now) != now {
+                    group.alive();
+                }
+                std::thread::park_timeout(WATCH_INTERVAL);
+            }
+        });
+        let _stop = Done(&done, watcher.as_ref().ok().map(|watcher| watcher.thread()));
+        load()
+    })
 }
 
 /// Ranks on the node of `rank`, that rank included.
@@ -410,4 +423,36 @@ impl Drop for AbortOnPanic<'_> {
 /// Checks that no file has changed since its header was read.
 fn verify(files: &[SourceFile], items: &[Item]) -> Result<()> {
     files.iter().try_for_each(|file| file.verify_unchanged().map_err(|e| locate(e, items)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU64;
+
+    use super::*;
+    use fst_dist::group::{Control, HostCopier};
+
+    #[test]
+    fn a_rank_is_waited_for_while_its_bytes_move() {
+        let deadline = Duration::from_millis(400);
+        for moves in [true, false] {
+            let mut groups = LocalGroup::with(2, HostCopier, deadline);
+            let (other, group) = (groups.remove(1), groups.remove(0));
+            let waited = std::thread::scope(|scope| {
+                let waited = scope.spawn(move || other.gather_messages(&[]));
+                // One read that takes longer than the deadline.
+                let bytes = AtomicU64::new(0);
+                attending(&group, &|| false, &|| bytes.load(Relaxed), || {
+                    for _ in 0..24 {
+                        std::thread::sleep(deadline / 8);
+                        bytes.fetch_add(moves.into(), Relaxed);
+                    }
+                });
+                let _ = group.gather_messages(&[]);
+                waited.join()
+            });
+            let waited = waited.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            assert_eq!(waited.is_ok(), moves, "{waited:?}");
+        }
+    }
 }

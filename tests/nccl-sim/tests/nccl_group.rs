@@ -168,6 +168,34 @@ fn the_battery() {
 }
 
 #[test]
+fn a_deadline_counts_silence() {
+    let sim = Sim::new();
+    let checks = [conformance::outwait, conformance::outwait_none];
+    for (check, tcp) in checks.into_iter().flat_map(|check| [(check, false), (check, true)]) {
+        let held = Port::new();
+        let port = held.number();
+        let deadline = Duration::from_millis(800);
+        let groups = LocalGroup::with(3, HostCopier, deadline);
+        std::thread::scope(|scope| {
+            let run = |(rank, local): (u32, LocalGroup)| {
+                let (nccl, stream) = (sim.nccl(), sim.stream(rank));
+                scope.spawn(move || {
+                    let joined = || TcpControl::join(rank, 3, "127.0.0.1", port, deadline).unwrap();
+                    let control: Box<dyn Control> =
+                        if tcp { Box::new(joined()) } else { Box::new(local) };
+                    let group = NcclGroup::init_with(nccl, control, stream).unwrap();
+                    check(&group, &DeviceScratch(HostScratch::default(), rank))
+                })
+            };
+            let threads: Vec<_> = (0..).zip(groups).map(run).collect();
+            for thread in threads {
+                assert_eq!(thread.join().unwrap(), Ok(()), "over TCP: {tcp}");
+            }
+        });
+    }
+}
+
+#[test]
 fn ranks_meet_over_tcp() {
     let sim = Sim::new();
     let held = Port::new();

@@ -6,6 +6,7 @@ use std::time::Instant;
 use super::{ExchangeReport, Region};
 use crate::backend::{Backend, Cause, CopyAt, ReadAt};
 use crate::error::ExchangeError;
+use crate::group::Group;
 use crate::rank::{DirectRead, RankPlan, Round};
 use crate::schedule::Piece;
 use crate::tensor::Strided;
@@ -18,6 +19,7 @@ pub(super) struct Filled {
 
 pub(super) struct Reading<'a> {
     pub(super) view: &'a RankPlan<'a>,
+    pub(super) group: &'a dyn Group,
     pub(super) backend: &'a dyn Backend,
     pub(super) outputs: &'a [Region],
     pub(super) report: ExchangeReport,
@@ -169,6 +171,8 @@ impl Reading<'_> {
         // SAFETY: blocks belong to this thread until they are sent; direct reads go to parts of the
         // outputs that the plan gives to nobody else.
         let read = unsafe { self.backend.read(ranges) };
+        // The others wait for the disk, not for the dead.
+        self.group.alive();
         self.report.read += start.elapsed();
         self.report.read_bytes += ranges.iter().map(|range| range.len).sum::<u64>();
         read.map_err(|(index, source)| self.read_error(ranges.get(index), source))

@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{Control, DEFAULT_DEADLINE, Group, Op, check_peers};
+use super::{Control, DEFAULT_DEADLINE, Group, Op, Signs, check_peers};
 use crate::error::GroupError;
 use crate::memory::{Dst, Space, Src};
 
@@ -83,8 +83,8 @@ struct Gather {
 struct State {
     /// By (sender, receiver), in the order of sending.
     posts: HashMap<(u32, u32), VecDeque<Post>>,
-    /// Posts not yet copied, by sender.
-    open: Vec<Vec<u64>>,
+    /// Posts not yet copied, and their receivers, by sender.
+    open: Vec<Vec<(u64, u32)>>,
     next_id: u64,
     gathers: HashMap<u64, Gather>,
     failure: Option<GroupError>,
@@ -98,6 +98,7 @@ struct Shared {
     wake: Vec<Condvar>,
     copier: Box<dyn Copier>,
     deadline: Duration,
+    signs: Signs,
 }
 
 impl Shared {
@@ -136,8 +137,8 @@ impl LocalGroup {
         Self::with(world, HostCopier, DEFAULT_DEADLINE)
     }
 
-    /// The handles of `world` ranks whose memory `copier` reaches, each waiting up to `deadline` in an
-    /// operation.
+    /// The handles of `world` ranks whose memory `copier` reaches, and which end the group once a rank that
+    /// they wait for has been silent for `deadline`.
     #[must_use]
     pub fn with(world: u32, copier: impl Copier + 'static, deadline: Duration) -> Vec<Self> {
         let ranks = world as usize;
@@ -148,6 +149,7 @@ impl LocalGroup {
             wake: (0..world).map(|_| Condvar::new()).collect(),
             copier: Box::new(copier),
             deadline,
+            signs: Signs::new(world),
         });
         let handle = |rank| Self {
             shared: shared.clone(),
@@ -175,16 +177,10 @@ impl LocalGroup {
             let cause = "it left the group".to_owned();
             return Err(self.shared.fail(&mut state, GroupError::Lost { rank, cause }));
         }
-        let left = self.shared.deadline.saturating_sub(start.elapsed());
-        if left.is_zero() {
-            let error = GroupError::Deadline {
-                op,
-                rank: self.rank,
-                waiting_for: peers.first().copied(),
-                waited: self.shared.deadline,
-            };
-            return Err(self.shared.fail(&mut state, error));
-        }
+        let (rank, waited) = (self.rank, self.shared.deadline);
+        let left = self.shared.signs.patience(&peers, start, waited).map_err(|waiting_for| {
+            self.shared.fail(&mut state, GroupError::Deadline { op, rank, waiting_for, waited })
+        })?;
         let wake = &self.shared.wake[self.rank as usize];
         let (state, _) = wake.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
         Ok(state)
@@ -221,7 +217,7 @@ impl LocalGroup {
     /// Tells the sender that its bytes are copied (or will not be).
     fn release(&self, state: &mut State, from: u32, id: u64) {
         let open = &mut state.open[from as usize];
-        open.retain(|&other| other != id);
+        open.retain(|&(other, _)| other != id);
         if open.is_empty() {
             self.shared.wake[from as usize].notify_all();
         }
@@ -236,7 +232,7 @@ impl LocalGroup {
                 back.extend(posts.drain(..).map(|post| post.id));
             }
         }
-        state.open[self.rank as usize].retain(|id| !back.contains(id));
+        state.open[self.rank as usize].retain(|(id, _)| !back.contains(id));
         while !state.open[self.rank as usize].is_empty() {
             let wake = &self.shared.wake[self.rank as usize];
             state = wake.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -244,7 +240,7 @@ impl LocalGroup {
     }
 
     fn run(&self, mut receives: Vec<(u32, Option<Dst<'_>>)>) -> Result<(), GroupError> {
-        let start = Instant::now();
+        let mut start = Instant::now();
         let mut state = self.shared.lock();
         let mut left = receives.len();
         loop {
@@ -276,6 +272,8 @@ impl LocalGroup {
                 });
                 drop(guard);
                 copied?;
+                self.alive();
+                start = Instant::now();
                 state = self.shared.lock();
                 continue;
             }
@@ -283,10 +281,8 @@ impl LocalGroup {
                 return Ok(());
             }
             state = self.wait(state, start, "exchange", |state| {
-                let posts = state.posts.iter();
-                let unsent =
-                    posts.filter(|((from, _), posts)| *from == self.rank && !posts.is_empty());
-                blocked.iter().copied().chain(unsent.map(|((_, to), _)| *to)).collect()
+                let open = state.open[self.rank as usize].iter().map(|&(_, to)| to);
+                blocked.iter().copied().chain(open).collect()
             })?;
         }
     }
@@ -321,8 +317,13 @@ impl Control for LocalGroup {
         self.shared.deadline
     }
 
+    fn signs(&self) -> &Signs {
+        &self.shared.signs
+    }
+
     fn gather_messages(&self, message: &[u8]) -> Result<Vec<Vec<u8>>, GroupError> {
         let mut turn = self.gathers.lock().unwrap_or_else(PoisonError::into_inner);
+        let _waiting = self.shared.signs.wait(self.rank);
         *turn += 1;
         let (start, turn, world) = (Instant::now(), *turn, self.world as usize);
         let mut state = self.shared.lock();
@@ -386,6 +387,7 @@ impl Group for LocalGroup {
             }
         }
         let mut receives = Vec::new();
+        let _waiting = self.shared.signs.wait(self.rank);
         let _withdraw = Withdraw(self);
         {
             let mut guard = self.shared.lock();
@@ -399,7 +401,7 @@ impl Group for LocalGroup {
                 let (addr, len, space) = (data.addr(), data.len(), data.space());
                 let posts = state.posts.entry((self.rank, to)).or_default();
                 posts.push_back(Post { id, addr, len, space });
-                state.open[self.rank as usize].push(id);
+                state.open[self.rank as usize].push((id, to));
                 self.shared.wake[to as usize].notify_all();
             };
             for op in batch {

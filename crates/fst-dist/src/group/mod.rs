@@ -1,14 +1,15 @@
 //! Process groups: ranks that exchange bytes, whatever carries them.
 //!
 //! [`Group`] asks for little of an implementation: a batch of transfers, and of its [`Control`] a
-//! gathering of small host messages, and abort. The collectives are built on these. Every wait has a deadline; once one rank
-//! fails, every rank's waits end with an error that names it.
+//! gathering of small host messages, and abort. The collectives are built on these. Every wait has a
+//! deadline, which counts silence; once one rank fails, every rank's waits end with an error that names it.
 
 mod launch;
 mod local;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod nccl;
+mod signs;
 mod tcp;
 
 use std::fmt;
@@ -21,6 +22,7 @@ pub use local::{Copier, CopyError, HostCopier, LocalGroup};
 #[cfg(feature = "mpi")]
 pub use mpi::MpiGroup;
 pub use nccl::{DeviceStream, Nccl, NcclGroup, UniqueId};
+pub use signs::{Signs, Waiting};
 pub use tcp::TcpControl;
 
 use crate::error::GroupError;
@@ -58,7 +60,7 @@ pub enum Op<'a> {
     },
 }
 
-/// How long a rank waits for the others in one operation, unless said otherwise.
+/// How long a rank that is waited for may be silent, unless said otherwise.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(120);
 
 /// What ranks need besides moving bytes: who they are, small messages, and word of failures.
@@ -71,14 +73,24 @@ pub trait Control: Send + Sync + fmt::Debug {
     /// How many ranks there are.
     fn world_size(&self) -> u32;
 
-    /// How long a rank waits for the others in one operation.
+    /// How long a rank that this one waits for may be silent.
     fn deadline(&self) -> Duration;
+
+    /// What is known of when the ranks last did something.
+    fn signs(&self) -> &Signs;
+
+    /// Tells that this rank gets on with what it does outside of the group's operations, such as reading:
+    /// those that wait for it wait on. Cheap; may be called often, and from any thread, by whoever sees
+    /// that bytes have moved.
+    fn alive(&self) {
+        self.signs().alive(self.rank());
+    }
 
     /// Every rank gives a small message and gets those of all, by rank. Over TCP those of all
     /// together may have 64 MiB.
     ///
     /// # Errors
-    /// Another rank failed, left or did not answer within the deadline; messages that are too long.
+    /// Another rank failed, left or was silent for the deadline; messages that are too long.
     fn gather_messages(&self, message: &[u8]) -> Result<Vec<Vec<u8>>, GroupError>;
 
     /// Ends the group: every rank's waits, now and later, fail with an error that names this rank and
@@ -114,8 +126,8 @@ pub trait Group: Control {
     /// list these in the same order.
     ///
     /// # Errors
-    /// Another rank failed, left or did not answer within the deadline; sizes that differ; memory
-    /// that the group cannot reach.
+    /// Another rank failed, left or was silent for the deadline; sizes that differ; memory that the
+    /// group cannot reach.
     fn exchange(&self, batch: Vec<Op<'_>>) -> Result<(), GroupError>;
 
     /// Sends to one rank.
@@ -216,18 +228,26 @@ impl dyn Group + '_ {
     }
 }
 
-/// Refuses ranks that the world does not have, and transfers of a rank with itself.
-pub(crate) fn check_peers(batch: &[Op<'_>], rank: u32, world: u32) -> Result<(), GroupError> {
+/// The ranks that a batch waits for. Refuses those that the world does not have, and transfers of a rank
+/// with itself.
+pub(crate) fn check_peers(batch: &[Op<'_>], rank: u32, world: u32) -> Result<Vec<u32>, GroupError> {
+    let mut peers = Vec::with_capacity(batch.len());
     for op in batch {
         let peer = match op {
             Op::Send { to, .. } => *to,
             Op::Recv { from, .. } => *from,
             Op::BroadcastFrom { root, .. } => *root,
-            Op::Broadcast { .. } => continue,
+            Op::Broadcast { .. } => {
+                peers.extend((0..world).filter(|&other| other != rank));
+                continue;
+            }
         };
         if peer >= world || peer == rank {
             return Err(GroupError::Peer { peer, rank, world });
         }
+        peers.push(peer);
     }
-    Ok(())
+    peers.sort_unstable();
+    peers.dedup();
+    Ok(peers)
 }

@@ -20,7 +20,7 @@ use mpi::Threading;
 use mpi::environment::Universe;
 use mpi::ffi;
 
-use super::{Control, Group, Op, check_peers};
+use super::{Control, Group, Op, Signs, check_peers};
 use crate::error::GroupError;
 use crate::memory::{Dst, Space, Src};
 
@@ -28,6 +28,7 @@ use crate::memory::{Dst, Space, Src};
 const DATA: c_int = 1;
 const SMALL: c_int = 2;
 const ABORT: c_int = 3;
+const SIGN: c_int = 4;
 
 /// Long messages travel in pieces of this size, so that copies and transfers overlap.
 const CHUNK: usize = 8 << 20;
@@ -35,12 +36,16 @@ const CHUNK: usize = 8 << 20;
 /// Pieces of one message under way at a time.
 const WINDOW: usize = 2;
 
+/// How often a sign of life is told in the time that a deadline takes.
+const BEATS: u32 = 16;
+
 /// How long a failed group waits for the others before it gives up on an orderly end of MPI.
 const FAREWELL: Duration = Duration::from_secs(2);
 
 /// One rank of a group over MPI's world.
 pub struct MpiGroup {
     calls: Mutex<Calls>,
+    signs: Signs,
     rank: u32,
     world: u32,
     deadline: Duration,
@@ -62,6 +67,10 @@ struct Calls {
     failure: Option<GroupError>,
     /// Buffers to use again.
     pool: Vec<Vec<u8>>,
+    /// What the others know of this rank's signs, when they were told, and the messages under way.
+    told: (u64, bool),
+    told_at: Instant,
+    telling: Vec<Flight>,
 }
 
 // SAFETY: the raw communicator is used under the lock around `Calls` only, and MPI was initialised
@@ -78,8 +87,8 @@ struct Flight {
 unsafe impl Send for Flight {}
 
 impl MpiGroup {
-    /// Initialises MPI and joins its world; each operation waits up to `deadline`. MPI is finalised when
-    /// the group is dropped; a process can do this once.
+    /// Initialises MPI and joins its world; a rank that is waited for may be silent for `deadline`. MPI
+    /// is finalised when the group is dropped; a process can do this once.
     ///
     /// # Errors
     /// MPI was initialised before, or gives no serialised calls from several threads.
@@ -98,6 +107,9 @@ impl MpiGroup {
             world: 0,
             failure: None,
             pool: Vec::new(),
+            told: (0, false),
+            told_at: Instant::now(),
+            telling: Vec::new(),
         };
         let (mut rank, mut world) = (0, 0);
         // SAFETY: MPI is initialised and the arguments point to locals. The group's messages live in
@@ -119,6 +131,7 @@ impl MpiGroup {
         let universe = ManuallyDrop::new(universe);
         Ok(Self {
             calls: Mutex::new(calls),
+            signs: Signs::new(world),
             rank,
             world,
             deadline,
@@ -131,31 +144,41 @@ impl MpiGroup {
         self.calls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Calls `step` until it is done, watching for aborts and the deadline. `step` tells whether
-    /// anything moved, and when not done, for whom it waits.
+    /// Hears of signs of life and of failures, and tells of this rank's signs, if it is time to.
+    fn hear(&self, calls: &mut Calls) -> Result<(), GroupError> {
+        calls.hear_signs(&self.signs)?;
+        calls.tell_signs(&self.signs, self.deadline / BEATS)?;
+        calls.hear_abort()
+    }
+
+    /// Calls `step` until it is done, watching for aborts and the deadline. `step` lists those for whom it
+    /// waits, nobody when it is done, and says whether anything moved.
     fn poll(
         &self,
         op: &'static str,
-        mut step: impl FnMut(&mut Calls) -> Result<Step, GroupError>,
+        mut step: impl FnMut(&mut Calls, &mut Vec<u32>) -> Result<bool, GroupError>,
     ) -> Result<(), GroupError> {
-        let start = Instant::now();
-        let mut idle = 0u32;
+        let _waiting = self.signs.wait(self.rank);
+        let (mut start, mut idle) = (Instant::now(), 0u32);
+        let mut peers = Vec::new();
         loop {
             let mut calls = self.lock();
-            calls.hear_abort()?;
-            let waiting_for = match step(&mut calls) {
-                Ok(Step::Done) => return Ok(()),
-                Ok(Step::Moved) => {
-                    idle = 0;
+            self.hear(&mut calls)?;
+            peers.clear();
+            match step(&mut calls, &mut peers) {
+                Ok(_) if peers.is_empty() => return Ok(()),
+                Ok(true) => {
+                    self.signs.alive(self.rank);
+                    (start, idle) = (Instant::now(), 0);
                     continue;
                 }
-                Ok(Step::Waits(peer)) => Some(peer),
+                Ok(false) => {}
                 Err(error) => return Err(calls.fail(error)),
-            };
-            if start.elapsed() >= self.deadline {
-                let (rank, waited) = (self.rank, self.deadline);
-                return Err(calls.fail(GroupError::Deadline { op, rank, waiting_for, waited }));
             }
+            let (rank, waited) = (self.rank, self.deadline);
+            self.signs.patience(&peers, start, waited).map_err(|waiting_for| {
+                calls.fail(GroupError::Deadline { op, rank, waiting_for, waited })
+            })?;
             drop(calls);
             // Ranks may outnumber cores: let others work, soon without burning this one.
             idle += 1;
@@ -165,12 +188,6 @@ impl MpiGroup {
             }
         }
     }
-}
-
-enum Step {
-    Done,
-    Moved,
-    Waits(u32),
 }
 
 /// Turns an MPI error code into an error.
@@ -268,14 +285,59 @@ impl Calls {
         }
     }
 
+    /// Whether a short message, which arrives with its envelope, has; one that has not is not waited
+    /// for long.
+    fn arrives(&mut self, flight: &mut Flight) -> Result<bool, GroupError> {
+        let start = Instant::now();
+        while start.elapsed() < FAREWELL {
+            if self.test(flight)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Takes the signs of life that have come.
+    fn hear_signs(&mut self, signs: &Signs) -> Result<(), GroupError> {
+        while let Some((rank, len, mut flight)) = self.start_recv(None, SIGN)? {
+            if self.arrives(&mut flight)? {
+                signs.heard(rank, flight.buffer[..len] == [1]);
+                self.recycle(flight);
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the others of this rank's signs, if there are new ones and they have not been told for
+    /// `interval`. While they have not taken the last ones, they are told no more.
+    fn tell_signs(&mut self, signs: &Signs, interval: Duration) -> Result<(), GroupError> {
+        let now = signs.of(self.rank);
+        if now == self.told || self.told_at.elapsed() < interval || self.failure.is_some() {
+            return Ok(());
+        }
+        for mut flight in std::mem::take(&mut self.telling) {
+            match self.test(&mut flight)? {
+                true => self.recycle(flight),
+                false => self.telling.push(flight),
+            }
+        }
+        if self.telling.is_empty() {
+            (self.told, self.told_at) = (now, Instant::now());
+            let rank = self.rank;
+            for to in (0..self.world).filter(|&to| to != rank) {
+                let flight = self.start_send(to, SIGN, &[now.1.into()])?;
+                self.telling.push(flight);
+            }
+        }
+        Ok(())
+    }
+
     /// Fails if the group is broken, or another rank says so now.
     fn hear_abort(&mut self) -> Result<(), GroupError> {
         if self.failure.is_none()
             && let Some((rank, len, mut flight)) = self.start_recv(None, ABORT)?
         {
-            // Short messages arrive with their envelope; do not wait long for one that does not.
-            let start = Instant::now();
-            while !self.test(&mut flight)? && start.elapsed() < FAREWELL {}
+            self.arrives(&mut flight)?;
             let cause = String::from_utf8_lossy(&flight.buffer[..len]).into_owned();
             self.failure = Some(GroupError::Aborted { rank, cause });
         }
@@ -386,6 +448,19 @@ impl Control for MpiGroup {
         self.deadline
     }
 
+    fn signs(&self) -> &Signs {
+        &self.signs
+    }
+
+    /// Tells the others, too: no other thread does.
+    fn alive(&self) {
+        self.signs.alive(self.rank);
+        let mut calls = self.lock();
+        let told = calls.tell_signs(&self.signs, self.deadline / BEATS);
+        // What MPI says of it is seen by the operation that fails.
+        drop(told);
+    }
+
     fn gather_messages(&self, message: &[u8]) -> Result<Vec<Vec<u8>>, GroupError> {
         let world = self.world as usize;
         let mut all: Vec<Option<Vec<u8>>> = vec![None; world];
@@ -393,7 +468,7 @@ impl Control for MpiGroup {
         let mut sends = VecDeque::new();
         let mut started = false;
         let mut receive: Option<(u32, usize, Flight)> = None;
-        self.poll("gather", |calls| {
+        self.poll("gather", |calls, peers| {
             if !started {
                 started = true;
                 for to in (0..self.world).filter(|&to| to != self.rank) {
@@ -411,8 +486,7 @@ impl Control for MpiGroup {
                 }
             }
             // By sender: the next gathering's message of a fast rank must wait its turn.
-            let missing = (0..self.world).find(|&from| all[from as usize].is_none());
-            if receive.is_none() && missing.is_some() {
+            if receive.is_none() {
                 for from in (0..self.world).filter(|&from| all[from as usize].is_none()) {
                     receive = calls.start_recv(Some(from), SMALL)?;
                     if receive.is_some() {
@@ -428,11 +502,9 @@ impl Control for MpiGroup {
                 sends.pop_front().into_iter().for_each(|(_, flight)| calls.recycle(flight));
                 moved = true;
             }
-            Ok(match missing.or(sends.front().map(|(to, _)| *to)) {
-                None => Step::Done,
-                Some(_) if moved => Step::Moved,
-                Some(peer) => Step::Waits(peer),
-            })
+            peers.extend((0..self.world).filter(|&from| all[from as usize].is_none()));
+            peers.extend(sends.iter().map(|(to, _)| *to));
+            Ok(moved)
         })?;
         Ok(all.into_iter().flatten().collect())
     }
@@ -444,7 +516,7 @@ impl Control for MpiGroup {
     }
 
     fn failure(&self) -> Option<GroupError> {
-        self.lock().hear_abort().err()
+        self.hear(&mut self.lock()).err()
     }
 }
 
@@ -485,11 +557,11 @@ impl Group for MpiGroup {
                 }
             }
         }
-        self.poll("exchange", |calls| {
-            let (mut moved, mut waits) = (false, None);
+        self.poll("exchange", |calls, peers| {
+            let mut moved = false;
             for queue in &mut receives {
                 let Some(first) = queue.front_mut() else { continue };
-                waits = Some(first.from);
+                peers.push(first.from);
                 match first.step(calls)? {
                     Some(stepped) => moved |= stepped,
                     None => {
@@ -500,7 +572,7 @@ impl Group for MpiGroup {
             }
             for queue in &mut sends {
                 let Some(first) = queue.front_mut() else { continue };
-                waits = waits.or(Some(first.to));
+                peers.push(first.to);
                 match first.step(calls)? {
                     Some(stepped) => moved |= stepped,
                     None => {
@@ -509,11 +581,7 @@ impl Group for MpiGroup {
                     }
                 }
             }
-            Ok(match waits {
-                None => Step::Done,
-                Some(_) if moved => Step::Moved,
-                Some(peer) => Step::Waits(peer),
-            })
+            Ok(moved)
         })
     }
 }

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use libloading::Library;
 
-use super::{Control, Group, LaunchEnv, Op, TcpControl, check_peers};
+use super::{Control, Group, LaunchEnv, Op, Signs, TcpControl, check_peers};
 use crate::backend::Cause;
 use crate::error::GroupError;
 use crate::memory::Space;
@@ -276,8 +276,8 @@ impl fmt::Debug for NcclGroup {
 }
 
 impl NcclGroup {
-    /// Forms a communicator of the processes that a launcher started; see [`LaunchEnv`]. Each operation
-    /// waits up to `deadline`.
+    /// Forms a communicator of the processes that a launcher started; see [`LaunchEnv`]. A rank that is
+    /// waited for may be silent for `deadline`.
     ///
     /// # Errors
     /// Variables that are missing, ranks that do not come, or NCCL missing or failing.
@@ -355,7 +355,9 @@ impl NcclGroup {
         if !comm.is_null() {
             *group.lock() = Some(OwnedComm { comm, ours: true });
         }
-        let ready = made.and_then(|()| group.poll("forming a communicator", comm, || Ok(true)));
+        let ready = made.and_then(|()| {
+            group.poll("forming a communicator", &group.others(), comm, || Ok(true))
+        });
         ready.map_err(|error| group.fail(error))?;
         Ok(group)
     }
@@ -409,14 +411,21 @@ impl NcclGroup {
         if code == IN_PROGRESS { Ok(()) } else { self.nccl.ok(call, code) }
     }
 
-    /// Waits until NCCL has nothing under way on the communicator and `done` says so too.
+    fn others(&self) -> Vec<u32> {
+        (0..self.world_size()).filter(|&other| other != self.rank()).collect()
+    }
+
+    /// Waits until NCCL has nothing under way on the communicator and `done` says so too; this takes no
+    /// longer than `peers` show signs of life.
     fn poll(
         &self,
         op: &'static str,
+        peers: &[u32],
         comm: Comm,
         mut done: impl FnMut() -> Result<bool, GroupError>,
     ) -> Result<(), GroupError> {
-        let start = Instant::now();
+        let (start, signs) = (Instant::now(), self.signs());
+        let _waiting = signs.wait(self.rank());
         let mut idle = 0u32;
         loop {
             let mut state = 0;
@@ -433,9 +442,12 @@ impl NcclGroup {
                 return Err(error);
             }
             let (rank, waited) = (self.rank(), self.control.deadline());
-            if start.elapsed() > waited {
-                return Err(GroupError::Deadline { op, rank, waiting_for: None, waited });
-            }
+            signs.patience(peers, start, waited).map_err(|waiting_for| GroupError::Deadline {
+                op,
+                rank,
+                waiting_for,
+                waited,
+            })?;
             idle += 1;
             match idle {
                 0..200 => std::thread::yield_now(),
@@ -542,6 +554,14 @@ impl Control for NcclGroup {
         self.control.deadline()
     }
 
+    fn signs(&self) -> &Signs {
+        self.control.signs()
+    }
+
+    fn alive(&self) {
+        self.control.alive();
+    }
+
     fn gather_messages(&self, message: &[u8]) -> Result<Vec<Vec<u8>>, GroupError> {
         self.control.gather_messages(message)
     }
@@ -566,7 +586,7 @@ impl Group for NcclGroup {
     }
 
     fn exchange(&self, batch: Vec<Op<'_>>) -> Result<(), GroupError> {
-        check_peers(&batch, self.rank(), self.world_size())?;
+        let peers = check_peers(&batch, self.rank(), self.world_size())?;
         for op in &batch {
             let space = match op {
                 Op::Send { data, .. } | Op::Broadcast { data } => data.space(),
@@ -588,7 +608,7 @@ impl Group for NcclGroup {
         };
         self.current()
             .and_then(|_current| self.enqueue(comm, &batch))
-            .and_then(|()| self.poll("exchange", comm, || self.stream_done()))
+            .and_then(|()| self.poll("exchange", &peers, comm, || self.stream_done()))
             .map_err(|error| self.fail(error))
     }
 }
@@ -610,7 +630,10 @@ impl Drop for NcclGroup {
             // SAFETY: the communicator is ours and idle.
             let code = unsafe { finalize(comm) };
             let finalized = self.started("ncclCommFinalize", code);
-            if finalized.and_then(|()| self.poll("finalising", comm, || Ok(true))).is_err() {
+            if finalized
+                .and_then(|()| self.poll("finalising", &self.others(), comm, || Ok(true)))
+                .is_err()
+            {
                 // SAFETY: as above; aborting ends it whatever the state.
                 unsafe { (self.nccl.comm_abort)(comm) };
                 return;

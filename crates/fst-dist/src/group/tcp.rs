@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags};
 use sha2::{Digest, Sha256};
 
-use super::{Control, LaunchEnv};
+use super::{Control, LaunchEnv, Signs};
 use crate::error::GroupError;
 use join::Join;
 use wire::{Wire, frame, wait};
@@ -44,6 +44,9 @@ const CAUSE: usize = 64 << 10;
 /// Connections beyond those of the ranks that may be open while ranks join; the oldest goes first.
 const STRANGERS: usize = 64;
 
+/// And no more often than this.
+const LEAST_BEAT: Duration = Duration::from_millis(5);
+
 /// How long a rank that leaves waits for others to take what it has sent, and to leave as well: closing
 /// with unread bytes would reset the connection under what was just written.
 const FAREWELL: Duration = Duration::from_millis(500);
@@ -54,6 +57,15 @@ const ABORT: u8 = 3;
 const LOST: u8 = 4;
 const BYE: u8 = 5;
 const WELCOME: u8 = 6;
+/// Ranks of whom there are new signs of life, and whether they wait. Rank 0 tells those of all, and so
+/// that it lives itself while others wait for it.
+const SIGNS: u8 = 7;
+
+/// Bytes of a rank in them.
+const SIGN: usize = 5;
+
+/// How often signs of life are told in the time that a deadline takes.
+const BEATS: u32 = 16;
 
 /// One rank's connection to the others.
 #[derive(Debug)]
@@ -62,6 +74,7 @@ pub struct TcpControl {
     world: u32,
     deadline: Duration,
     failure: Arc<OnceLock<GroupError>>,
+    signs: Arc<Signs>,
     asks: Sender<Ask>,
     /// A byte wakes the thread, its end ends the thread.
     wake: UnixStream,
@@ -118,7 +131,7 @@ impl TcpControl {
         });
         let (wake, woken) = pair.map_err(|e| network("make a socket pair for", e))?;
         let (asks, asked) = mpsc::channel();
-        let failure = Arc::new(OnceLock::new());
+        let (failure, signs) = (Arc::new(OnceLock::new()), Arc::new(Signs::new(world)));
         let hub = Hub {
             rank,
             world,
@@ -126,6 +139,10 @@ impl TcpControl {
             address: address.clone(),
             mark,
             failure: failure.clone(),
+            signs: signs.clone(),
+            known: vec![(0, false); world as usize],
+            beat: start,
+            heard: start,
             asks: asked,
             woken: Some(woken),
             listener,
@@ -142,7 +159,7 @@ impl TcpControl {
         let thread =
             thread.spawn(move || hub.run()).map_err(|e| network("start a thread for", e))?;
         let thread = Some(thread);
-        let control = Self { rank, world, deadline, failure, asks, wake, thread };
+        let control = Self { rank, world, deadline, failure, signs, asks, wake, thread };
         // All have come once rank 0 says so.
         control.barrier()?;
         Ok(control)
@@ -210,6 +227,12 @@ struct Hub {
     address: String,
     mark: [u8; 8],
     failure: Arc<OnceLock<GroupError>>,
+    signs: Arc<Signs>,
+    /// Signs that are told, and when they were looked at.
+    known: Vec<(u64, bool)>,
+    beat: Instant,
+    /// When rank 0 was heard of, on others.
+    heard: Instant,
     asks: Receiver<Ask>,
     /// Until this rank leaves.
     woken: Option<UnixStream>,
@@ -234,6 +257,8 @@ struct Hub {
 impl Hub {
     fn run(mut self) {
         let mut moved = Instant::now();
+        // What came with the welcome.
+        (0..self.wires.len()).for_each(|peer| self.hear(peer));
         loop {
             let mut timeout = None;
             if self.leaving() {
@@ -243,7 +268,7 @@ impl Hub {
                 }
                 timeout = Some(left);
             } else if self.failure.get().is_none() {
-                timeout = self.judge();
+                timeout = self.judge().into_iter().chain(self.beat()).min();
             }
             if let Some(error) = self.failure.get() {
                 self.tell(error.clone());
@@ -255,8 +280,17 @@ impl Hub {
                 if let Some(wire) = &mut self.wires[peer]
                     && ready()
                 {
+                    let had = wire.input.len();
                     if wire.pump() {
                         moved = Instant::now();
+                    }
+                    if wire.input.len() > had {
+                        self.heard = moved;
+                        // Messages may be long. Who joins has the deadline to do so in all, and what rank
+                        // 0 passes on is no sign of its own.
+                        if self.rank == 0 && self.turn > 1 {
+                            self.signs.alive(peer as u32);
+                        }
                     }
                     self.hear(peer);
                 }
@@ -312,18 +346,48 @@ impl Hub {
 
     /// Fails if what a gathering waits for will not come, or does not in time; else how long that may take.
     fn judge(&self) -> Option<Duration> {
-        let first = self.missing().next()?;
-        if let Some(rank) = self.missing().find(|&rank| self.left[rank as usize]) {
+        let missing: Vec<u32> = self.missing().collect();
+        if let Some(&rank) = missing.iter().find(|&&rank| self.left[rank as usize]) {
             self.lost(rank, "it left the group");
         }
-        let left = self.deadline.saturating_sub(self.since.elapsed());
-        if left.is_zero() {
+        let left = match (self.rank, self.turn) {
+            _ if missing.is_empty() => return None,
+            (0, _) => self.signs.patience(&missing, self.since, self.deadline),
+            // Rank 0 tells who is silent, unless it is itself.
+            (_, 1) => self.signs.patience(&[], self.since, self.deadline),
+            _ => self.signs.patience(&[], self.since.max(self.heard), self.deadline),
+        };
+        if let Err(silent) = left {
             let op = if self.turn == 1 { "joining" } else { "gather" };
             let rank = self.messages.iter().position(Option::is_some).unwrap_or(0) as u32;
-            let (waiting_for, waited) = (Some(first), self.deadline);
+            let (waiting_for, waited) = (silent.or(missing.first().copied()), self.deadline);
             self.fail(GroupError::Deadline { op, rank, waiting_for, waited });
         }
-        Some(left)
+        left.ok()
+    }
+
+    /// Tells signs of life if it is time to; how long until it is again.
+    fn beat(&mut self) -> Option<Duration> {
+        let interval = (self.deadline / BEATS).max(LEAST_BEAT);
+        let left = interval.saturating_sub(self.beat.elapsed());
+        if self.wires.is_empty() || !left.is_zero() {
+            return (!self.wires.is_empty()).then_some(left);
+        }
+        self.beat = Instant::now();
+        let ranks = if self.rank == 0 { 0..self.world } else { self.rank..self.rank + 1 };
+        let mut news = Vec::new();
+        for (rank, known) in ranks.clone().zip(&mut self.known[ranks.start as usize..]) {
+            let now = self.signs.of(rank);
+            if std::mem::replace(known, now) != now {
+                news.extend(rank.to_le_bytes());
+                news.push(now.1.into());
+            }
+        }
+        if !news.is_empty() || self.rank == 0 && self.missing().next().is_some() {
+            let word = frame(SIGNS, &[&news]);
+            self.wires.iter_mut().flatten().for_each(|wire| wire.queue_unless_full(&word));
+        }
+        Some(interval)
     }
 
     /// Tells those that this rank is connected to of a failure, once, and gives up on all gatherings.
@@ -510,12 +574,13 @@ impl Hub {
         let due = match kind {
             GATHER => self.rank == 0 && self.messages[peer as usize].is_none(),
             RESULT => self.rank != 0 && !self.asked.is_empty(),
-            ABORT | LOST | BYE => true,
+            ABORT | LOST | BYE | SIGNS => true,
             _ => false,
         };
         let range = match kind {
             GATHER | RESULT => 8..=LONGEST,
             BYE => 0..=0,
+            SIGNS => 0..=SIGN * self.world as usize,
             _ => 4..=4 + CAUSE,
         };
         if !due || !range.contains(&len) {
@@ -530,8 +595,21 @@ impl Hub {
         Ok(())
     }
 
+    /// Takes signs of life: rank 0 of who sends them, others of all from rank 0.
+    fn heed(&self, peer: u32, body: &[u8]) {
+        for sign in body.chunks_exact(SIGN) {
+            let rank = u32::from_le_bytes([sign[0], sign[1], sign[2], sign[3]]);
+            if rank != self.rank && (self.rank != 0 || rank == peer) {
+                self.signs.heard(rank, sign[4] == 1);
+            }
+        }
+    }
+
     /// Does what a frame says.
     fn frame(&mut self, peer: u32, kind: u8, body: &[u8]) {
+        if kind == SIGNS {
+            return self.heed(peer, body);
+        }
         match (kind, body.split_first_chunk()) {
             (GATHER | RESULT, Some((turn, rest))) => match u64::from_le_bytes(*turn) {
                 turn if turn != self.turn => {
@@ -561,6 +639,10 @@ impl Control for TcpControl {
         self.deadline
     }
 
+    fn signs(&self) -> &Signs {
+        &self.signs
+    }
+
     fn gather_messages(&self, message: &[u8]) -> Result<Vec<Vec<u8>>, GroupError> {
         let (rank, bytes, most) = (self.rank, message.len(), LONGEST - 8);
         if bytes > most {
@@ -568,6 +650,7 @@ impl Control for TcpControl {
             self.wake();
         }
         if self.failure.get().is_none() {
+            let _waiting = self.signs.wait(self.rank);
             let (answer, answered) = mpsc::channel();
             let _ = self.asks.send(Ask { message: message.to_vec(), answer });
             self.wake();

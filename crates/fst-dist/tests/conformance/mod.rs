@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use fst_dist::group::Op;
 use fst_dist::{Cause, Dst, Group, GroupError, Space, Src};
@@ -137,6 +138,66 @@ impl Messages<'_> {
 
     fn worked<T>(&self, result: Result<T, GroupError>) -> Result<T, Failure> {
         result.map_err(|source| format!("{}: {source}", self.check))
+    }
+}
+
+/// Waits for whoever lives: rank 0 is long in getting on with something else, several deadlines, and
+/// each of the others gets its message from the rank before, so that they wait for ranks that wait.
+///
+/// # Errors
+/// The check failed.
+pub(crate) fn outwait(group: &dyn Group, scratch: &dyn Scratch) -> Result<(), Failure> {
+    let (rank, world) = (group.rank(), group.world_size());
+    let m = Messages { group, scratch, check: "a rank that gets on is waited for", rank };
+    m.worked(group.barrier())?;
+    let place = m.put(&message(0, 0, 9, 1000))?;
+    if rank == 0 {
+        for _ in 0..12 {
+            std::thread::sleep(group.deadline() / 4);
+            group.alive();
+        }
+    } else {
+        m.worked(group.recv(rank - 1, place.dst()))?;
+    }
+    if rank + 1 < world {
+        m.worked(group.send(rank + 1, place.src()))?;
+    }
+    m.expect(place, &message(0, 0, 9, 1000))?;
+    m.worked(group.barrier())
+}
+
+/// The last rank hangs. Those that wait for it end with an error that names it, a deadline later,
+/// however long rank 0 gets on with something else.
+///
+/// # Errors
+/// The check failed.
+pub(crate) fn outwait_none(group: &dyn Group, scratch: &dyn Scratch) -> Result<(), Failure> {
+    let (rank, last) = (group.rank(), group.world_size() - 1);
+    let m = Messages { group, scratch, check: "a rank that hangs is not waited for", rank };
+    m.worked(group.barrier())?;
+    let start = Instant::now();
+    let error = if rank == 0 || rank == last {
+        loop {
+            if let Some(error) = group.failure() {
+                break error;
+            }
+            if start.elapsed() > group.deadline() * 8 {
+                return Err(format!("{}: rank {rank} hears of no failure", m.check));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+            if rank == 0 {
+                group.alive();
+            }
+        }
+    } else {
+        let place = m.place(1000)?;
+        let received = group.recv(last, place.dst());
+        m.drop(place)?;
+        received.err().ok_or_else(|| format!("{}: it was received from", m.check))?
+    };
+    match error.to_string() {
+        error if error.contains(&format!("for rank {last}")) => Ok(()),
+        error => Err(format!("{}: {error}", m.check)),
     }
 }
 

@@ -69,11 +69,13 @@ impl CudaOutputs {
         self,
         view: &RankPlan<'_>,
         items: &[Item],
+        alive: &dyn Fn(),
     ) -> Result<(Vec<Tensor>, u64)> {
         let mut tensors = Vec::with_capacity(self.places.len());
         let mut made = 0;
         let transfers = Transfers::new(&self.device).map_err(DeviceError::Cuda)?;
         for (index, arena) in self.arenas.into_iter().enumerate() {
+            alive();
             let (shards, len) = arrived(index, view, &self.places, items, DEVICE_ALIGN);
             let new = DeviceArena::new(&self.device, len).map_err(|e| too_large(e, view))?;
             let mut batch = Vec::new();

@@ -15,8 +15,9 @@ const SAMPLE: usize = 64;
 
 /// The types of the elements, and for each file its length and bytes from places spread over it.
 ///
-/// Names and times of files are left out: nodes may have copies of their own.
-pub(super) fn of(items: &[Item], files: &[SourceFile]) -> Result<Vec<u8>> {
+/// Names and times of files are left out: nodes may have copies of their own. `alive` is called for each
+/// file.
+pub(super) fn of(items: &[Item], files: &[SourceFile], alive: &dyn Fn()) -> Result<Vec<u8>> {
     let mut fingerprint = Vec::new();
     for item in items {
         fingerprint.extend_from_slice(item.info.dtype().as_str().as_bytes());
@@ -24,6 +25,7 @@ pub(super) fn of(items: &[Item], files: &[SourceFile]) -> Result<Vec<u8>> {
     }
     let places = (SAMPLES / files.len().max(1)).max(1) as u64;
     for file in files {
+        alive();
         fingerprint.extend_from_slice(&file.len().to_le_bytes());
         for place in 0..places {
             // The last one ends with the file: tensors at the front may be shared by versions.

@@ -51,7 +51,8 @@ impl Outputs {
         }
     }
 
-    /// The tensors, converted where that is asked for, and the bytes that conversions made.
+    /// The tensors, converted where that is asked for, and the bytes that conversions made. `alive` is
+    /// called again and again meanwhile.
     ///
     /// # Safety
     ///
@@ -60,12 +61,13 @@ impl Outputs {
         self,
         view: &RankPlan<'_>,
         items: &[Item],
+        alive: &dyn Fn(),
     ) -> Result<(Vec<Tensor>, u64)> {
         // SAFETY: passed on from the caller.
         unsafe {
             match self {
-                Self::Host(outputs) => outputs.finish(view, items),
-                Self::Cuda(outputs) => outputs.finish(view, items),
+                Self::Host(outputs) => outputs.finish(view, items, alive),
+                Self::Cuda(outputs) => outputs.finish(view, items, alive),
             }
         }
     }

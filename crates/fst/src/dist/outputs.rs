@@ -82,6 +82,7 @@ impl HostOutputs {
         self,
         view: &RankPlan<'_>,
         items: &[Item],
+        alive: &dyn Fn(),
     ) -> Result<(Vec<Tensor>, u64)> {
         let mut tensors = Vec::with_capacity(self.places.len());
         let mut converted = 0;
@@ -90,7 +91,7 @@ impl HostOutputs {
             let arena = unsafe { SharedBuffer::new(Arc::new(arena)) };
             let (shards, len) = arrived(index, view, &self.places, items, HOST_ALIGN);
             converted += len;
-            convert(&arena, &shards, len as usize, &mut tensors)?;
+            convert(&arena, &shards, len as usize, &mut tensors, alive)?;
         }
         Ok((tensors, converted))
     }
@@ -103,10 +104,12 @@ fn convert(
     shards: &[Arrived<'_>],
     len: usize,
     tensors: &mut Vec<Tensor>,
+    alive: &dyn Fn(),
 ) -> Result<()> {
     let new = SharedBuffer::filled(len, |out| {
         for shard in shards {
             let Some((to, bytes)) = shard.moved else { continue };
+            alive();
             let (to, offset) = (to as usize, shard.offset as usize);
             let (kept, converted) = shard.kept();
             let from = arena.get(offset..offset + kept as usize);

@@ -14,6 +14,9 @@ const HEAD: usize = 5;
 /// Bytes read at a time.
 const CHUNK: usize = 64 << 10;
 
+/// Frames that wait to be sent, beyond which a peer takes none.
+const FULL: usize = 64;
+
 /// A frame with its head, shared by the connections that it is sent on.
 pub(super) type Frame = Arc<[u8]>;
 
@@ -46,6 +49,13 @@ impl Wire {
 
     pub(super) fn queue(&mut self, frame: Frame) {
         self.output.push_back(frame);
+    }
+
+    /// Leaves out what need not be told, if the peer has not taken much of what is.
+    pub(super) fn queue_unless_full(&mut self, frame: &Frame) {
+        if self.output.len() < FULL {
+            self.output.push_back(frame.clone());
+        }
     }
 
     /// Sends nothing after what is queued.
