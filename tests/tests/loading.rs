@@ -9,7 +9,9 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use fst::{CancelToken, Checkpoint, Device, Dtype, Engine, Error, Loader, Manifest};
+use fst::{
+    CancelToken, Checkpoint, Destination, Device, Dtype, Engine, Error, Loader, Manifest, Request,
+};
 use fst_tests::{crowded_checkpoint, odd_checkpoint, write};
 use gpu_support::{assert_same_bytes, machine, open};
 
@@ -195,4 +197,58 @@ fn failures_reach_all_who_ask() {
     let Error::Failed(error) = error else { panic!("{error}") };
     assert!(error.to_string().contains("model.safetensors"), "{error}");
     assert!(loading.get("t5").is_err() && loading.next().unwrap().is_err());
+}
+
+#[test]
+fn requests_say_what_is_wanted_of_each_tensor() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = open(&crowded_checkpoint(dir.path()));
+    let huge = checkpoint.get("huge").unwrap();
+    let wide = Loader::new().dtype(Dtype::F32).load(&checkpoint).unwrap();
+    let part = Loader::new().select("huge").slice("huge", 1, 3..700).load(&checkpoint).unwrap();
+    let plain = Loader::new().load(&checkpoint).unwrap();
+    let requests = || {
+        [
+            Request::new("t3").dtype(Dtype::F32).named("third"),
+            Request::new("huge").slice(1, 3..700).named("part"),
+            Request::from("t1"),
+        ]
+    };
+    let loader = Loader::new().request(requests());
+    let planned = loader.planned(&checkpoint).unwrap();
+    let named = |name: &str| planned.iter().find(|planned| planned.name == name).unwrap();
+    assert_eq!(planned.len(), 3);
+    assert_eq!((named("third").dtype, &*named("third").source), (Dtype::F32, "t3"));
+    assert_eq!(named("part").shape, [huge.shape()[0], 697]);
+    assert_eq!(named("part").bytes, part.get("huge").unwrap().byte_len() as u64);
+    assert_eq!(named("part").path(), huge.path());
+    let _sim = machine();
+    for device in [Device::host(), Device::cuda(0).unwrap()] {
+        let tensors = loader.clone().device(device).load(&checkpoint).unwrap();
+        assert_eq!(tensors.iter().map(|t| t.name()).collect::<Vec<_>>(), ["part", "t1", "third"]);
+        let bytes =
+            |name: &str| tensors.get(name).unwrap().to_host().unwrap().bytes().unwrap().to_vec();
+        assert_eq!(bytes("third"), wide.get("t3").unwrap().bytes().unwrap());
+        assert_eq!(bytes("part"), part.get("huge").unwrap().bytes().unwrap());
+        assert_eq!(bytes("t1"), plain.get("t1").unwrap().bytes().unwrap());
+    }
+    // The loader's own wishes are for what requests leave open; patterns select more.
+    let more = loader.clone().dtype(Dtype::BF16).select("t{1..4}").load(&checkpoint).unwrap();
+    let dtypes = ["third", "part", "t1", "t4"].map(|name| more.get(name).unwrap().dtype());
+    assert_eq!((more.len(), dtypes), (5, [Dtype::F32, Dtype::BF16, Dtype::BF16, Dtype::BF16]));
+    assert_eq!(loader.stream(&checkpoint).unwrap().filter(Result::is_ok).count(), 3);
+    let mut third = vec![0f32; 4];
+    let into = [("third", Destination::elements(&mut third))];
+    loader.load_into(&checkpoint, into).unwrap();
+    let third: Vec<u8> = third.into_iter().flat_map(f32::to_le_bytes).collect();
+    assert_eq!(third, wide.get("t3").unwrap().bytes().unwrap());
+
+    assert!(Loader::new().request([""; 0]).load(&checkpoint).unwrap().is_empty());
+    let refused = |loader: Loader| loader.planned(&checkpoint).unwrap_err();
+    let error = refused(loader.clone().request(["t1"]));
+    assert!(matches!(&error, Error::RequestedTwice { tensor } if tensor == "t1"), "{error}");
+    let error = refused(loader.clone().request([Request::new("t2").named("third")]));
+    assert!(matches!(&error, Error::NamedTwice { name } if name == "third"), "{error}");
+    let error = refused(loader.request(["none"]));
+    assert!(matches!(&error, Error::UnknownTensor { name } if name == "none"), "{error}");
 }

@@ -384,9 +384,7 @@ impl CudaLoad {
 
     fn tensor(&self, index: usize, memory: Arc<CudaMemory>, offset: u64) -> Tensor {
         let item = &self.items[index];
-        let shape = item.slice.as_ref().map(|slice| slice.shape());
-        let data = Data::Cuda { memory, offset, len: item.len() };
-        Tensor::new(item.info.clone(), item.dtype, shape, data)
+        Tensor::of(item, Data::Cuda { memory, offset, len: item.len() })
     }
 }
 

@@ -145,6 +145,9 @@ impl RankOptions {
         if let Some(item) = items.iter().find(|item| item.slice.is_some()) {
             return Err(DistError::Sliced { tensor: item.info.name().to_owned() });
         }
+        if let Some(item) = items.iter().find(|item| item.name.is_some()) {
+            return Err(DistError::Renamed { tensor: item.info.name().to_owned() });
+        }
         let table: Vec<TensorDesc> = items.iter().map(|item| (&item.info).into()).collect();
         let mut planner = Planner::new(topology).fingerprint(fingerprint);
         if let Some(bytes) = self.staging {

@@ -211,6 +211,18 @@ pub enum Error {
         /// What the panic said.
         message: String,
     },
+    /// A tensor was requested more than once.
+    #[error("tensor {tensor:?} is requested twice")]
+    RequestedTwice {
+        /// The tensor.
+        tensor: String,
+    },
+    /// Two loaded tensors would have one name.
+    #[error("two tensors would be named {name:?}")]
+    NamedTwice {
+        /// The name.
+        name: String,
+    },
     /// The load in the background that was to bring tensors has failed; all who ask it get this error.
     #[error(transparent)]
     Failed(Arc<Error>),

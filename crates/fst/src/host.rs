@@ -253,8 +253,7 @@ impl HostLoad {
 
     fn tensor(&self, index: usize, data: Data) -> Tensor {
         let item = &self.items[index];
-        let shape = item.slice.as_ref().map(|slice| slice.shape());
-        Tensor::new(item.info.clone(), item.dtype, shape, data)
+        Tensor::of(item, data)
     }
 }
 

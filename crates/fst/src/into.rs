@@ -396,16 +396,14 @@ impl Loader {
         let mut by_name: HashMap<String, Destination<'d>> = HashMap::new();
         for (name, destination) in destinations {
             let tensor = name.as_ref();
-            if checkpoint.get(tensor).is_none() {
-                return Err(Error::UnknownTensor { name: tensor.to_owned() });
-            }
             if by_name.insert(tensor.to_owned(), destination.into()).is_some() {
                 return Err(Error::DuplicateDestination { tensor: tensor.to_owned() });
             }
         }
         let mut wanted = Vec::with_capacity(by_name.len());
-        for item in self.selection.resolve(checkpoint)? {
-            let Some(Destination { memory, dtype }) = by_name.remove(item.info.name()) else {
+        let selection = self.selection.clone().of_names(by_name.keys());
+        for item in selection.resolve(checkpoint)? {
+            let Some(Destination { memory, dtype }) = by_name.remove(item.name()) else {
                 continue;
             };
             let tensor = || item.info.name().to_owned();
@@ -419,6 +417,7 @@ impl Loader {
             wanted.push((item, memory));
         }
         match by_name.into_keys().min() {
+            Some(name) if checkpoint.get(&name).is_none() => Err(Error::UnknownTensor { name }),
             Some(tensor) => Err(Error::NotSelected { tensor }),
             None => Ok(wanted),
         }

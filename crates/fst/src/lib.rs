@@ -56,6 +56,7 @@ mod options;
 mod pattern;
 mod progress;
 mod report;
+mod request;
 mod stream;
 mod sums;
 mod tensor;
@@ -86,6 +87,7 @@ pub use manifest::{Checksum, Digest, Manifest, ManifestError, NotADigest, Verify
 pub use pattern::{Pattern, PatternError};
 pub use progress::{CancelToken, Progress};
 pub use report::{LoadReport, RankReport, Stage};
+pub use request::{Planned, Request};
 pub use stream::TensorStream;
 pub use tensor::{Tensor, Tensors};
 

@@ -325,7 +325,7 @@ impl Loading {
             }
         };
         let names = load.items().iter().enumerate();
-        let names = names.map(|(index, item)| (item.info.name().into(), index));
+        let names = names.map(|(index, item)| (item.name().into(), index));
         let table = Arc::new(Table {
             by_name: names.collect(),
             byte_len: load.items().iter().map(Item::len).sum(),

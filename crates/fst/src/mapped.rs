@@ -107,7 +107,7 @@ impl Loader {
 
         if let Some(manifest) = &self.manifest {
             let mapped = tensors.iter().flatten();
-            let mapped = mapped.map(|tensor| Ok((tensor.name(), tensor.bytes()?)));
+            let mapped = mapped.map(|tensor| Ok((tensor.info().name(), tensor.bytes()?)));
             let hashed = Hashed::default();
             verify_all(manifest, &hashed, &mapped.collect::<Result<Vec<_>>>()?)?;
             hashed.report(&mut report);
@@ -148,8 +148,7 @@ fn mapped(item: &Item, map: &Arc<Mapping>) -> Result<(Tensor, Range<usize>)> {
     let range = usize::try_from(start).ok().zip(usize::try_from(end).ok()).map(|(a, b)| a..b);
     let range = range.filter(|range| range.end <= map.len()).ok_or_else(too_long)?;
     let data = Data::Mapped { map: map.clone(), offset: range.start, len: range.len() };
-    let shape = item.slice.as_ref().map(|slice| slice.shape());
-    Ok((Tensor::new(item.info.clone(), item.dtype, shape, data), range))
+    Ok((Tensor::of(item, data), range))
 }
 
 impl Tensors {

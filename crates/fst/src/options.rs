@@ -1,6 +1,6 @@
 //! What to load: names, slices and dtypes become a list of items. Pure.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -10,6 +10,7 @@ use fst_gpu::cast::{self, CastType};
 
 use crate::error::{Error, Result};
 use crate::pattern::Pattern;
+use crate::request::Request;
 
 type Predicate = Arc<dyn Fn(&TensorInfo) -> bool + Send + Sync>;
 
@@ -20,6 +21,8 @@ pub(crate) struct Selection {
     predicate: Option<Predicate>,
     slices: Vec<(String, usize, Range<usize>)>,
     dtype: Option<Dtype>,
+    /// `Some` as soon as there was a list of them, be it empty.
+    requests: Option<Vec<Request>>,
 }
 
 impl fmt::Debug for Selection {
@@ -29,6 +32,7 @@ impl fmt::Debug for Selection {
             .field("predicate", &self.predicate.is_some())
             .field("slices", &self.slices)
             .field("dtype", &self.dtype)
+            .field("requests", &self.requests)
             .finish()
     }
 }
@@ -37,6 +41,8 @@ impl fmt::Debug for Selection {
 #[derive(Debug, Clone)]
 pub(crate) struct Item {
     pub(crate) info: TensorInfo,
+    /// The name of the loaded tensor, if it is another.
+    pub(crate) name: Option<Arc<str>>,
     /// The part of it to load; all of it if `None`.
     pub(crate) slice: Option<Slice>,
     /// Of these, the runs of bytes to load; all of them if `None`.
@@ -46,6 +52,16 @@ pub(crate) struct Item {
 }
 
 impl Item {
+    /// Name of the loaded tensor.
+    pub(crate) fn name(&self) -> &str {
+        self.name.as_deref().unwrap_or_else(|| self.info.name())
+    }
+
+    /// Dimensions of the loaded tensor.
+    pub(crate) fn shape(&self) -> &[usize] {
+        self.slice.as_ref().map_or_else(|| self.info.shape(), |slice| slice.shape())
+    }
+
     /// The runs of the tensor's bytes that are wanted, from its start.
     pub(crate) fn runs(&self) -> Runs {
         match (self.part, &self.slice) {
@@ -175,19 +191,74 @@ impl Selection {
         self.dtype = Some(dtype);
     }
 
+    pub(crate) fn add_requests(&mut self, requests: impl Iterator<Item = Request>) {
+        self.requests.get_or_insert_default().extend(requests);
+    }
+
+    /// The same, for these tensors only: where all are selected, there is no need to go through all.
+    pub(crate) fn of_names<'n>(mut self, names: impl Iterator<Item = &'n String>) -> Self {
+        if self.patterns.is_empty() && self.predicate.is_none() && self.requests.is_none() {
+            let names: HashSet<&String> = names.collect();
+            self.slices.retain(|(name, ..)| names.contains(name));
+            self.requests = Some(names.into_iter().map(Request::new).collect());
+        }
+        self
+    }
+
     /// The items, in the checkpoint's order.
     pub(crate) fn resolve(&self, checkpoint: &Checkpoint) -> Result<Vec<Item>> {
         let mut slices: HashMap<&str, Slice> = HashMap::with_capacity(self.slices.len());
         for (name, dim, range) in &self.slices {
-            let info =
-                checkpoint.get(name).ok_or_else(|| Error::UnknownTensor { name: name.clone() })?;
-            let slice = info
-                .slice(*dim, range.clone())
-                .map_err(|source| Error::Slice { tensor: name.clone(), source })?;
+            let slice = slice(find(checkpoint, name)?, *dim, range)?;
             if slices.insert(name, slice).is_some() {
                 return Err(Error::SlicedTwice { tensor: name.clone() });
             }
         }
+        let requests = self.requests.as_deref().unwrap_or_default();
+        let mut items = Vec::with_capacity(requests.len());
+        let mut requested = HashSet::with_capacity(requests.len());
+        for request in requests {
+            let info = find(checkpoint, &request.tensor)?;
+            let repeated = || Error::RequestedTwice { tensor: request.tensor.clone() };
+            if !requested.insert(&*request.tensor) {
+                return Err(repeated());
+            }
+            let own = request.slice.as_ref();
+            let own = own.map(|(dim, range)| slice(info, *dim, range)).transpose()?;
+            let default = slices.remove(&*request.tensor);
+            items.push(Item {
+                info: info.clone(),
+                name: request.name.as_deref().map(Into::into),
+                slice: own.or(default),
+                part: None,
+                dtype: target_dtype(info, request.dtype.or(self.dtype))?,
+            });
+        }
+        if self.requests.is_none() || !self.patterns.is_empty() {
+            self.select(checkpoint, &mut slices, &requested, &mut items)?;
+        }
+        if let Some(name) = slices.into_keys().min() {
+            return Err(Error::SliceNotSelected { tensor: name.to_owned() });
+        }
+        if self.requests.is_some() {
+            // As by reading the checkpoint from its start.
+            items.sort_by_key(|item| (item.info.shard(), item.info.file_range().start));
+            let mut names = HashSet::with_capacity(items.len());
+            if let Some(item) = items.iter().find(|item| !names.insert(item.name())) {
+                return Err(Error::NamedTwice { name: item.name().to_owned() });
+            }
+        }
+        Ok(items)
+    }
+
+    /// Adds what patterns and the predicate select, less what is `requested`.
+    fn select(
+        &self,
+        checkpoint: &Checkpoint,
+        slices: &mut HashMap<&str, Slice>,
+        requested: &HashSet<&str>,
+        items: &mut Vec<Item>,
+    ) -> Result<()> {
         let parse = |pattern: &String| {
             pattern
                 .parse::<Pattern>()
@@ -195,7 +266,7 @@ impl Selection {
         };
         let patterns: Vec<Pattern> = self.patterns.iter().map(parse).collect::<Result<_>>()?;
         let mut matched = vec![false; patterns.len()];
-        let mut items = Vec::with_capacity(checkpoint.tensors().len());
+        items.reserve(checkpoint.tensors().len());
         for info in checkpoint.tensors() {
             let mut wanted = patterns.is_empty();
             for (pattern, matched) in patterns.iter().zip(&mut matched) {
@@ -203,35 +274,40 @@ impl Selection {
                     (wanted, *matched) = (true, true);
                 }
             }
-            if !wanted || self.predicate.as_ref().is_some_and(|wants| !wants(info)) {
-                continue;
+            let wanted = wanted && self.predicate.as_ref().is_none_or(|wants| wants(info));
+            if wanted && !requested.contains(info.name()) {
+                items.push(Item {
+                    info: info.clone(),
+                    name: None,
+                    slice: slices.remove(info.name()),
+                    part: None,
+                    dtype: target_dtype(info, self.dtype)?,
+                });
             }
-            let dtype = self.target_dtype(info)?;
-            items.push(Item {
-                info: info.clone(),
-                slice: slices.remove(info.name()),
-                part: None,
-                dtype,
-            });
-        }
-        if let Some(name) = slices.into_keys().min() {
-            return Err(Error::SliceNotSelected { tensor: name.to_owned() });
         }
         match matched.iter().position(|matched| !matched) {
             Some(unused) => Err(Error::NoMatch { pattern: self.patterns[unused].clone() }),
-            None => Ok(items),
+            None => Ok(()),
         }
     }
+}
 
-    fn target_dtype(&self, info: &TensorInfo) -> Result<Dtype> {
-        let from = info.dtype();
-        let Some(to) = self.dtype.filter(|to| *to != from && is_float(from)) else {
-            return Ok(from);
-        };
-        match (cast_type(from), cast_type(to)) {
-            (Some(a), Some(b)) if cast::supported(a, b) => Ok(to),
-            _ => Err(Error::Cast { tensor: info.name().to_owned(), from, to }),
-        }
+fn find<'c>(checkpoint: &'c Checkpoint, name: &str) -> Result<&'c TensorInfo> {
+    checkpoint.get(name).ok_or_else(|| Error::UnknownTensor { name: name.to_owned() })
+}
+
+fn slice(info: &TensorInfo, dim: usize, range: &Range<usize>) -> Result<Slice> {
+    let slice = info.slice(dim, range.clone());
+    slice.map_err(|source| Error::Slice { tensor: info.name().to_owned(), source })
+}
+
+/// The type of element that a tensor is loaded as, if `to` is asked for.
+fn target_dtype(info: &TensorInfo, to: Option<Dtype>) -> Result<Dtype> {
+    let from = info.dtype();
+    let Some(to) = to.filter(|to| *to != from && is_float(from)) else { return Ok(from) };
+    match (cast_type(from), cast_type(to)) {
+        (Some(a), Some(b)) if cast::supported(a, b) => Ok(to),
+        _ => Err(Error::Cast { tensor: info.name().to_owned(), from, to }),
     }
 }
 
@@ -253,7 +329,7 @@ mod tests {
         let slices = [None, Some((0, 1..6)), Some((1, 1..4)), Some((2, 3..5)), Some((1, 2..2))];
         for slice in slices {
             let slice = slice.map(|(dim, range)| info.slice(dim, range).unwrap());
-            let item = Item { info: info.clone(), slice, part: None, dtype: Dtype::U8 };
+            let item = Item { info: info.clone(), name: None, slice, part: None, dtype: Dtype::U8 };
             let bytes = |item: &Item| -> Vec<u64> {
                 let runs = item.runs();
                 let starts = (0..runs.count).map(|run| runs.first + run * runs.stride);

@@ -86,7 +86,7 @@ impl Loader {
         let sum = |(item, sha256): (&Item, Digest)| Checksum {
             name: item.info.name().to_owned(),
             dtype: Some(item.dtype),
-            shape: Some(item.slice.as_ref().map_or(item.info.shape(), |s| s.shape()).to_vec()),
+            shape: Some(item.shape().to_vec()),
             sha256,
         };
         Ok(items.iter().zip(digests).map(sum).collect())

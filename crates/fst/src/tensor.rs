@@ -14,6 +14,7 @@ use fst_io::{Mapping, Piece, SharedBuffer};
 use crate::cuda::CudaMemory;
 use crate::device::Device;
 use crate::error::{DeviceError, Error, Result};
+use crate::options::Item;
 use crate::report::LoadReport;
 
 /// A loaded tensor: a name, a shape, a dtype, and a counted reference to the memory that holds its
@@ -63,6 +64,13 @@ impl Tensor {
     pub(crate) fn new(info: TensorInfo, dtype: Dtype, shape: Option<&[usize]>, data: Data) -> Self {
         let shape = shape.map(Into::into);
         Self { info, name: None, dtype, shape, data, owners: Arc::default() }
+    }
+
+    /// The tensor that an item was loaded as.
+    pub(crate) fn of(item: &Item, data: Data) -> Self {
+        let shape = item.slice.as_ref().map(|slice| slice.shape());
+        let tensor = Self::new(item.info.clone(), item.dtype, shape, data);
+        Self { name: item.name.clone(), ..tensor }
     }
 
     /// The same tensor by another name.

@@ -78,7 +78,7 @@ pub(crate) fn verified<T>(
     };
     let check = |index, tensor: Tensor| -> Result<()> {
         let host = tensor.to_host()?;
-        hashed.check(manifest, tensor.name(), host.bytes()?)?;
+        hashed.check(manifest, tensor.info().name(), host.bytes()?)?;
         deliver(index, tensor).map_err(from_sink)
     };
     let hash = || {

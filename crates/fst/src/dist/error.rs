@@ -33,6 +33,12 @@ pub enum DistError {
         /// The tensor.
         tensor: String,
     },
+    /// A loaded tensor was given a name of its own, and ranks go by those of the checkpoint.
+    #[error("tensor {tensor:?} is given another name; name the shards that ranks loaded")]
+    Renamed {
+        /// The tensor.
+        tensor: String,
+    },
     /// The topology has another number of ranks than the group.
     #[error("the topology has {topology} ranks, the group {group}")]
     World {
