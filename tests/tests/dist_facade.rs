@@ -195,6 +195,34 @@ fn closures_say_what_ranks_keep_of_a_selection() {
 }
 
 #[test]
+fn a_rank_opens_only_the_files_that_it_reads() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model");
+    synth(&path, "llama-2-7b", |recipe| recipe.layers(1).shrink(37).shards(4));
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    assert_eq!(checkpoint.shards().len(), 4);
+    // Each rank keeps what is in a file of its own; nobody what is in the last one.
+    let loader = Loader::new().shard(|tensor| match tensor.shard() {
+        3 => Shard::skip(),
+        shard => Shard::keep_on(shard as u32),
+    });
+    let plan = loader.clone().topology(Topology::one_node(4)).plan(&checkpoint).unwrap();
+    let path = |shard: u32| checkpoint.shards()[shard as usize].path().to_owned();
+    let results = load(4, LONG, |_| loader.clone(), |_| checkpoint.clone());
+    let mut opened = 0;
+    for (rank, result) in (0..).zip(results) {
+        let tensors = result.unwrap();
+        let files = &tensors.report().files;
+        let read: Vec<_> = plan.rank(rank).shards().into_iter().map(path).collect();
+        assert_eq!(*files, read, "rank {rank}");
+        assert!(!files.contains(&path(3)), "rank {rank}");
+        opened += files.len();
+    }
+    // Before, every rank opened the three of which somebody keeps a part, and the fourth.
+    assert!((3..9).contains(&opened), "{opened}");
+}
+
+#[test]
 fn tensors_outlive_ranks_and_without_a_rule_all_is_replicated() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model");

@@ -7,10 +7,12 @@ mod dist_support;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use dist_support::{LONG, load, synth};
-use fst::dist::GroupError;
+use dist_support::{Join, LONG, load, load_in, synth};
+use fst::dist::group::{Control, HostCopier, Op, Signs};
+use fst::dist::{GroupError, Space};
 use fst::{CancelToken, Checkpoint, DistError, Error, Group, Loader, LocalGroup, Preset, Shard};
 use safetensors::tensor::{Dtype, TensorView};
 
@@ -75,8 +77,9 @@ fn loads_at_once_through_one_group_never_get_each_others_bytes() {
         open(&path)
     });
     for _ in 0..20 {
-        let groups: Vec<Arc<dyn Group>> =
-            LocalGroup::host(2).into_iter().map(|group| Arc::new(group) as _).collect();
+        // A load that comes when another has ended waits for a rank that was refused.
+        let groups = LocalGroup::with(2, HostCopier, Duration::from_millis(500)).into_iter();
+        let groups: Vec<Arc<dyn Group>> = groups.map(|group| Arc::new(group) as _).collect();
         std::thread::scope(|scope| {
             for group in &groups {
                 for (value, checkpoint) in (1u8..).zip(&checkpoints) {
@@ -134,6 +137,58 @@ fn only_name(folder: &Path) -> String {
     folder.display().to_string()
 }
 
+/// A group that makes a file shorter once its rank, with its files open, first talks to the others.
+#[derive(Debug)]
+struct Shrinks {
+    group: LocalGroup,
+    file: PathBuf,
+}
+
+impl Control for Shrinks {
+    fn rank(&self) -> u32 {
+        self.group.rank()
+    }
+
+    fn world_size(&self) -> u32 {
+        self.group.world_size()
+    }
+
+    fn deadline(&self) -> Duration {
+        self.group.deadline()
+    }
+
+    fn signs(&self) -> &Signs {
+        self.group.signs()
+    }
+
+    fn gather_messages(&self, message: &[u8]) -> Result<Vec<Vec<u8>>, GroupError> {
+        File::options().write(true).open(&self.file).unwrap().set_len(200_000).unwrap();
+        self.group.gather_messages(message)
+    }
+
+    fn abort(&self, cause: &str) {
+        self.group.abort(cause);
+    }
+
+    fn failure(&self) -> Option<GroupError> {
+        self.group.failure()
+    }
+}
+
+impl Group for Shrinks {
+    fn reaches(&self, space: Space) -> bool {
+        self.group.reaches(space)
+    }
+
+    fn occupied(&self) -> &AtomicBool {
+        self.group.occupied()
+    }
+
+    fn exchange(&self, batch: Vec<Op<'_>>) -> Result<(), GroupError> {
+        self.group.exchange(batch)
+    }
+}
+
 /// The file is whole when it is opened and too short when it is read.
 #[test]
 fn a_file_that_shrinks_under_the_load_of_one_rank_ends_all() {
@@ -141,17 +196,22 @@ fn a_file_that_shrinks_under_the_load_of_one_rank_ends_all() {
         let folder = tempfile::tempdir().unwrap();
         let [good, bad] = two_copies(folder.path());
         let path_of = |rank| if rank == failing { &bad } else { &good };
-        let loader = |rank| {
-            let file = (rank == failing).then(|| only_file(&bad));
-            Loader::new().shard(move |tensor| {
-                // By now the files are open and have been looked at.
-                if let Some(file) = &file {
-                    File::options().write(true).open(file).unwrap().set_len(200_000).unwrap();
-                }
-                if tensor.shape().len() == 2 { Shard::split(0) } else { Shard::replicate() }
+        let loader = Loader::new().shard(|tensor| match tensor.shape().len() {
+            2 => Shard::split(0),
+            _ => Shard::replicate(),
+        });
+        let file = only_file(&bad);
+        let join = |(rank, group): (u32, LocalGroup)| -> Join<'_> {
+            let file = file.clone();
+            Box::new(move || match rank == failing {
+                true => Arc::new(Shrinks { group, file }),
+                false => Arc::new(group),
             })
         };
-        let told = failures(loader, |rank| open(path_of(rank)));
+        let ranks = (0..).zip(LocalGroup::host(WORLD)).map(join).collect();
+        let results = load_in(ranks, |_| loader.clone(), |rank| open(path_of(rank)));
+        let told: Vec<String> =
+            results.into_iter().map(|result| result.unwrap_err().to_string()).collect();
         for (rank, error) in (0..).zip(&told) {
             assert!(error.contains(&format!("rank {failing}")), "rank {rank} says {error}");
             assert!(error.contains(&only_name(&bad)), "rank {rank} says {error}");

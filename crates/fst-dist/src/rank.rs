@@ -1,6 +1,6 @@
 //! One rank's view of a plan: what it keeps, reads for itself, and exchanges in each round.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use crate::partition::Choice;
 use crate::plan::Plan;
@@ -164,6 +164,21 @@ impl<'a> RankPlan<'a> {
             geometry.copies(&(0..self.plan.class(tensor).bytes), |copy| copies.push(copy));
             (!copies.is_empty()).then_some(DirectRead { tensor, output, copies })
         })
+    }
+
+    /// The files, as indices into the checkpoint's list, that it reads from.
+    #[must_use]
+    pub fn shards(&self) -> BTreeSet<u32> {
+        let shard = |tensor: u32| self.plan.tensors[tensor as usize].shard;
+        let lines = self.plan.lines().iter();
+        let teams = lines.flat_map(|line| line.teams.iter().map(move |team| (line, team)));
+        let read = teams.flat_map(|(line, team)| {
+            let member = team.members.iter().position(|&member| member == self.rank);
+            let segment = member.map(|member| team.borders[member]..team.borders[member + 1]);
+            segment.into_iter().flat_map(|segment| line.pieces(segment))
+        });
+        let direct = self.direct_reads().map(|read| shard(read.tensor));
+        direct.chain(read.map(|piece| shard(piece.tensor))).collect()
     }
 
     /// The rounds of exchange that it takes part in, in order.

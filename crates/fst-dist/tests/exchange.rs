@@ -4,6 +4,8 @@
 
 mod cases;
 
+use std::collections::BTreeSet;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -89,7 +91,9 @@ fn check(case: &Case) {
     let plan = case.plan().unwrap();
     let world = case.topology.world();
     let files = Files::new(&case.tensors);
-    let outcomes = load(|_| plan.clone(), world, |_| &files, LONG);
+    let noted: Vec<Mutex<BTreeSet<u32>>> = (0..world).map(|_| Mutex::default()).collect();
+    let reader = |rank: u32| Noted(&files, &noted[rank as usize]);
+    let outcomes = load(|_| plan.clone(), world, reader, LONG);
     for (rank, (outputs, result)) in (0u32..).zip(outcomes) {
         let report = result.unwrap();
         let load = plan.loads()[rank as usize];
@@ -98,6 +102,8 @@ fn check(case: &Case) {
         // Gaps at which a block ends are not read.
         assert!(report.read_bytes <= load.read(), "rank {rank}: {report:?}, told {load:?}");
         assert!(report.read_bytes >= load.read_once, "rank {rank}");
+        let noted = noted[rank as usize].lock().unwrap();
+        assert_eq!(*noted, plan.rank(rank).shards(), "rank {rank}");
         for ((name, expected), found) in case.expected(rank).iter().zip(&outputs) {
             let byte = |from: &Option<(u32, u64)>| {
                 from.map_or(0, |(tensor, byte)| files.slice(&case.tensors, tensor, byte))
@@ -204,6 +210,16 @@ fn a_fault_of_any_rank_reaches_all() {
                 assert!(told, "{kind} on rank {failing}, as rank {rank} tells it: {error}");
             }
         }
+    }
+}
+
+/// Notes which files are read from.
+struct Noted<'a>(&'a Files, &'a Mutex<BTreeSet<u32>>);
+
+impl Reader for Noted<'_> {
+    fn read(&self, ranges: &mut [ReadInto<'_>]) -> Result<(), (usize, Cause)> {
+        self.1.lock().unwrap().extend(ranges.iter().map(|range| range.shard));
+        self.0.read(ranges)
     }
 }
 

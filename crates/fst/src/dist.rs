@@ -65,7 +65,7 @@ pub use groups::{NcclStream, local_groups, local_groups_with, nccl_group};
 pub use measure::MeasuredRates;
 
 use crate::error::{Error, Result};
-use crate::host::{Watch, locate, open_files};
+use crate::host::{Watch, locate, open_shards};
 use crate::loader::Loader;
 use crate::options::Item;
 use crate::progress::Progress;
@@ -293,11 +293,12 @@ impl Loader {
             return Err(DistError::LoadOnly { what: "a manifest" }.into());
         }
         let items = self.selection.resolve(checkpoint)?;
-        let (files, number) = open_files(checkpoint, &items)?;
-        report.add_files(&files);
-        let fingerprint = fingerprint::of(&items, &files, &|| group.alive())?;
+        let fingerprint = fingerprint::of(checkpoint, &items, &|| group.alive())?;
         let plan = self.ranks.plan(&items, fingerprint)?;
         let view = plan.rank(group.rank());
+        let shards = view.shards().into_iter().map(|shard| shard as usize);
+        let (files, number) = open_shards(checkpoint, &items, shards)?;
+        report.add_files(&files);
         let outputs = Outputs::new(self.target(), &view, &items, group, !self.unchecked)?;
         report.push("plan", began.elapsed(), 0);
 

@@ -262,18 +262,40 @@ pub(crate) fn open_files(
     checkpoint: &Checkpoint,
     items: &[Item],
 ) -> Result<(Vec<SourceFile>, Vec<Option<u32>>)> {
+    open_shards(checkpoint, items, shards_of(items))
+}
+
+/// The shards that items have bytes in, in the order of the items, some more than once.
+pub(crate) fn shards_of(items: &[Item]) -> impl Iterator<Item = usize> {
+    items.iter().filter(|item| item.source_len() > 0).map(|item| item.info.shard())
+}
+
+/// Opens these shards; says for each shard of the checkpoint which of them it is.
+pub(crate) fn open_shards(
+    checkpoint: &Checkpoint,
+    items: &[Item],
+    shards: impl Iterator<Item = usize>,
+) -> Result<(Vec<SourceFile>, Vec<Option<u32>>)> {
     let mut number = vec![None; checkpoint.shards().len()];
     let mut files = Vec::new();
-    for item in items.iter().filter(|item| item.source_len() > 0) {
-        let shard = item.info.shard();
+    for shard in shards {
         if number[shard].is_none() {
-            let source = &checkpoint.shards()[shard];
-            let file = SourceFile::open(source.path(), Some(source.file_metadata()));
             number[shard] = Some(files.len() as u32);
-            files.push(file.map_err(|e| locate(e, items))?);
+            files.push(open_shard(checkpoint, items, shard)?);
         }
     }
     Ok((files, number))
+}
+
+/// Opens a shard, unless it has changed since its header was read.
+pub(crate) fn open_shard(
+    checkpoint: &Checkpoint,
+    items: &[Item],
+    shard: usize,
+) -> Result<SourceFile> {
+    let source = &checkpoint.shards()[shard];
+    let file = SourceFile::open(source.path(), Some(source.file_metadata()));
+    file.map_err(|e| locate(e, items))
 }
 
 /// What a read of a load is for.
