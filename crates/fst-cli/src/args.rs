@@ -151,8 +151,8 @@ impl Rule {
 /// How ranks work together.
 #[derive(Debug, Args)]
 pub(crate) struct Together {
-    /// Seconds that a rank waits for the others before all give up: in each exchange, and for them
-    /// to come [default: 120]
+    /// Seconds that a rank may be silent before the others give up: one that reads or sends is not; and
+    /// how long ranks wait for all to come [default: 120]
     #[arg(long, value_name = "SECONDS", value_parser = whole::<u32>(1..=86_400))]
     deadline: Option<u32>,
 }

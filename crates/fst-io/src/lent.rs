@@ -42,7 +42,11 @@ pub struct Lent<'d> {
     /// segment.
     pieces: Vec<NonNull<u8>>,
     memory: PhantomData<&'d mut [MaybeUninit<u8>]>,
+    on_landed: Option<OnBlock<'d>>,
 }
+
+/// Told when a block is in place, from the thread that read it; its error ends the read.
+pub type OnBlock<'a> = &'a (dyn Fn(&Block) -> Result<(), SinkError> + Send + Sync);
 
 // SAFETY: it is a set of `&mut [MaybeUninit<u8>]`, which may go to another thread.
 unsafe impl Send for Lent<'_> {}
@@ -82,7 +86,14 @@ impl<'d> Lent<'d> {
             ledger: Ledger::new(plan),
             pieces: pieces.into_iter().map(start).collect(),
             memory: PhantomData,
+            on_landed: None,
         })
+    }
+
+    /// Calls `hook` for each block that has landed. Nothing touches the memory of a segment any more once
+    /// all its blocks have.
+    pub fn on_landed(self, hook: OnBlock<'d>) -> Self {
+        Self { on_landed: Some(hook), ..self }
     }
 }
 
@@ -106,7 +117,8 @@ unsafe impl Sink for Lent<'_> {
     }
 
     fn landed(&self, block: &Block, target: Target) -> Result<(), SinkError> {
-        Ok(self.ledger.landed(block, &target)?)
+        self.ledger.landed(block, &target)?;
+        self.on_landed.map_or(Ok(()), |hook| hook(block))
     }
 
     fn abandoned(&self, _block: &Block, _target: Target) {}

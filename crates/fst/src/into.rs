@@ -10,7 +10,7 @@ use cudarc::driver::{CudaSlice, CudaStream, CudaViewMut, DevicePtrMut, DeviceSli
 use fst_format::{Checkpoint, Dtype, Element};
 use fst_gpu::{CudaDevice, DeviceArena};
 use fst_io::lent::Lent;
-use fst_io::plan::{Limits, ReadPlan};
+use fst_io::plan::{Block, Limits, ReadPlan};
 use fst_io::scratch::Scratch;
 use fst_io::{CachePolicy, Extent, ReadOptions, ReadStats, SourceFile, residency};
 
@@ -20,7 +20,7 @@ use crate::error::{DeviceError, Error, Result};
 use crate::host::{SCRATCH, SCRATCH_BLOCK, Watch, locate, open_files};
 use crate::load::resolve_engine;
 use crate::loader::Loader;
-use crate::memory::Borrowed;
+use crate::memory::{Borrowed, OnFilled};
 use crate::options::Item;
 use crate::progress::Progress;
 use crate::report::LoadReport;
@@ -155,23 +155,23 @@ const COPY_IN_PLACE: u64 = 256 << 10;
 /// The share of a tensor, in eighths, that counts as cached.
 const CACHED: u64 = 7;
 
-type Memory<'d> = &'d mut [MaybeUninit<u8>];
+pub(crate) type Memory<'d> = &'d mut [MaybeUninit<u8>];
 
-/// What is to be read, by the way that it takes.
+/// What is to be read, by the way that it takes, and the number of the item that it is of.
 #[derive(Default)]
-struct Ways<'d> {
+pub(crate) struct Ways<'d> {
     /// Aligned with its memory: by direct I/O into place.
-    aligned: Vec<(Extent, Memory<'d>)>,
+    aligned: Vec<(Extent, (usize, Memory<'d>))>,
     /// Through the page cache into place.
-    cached: Vec<(Extent, Memory<'d>)>,
+    cached: Vec<(Extent, (usize, Memory<'d>))>,
     /// Through scratch memory: the rest.
-    scratch: Vec<(Piece, Memory<'d>)>,
+    scratch: Vec<(Piece, (usize, Memory<'d>))>,
 }
 
 impl<'d> Ways<'d> {
-    fn sort(
+    pub(crate) fn sort(
         &mut self,
-        item: &Item,
+        (index, item): (usize, &Item),
         number: u32,
         source: &SourceFile,
         align: u64,
@@ -180,7 +180,7 @@ impl<'d> Ways<'d> {
         let runs = item.runs();
         let plain = runs.count == 1 && item.dtype == item.info.dtype();
         if !plain {
-            return self.scratch.push((Piece::of(item, number), memory));
+            return self.scratch.push((Piece::of(item, number), (index, memory)));
         }
         let start = item.info.file_range().start + runs.first;
         let end = start + runs.len;
@@ -194,10 +194,10 @@ impl<'d> Ways<'d> {
                 let (body, tail) = rest.split_at_mut((inner.end - inner.start) as usize);
                 for (range, memory) in [(start..inner.start, head), (inner.end..end, tail)] {
                     if !range.is_empty() {
-                        self.scratch.push((Piece::bytes(number, range), memory));
+                        self.scratch.push((Piece::bytes(number, range), (index, memory)));
                     }
                 }
-                return self.aligned.push((Extent::new(number, inner), body));
+                return self.aligned.push((Extent::new(number, inner), (index, body)));
             }
         }
         // Without direct I/O all goes through the page cache; what that holds is copied once.
@@ -206,9 +206,9 @@ impl<'d> Ways<'d> {
                 .is_ok_and(|bytes| bytes >= (end - start) / 8 * CACHED)
         };
         if end - start >= COPY_IN_PLACE && (!source.may_be_direct() || cached()) {
-            self.cached.push((Extent::new(number, start..end), memory));
+            self.cached.push((Extent::new(number, start..end), (index, memory)));
         } else {
-            self.scratch.push((Piece::bytes(number, start..end), memory));
+            self.scratch.push((Piece::bytes(number, start..end), (index, memory)));
         }
     }
 }
@@ -286,13 +286,13 @@ impl Loader {
         report.add_files(&files);
         let align = files.iter().map(SourceFile::align).max().unwrap_or(Limits::MIN_ALIGN);
         let mut ways = Ways::default();
-        for (item, memory) in items.iter().zip(&mut memory) {
-            if let Some(file) = number[item.info.shard()].filter(|_| item.source_len() > 0) {
+        for (item, memory) in items.iter().enumerate().zip(&mut memory) {
+            if let Some(file) = number[item.1.info.shard()].filter(|_| item.1.source_len() > 0) {
                 ways.sort(item, file, &files[file as usize], align, memory);
             }
         }
-        available::check(!self.unchecked && !ways.scratch.is_empty(), SCRATCH)?;
-        let load = Planned::new(ways, align).map_err(|e| locate(e, &items))?;
+        let load = Reads::new(ways, align).map_err(|e| locate(e, &items))?;
+        available::check(!self.unchecked && load.uses_scratch(), SCRATCH)?;
         report.push("plan", began.elapsed(), 0);
 
         let began = Instant::now();
@@ -305,7 +305,7 @@ impl Loader {
             elapsed: began.elapsed(),
         };
         let reads = self.watched(&watch, &progress, || {
-            load.run(&files, &self.read, &watch).map_err(|e| locate(e, &items))
+            load.run(&files, &self.read, &watch, &|_, _| Ok(())).map_err(|e| locate(e, &items))
         })?;
         report.push("read", began.elapsed(), bytes_total);
         report.add_reads(&reads);
@@ -323,7 +323,7 @@ impl Loader {
     }
 
     /// The destination of `item` is not where this loader loads to.
-    fn elsewhere(&self, item: &Item) -> Error {
+    pub(crate) fn elsewhere(&self, item: &Item) -> Error {
         let tensor = item.info.name().to_owned();
         Error::DestinationDevice { tensor, device: self.target().clone() }
     }
@@ -425,51 +425,67 @@ impl Loader {
 }
 
 /// The reads of one load, one after the other.
-struct Planned<'d> {
-    aligned: (ReadPlan, Vec<Memory<'d>>),
-    cached: (ReadPlan, Vec<Memory<'d>>),
-    scratch: (TransformPlan, Vec<Memory<'d>>),
+pub(crate) struct Reads<'d> {
+    aligned: (ReadPlan, Vec<(usize, Memory<'d>)>),
+    cached: (ReadPlan, Vec<(usize, Memory<'d>)>),
+    scratch: (TransformPlan, Vec<(usize, Memory<'d>)>),
 }
 
-impl<'d> Planned<'d> {
-    fn new(ways: Ways<'d>, align: u64) -> Result<Self, fst_io::Error> {
+impl<'d> Reads<'d> {
+    pub(crate) fn new(ways: Ways<'d>, align: u64) -> Result<Self, fst_io::Error> {
         // Every extent is a segment of its own, for each has its own memory.
         let apart = Limits { align, gap: 0, segment: 1, ..Limits::default() };
         let (extents, memory) = ways.aligned.into_iter().unzip();
         let aligned = (ReadPlan::new(extents, apart)?, memory);
         let (extents, memory) = ways.cached.into_iter().unzip();
         let cached = (ReadPlan::new(extents, Limits { align: 1, ..apart })?, memory);
-        let (pieces, memory): (Vec<Piece>, _) = ways.scratch.into_iter().unzip();
+        let (pieces, memory): (Vec<Piece>, Vec<_>) = ways.scratch.into_iter().unzip();
         let limits = Limits { align, block: SCRATCH_BLOCK, ..Limits::default() };
         let sharing = Sharing { arena: 0, align: 1, apart: 0 };
         let scratch = (TransformPlan::of_pieces(&pieces, limits, sharing)?, memory);
         Ok(Self { aligned, cached, scratch })
     }
 
-    fn bytes_read(&self) -> u64 {
+    /// Whether scratch memory is used.
+    pub(crate) fn uses_scratch(&self) -> bool {
+        !self.scratch.1.is_empty()
+    }
+
+    pub(crate) fn bytes_read(&self) -> u64 {
         let plans = [&self.aligned.0, &self.cached.0, &self.scratch.0.plan];
         plans.into_iter().map(ReadPlan::bytes_read).sum()
     }
 
-    fn run(
+    /// Reads everything. `landed` is told of bytes of the file that are in place, with the number of the
+    /// item that they are of: once it was told of all, nothing touches the item's memory any more.
+    pub(crate) fn run(
         self,
         files: &[SourceFile],
         options: &ReadOptions,
         watch: &Watch,
+        landed: OnFilled<'_>,
     ) -> Result<Vec<ReadStats>, fst_io::Error> {
         let mut reads = Vec::new();
         let mut buffered = options.clone();
         buffered.cache = CachePolicy::Buffered;
         for ((plan, memory), options) in [(self.aligned, options), (self.cached, &buffered)] {
             if !plan.blocks().is_empty() {
+                let (of, memory): (Vec<usize>, Vec<Memory<'d>>) = memory.into_iter().unzip();
+                let block = |block: &Block| {
+                    let item = of.get(block.segment as usize);
+                    item.map_or(Ok(()), |item| landed(*item, block.need))
+                };
                 let sink = Lent::new(&plan, memory);
-                let sink = sink.map_err(|e| fst_io::Error::Sink(e.into()))?;
+                let sink = sink.map_err(|e| fst_io::Error::Sink(e.into()))?.on_landed(&block);
                 reads.push(fst_io::read(files, &plan, &sink, options, &watch.next())?);
             }
         }
         let (plan, memory) = self.scratch;
         if !plan.plan.blocks().is_empty() {
-            let transform = Transform::new(&plan, Borrowed::new(memory));
+            let (of, memory): (Vec<usize>, Vec<Memory<'d>>) = memory.into_iter().unzip();
+            let filled =
+                |piece: usize, bytes| of.get(piece).map_or(Ok(()), |item| landed(*item, bytes));
+            let transform = Transform::new(&plan, Borrowed::new(memory, &filled));
             let admit = |block: &_, wait| transform.admit(block, wait);
             let take = |block: &_, bytes: &[u8]| transform.take(block, bytes);
             let slots = (SCRATCH / plan.plan.limits().block).max(1) as usize;

@@ -82,12 +82,15 @@ impl Memory for Arenas<'_> {
 }
 
 /// Memory of a caller's, one piece of it for each arena.
-#[derive(Debug)]
 pub(crate) struct Borrowed<'d> {
     /// Exclusively this value's for `'d`.
     pieces: Vec<(NonNull<u8>, usize)>,
     memory: PhantomData<&'d mut [MaybeUninit<u8>]>,
+    on_filled: OnFilled<'d>,
 }
+
+/// Told of source bytes of a piece that were dealt with.
+pub(crate) type OnFilled<'a> = &'a (dyn Fn(usize, u64) -> Result<(), SinkError> + Send + Sync);
 
 // SAFETY: it is a set of `&mut [MaybeUninit<u8>]`, which may go to another thread.
 unsafe impl Send for Borrowed<'_> {}
@@ -96,12 +99,15 @@ unsafe impl Send for Borrowed<'_> {}
 unsafe impl Sync for Borrowed<'_> {}
 
 impl<'d> Borrowed<'d> {
-    pub(crate) fn new(pieces: impl IntoIterator<Item = &'d mut [MaybeUninit<u8>]>) -> Self {
+    pub(crate) fn new(
+        pieces: impl IntoIterator<Item = &'d mut [MaybeUninit<u8>]>,
+        on_filled: OnFilled<'d>,
+    ) -> Self {
         let piece = |piece: &'d mut [MaybeUninit<u8>]| {
             let len = piece.len();
             (NonNull::from(piece).cast(), len)
         };
-        Self { pieces: pieces.into_iter().map(piece).collect(), memory: PhantomData }
+        Self { pieces: pieces.into_iter().map(piece).collect(), memory: PhantomData, on_filled }
     }
 }
 
@@ -147,7 +153,7 @@ impl Memory for Borrowed<'_> {
         Ok(true)
     }
 
-    unsafe fn fill(&self, _arena: usize, _amount: u64) -> Result<(), SinkError> {
-        Ok(())
+    unsafe fn fill(&self, arena: usize, amount: u64) -> Result<(), SinkError> {
+        (self.on_filled)(arena, amount)
     }
 }
