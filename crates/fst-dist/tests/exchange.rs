@@ -243,7 +243,7 @@ fn a_deadline_does_not_count_what_another_rank_reads() {
         .budget(1 << 20)
         .plan([tensor], |_| Shard::split(0))
         .unwrap();
-    let deadline = Duration::from_millis(400);
+    let deadline = Duration::from_millis(800);
     let start = Instant::now();
     let slow = |rank| Slow(if rank == 0 { deadline / 4 } else { Duration::ZERO });
     for (outputs, result) in load(|_| plan.clone(), 2, slow, deadline) {

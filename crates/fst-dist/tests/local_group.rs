@@ -107,7 +107,7 @@ fn a_silent_rank_meets_the_deadline() {
 #[test]
 fn a_deadline_counts_silence() {
     let scratch = conformance::HostScratch::default();
-    let groups = || LocalGroup::with(3, HostCopier, Duration::from_millis(400));
+    let groups = || LocalGroup::with(3, HostCopier, Duration::from_millis(800));
     let results = on_ranks(groups(), |group| conformance::outwait(&group, &scratch));
     assert_eq!(results, vec![Some(Ok(())); 3]);
     let results = on_ranks(groups(), |group| conformance::outwait_none(&group, &scratch));

@@ -438,7 +438,7 @@ mod tests {
 
     #[test]
     fn a_rank_is_waited_for_while_its_bytes_move() {
-        let deadline = Duration::from_millis(400);
+        let deadline = Duration::from_millis(800);
         for moves in [true, false] {
             let mut groups = LocalGroup::with(2, HostCopier, deadline);
             let (other, group) = (groups.remove(1), groups.remove(0));

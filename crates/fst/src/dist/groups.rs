@@ -43,7 +43,7 @@ pub fn local_groups(devices: &[Device]) -> Result<Vec<LocalGroup>> {
     local_groups_with(devices, DEFAULT_DEADLINE)
 }
 
-/// As [`local_groups`], each rank waiting up to `deadline` for the others in an operation.
+/// As [`local_groups`]; a rank that others wait for may be silent for `deadline`.
 ///
 /// # Errors
 ///
