@@ -5,12 +5,16 @@
 mod gpu_support;
 
 use std::fs;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use fst::{
-    CancelToken, Checkpoint, Destination, Device, Dtype, Engine, Error, Loader, Manifest, Request,
+    CachedCopy, CancelToken, Checkpoint, Destination, Device, Dtype, Engine, Error, Loader,
+    Loading, Manifest, Request,
 };
 use fst_tests::{crowded_checkpoint, odd_checkpoint, write};
 use gpu_support::{assert_same_bytes, machine, open};
@@ -251,4 +255,95 @@ fn requests_say_what_is_wanted_of_each_tensor() {
     assert!(matches!(&error, Error::NamedTwice { name } if name == "third"), "{error}");
     let error = refused(loader.request(["none"]));
     assert!(matches!(&error, Error::UnknownTensor { name } if name == "none"), "{error}");
+}
+
+/// Also where the page cache has a part of the file, which gets to a device in another way than the rest.
+#[test]
+fn what_somebody_waits_for_is_read_first_where_some_is_cached() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = large(dir.path(), 15, 16);
+    let file = fs::File::open(dir.path().join("model.safetensors")).unwrap();
+    file.sync_all().unwrap();
+    // SAFETY: advice on an open file touches no memory of this process.
+    unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+    let mut half = vec![0; 120 << 20];
+    file.read_exact_at(&mut half, 0).unwrap();
+    let _sim = machine();
+    let loader = Loader::new().workers(1).trace(true).cached_copy(CachedCopy::Registered);
+    let loading = loader.device(Device::cuda(0).unwrap()).start(&checkpoint).unwrap();
+    drop(loading.take("t14").unwrap());
+    let report = loading.finish().unwrap();
+    let start = checkpoint.get("t14").unwrap().file_range().start;
+    // Where nothing was staged the file system forgets nothing.
+    let staged = report.events.len();
+    let at = report.events.iter().position(|event| event.offset >= start).unwrap_or(0);
+    assert!(at <= staged / 2, "{at} of {staged}");
+}
+
+/// The reader ends with the last handle, also where a closure of the load itself drops that.
+#[test]
+fn a_hook_may_have_the_last_handle() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = large(dir.path(), 8, 16);
+    let (ended, end) = std::sync::mpsc::channel();
+    for panics in [false, true] {
+        let slot: Arc<Mutex<Option<Loading>>> = Arc::default();
+        let (mine, ended) = (slot.clone(), ended.clone());
+        let loader = Loader::new().engine(Engine::Pread).workers(1).on_progress(move |_| {
+            let handle = mine.lock().unwrap_or_else(|e| e.into_inner()).take();
+            if handle.is_some() {
+                assert!(!panics, "the hook's own");
+                drop(handle);
+                ended.send(()).unwrap();
+            }
+        });
+        let loading = loader.start(&checkpoint).unwrap();
+        let other = panics.then(|| loading.clone());
+        *slot.lock().unwrap() = Some(loading);
+        drop(loader);
+        match other {
+            None => end.recv_timeout(Duration::from_secs(60)).unwrap(),
+            Some(other) => {
+                let Error::Failed(error) = other.finish().unwrap_err() else { panic!() };
+                assert!(error.to_string().contains("the hook's own"), "{error}");
+            }
+        }
+    }
+}
+
+/// One that lands in the very moment in which a stall is looked for is not lost.
+#[test]
+fn nothing_is_lost_where_loads_stall() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = large(dir.path(), 12, 16);
+    let sums = Loader::new().checksums(&checkpoint, |_| {}).unwrap();
+    let manifest = Manifest::new(sums).unwrap();
+    for stall in [3, 10, 20, 40] {
+        let loader = Loader::new().memory_budget(20 << 20).verify(manifest.clone());
+        let loader = loader.stall_timeout(Duration::from_millis(stall));
+        let mut stream = loader.stream(&checkpoint).unwrap();
+        assert_eq!(stream.by_ref().filter(Result::is_ok).count(), 12);
+        assert!(stream.report().is_some());
+    }
+}
+
+#[test]
+fn a_load_that_is_over_leaves_no_file_open_and_no_cancelling() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = large(dir.path(), 2, 1);
+    let path = dir.path().join("model.safetensors").canonicalize().unwrap();
+    let open = || {
+        let all = fs::read_dir("/proc/self/fd").unwrap().flatten();
+        all.filter(|fd| fs::read_link(fd.path()).is_ok_and(|to| to == path)).count()
+    };
+    let token = CancelToken::new();
+    let loading = Loader::new().cancel(token.clone()).start(&checkpoint).unwrap();
+    loading.finish().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while open() > 0 && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(open(), 0);
+    token.cancel();
+    assert!(loading.get("t0").is_ok() && loading.finish().is_ok());
 }

@@ -11,13 +11,20 @@ pub(crate) fn write(path: &Path, contents: impl AsRef<[u8]>) -> Result<(), Failu
     write_whole(path, contents.as_ref()).map_err(|error| Failure::at(path, error))
 }
 
+/// Links that are followed, as many as Linux follows.
+const LINKS: usize = 40;
+
 fn write_whole(path: &Path, contents: &[u8]) -> std::io::Result<()> {
     let there = path.metadata().ok();
     if there.as_ref().is_some_and(|there| !there.is_file()) {
         return std::fs::write(path, contents);
     }
-    // A link stays one.
-    let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    // A link stays one, also if it leads to nothing yet.
+    let mut path = path.to_owned();
+    for _ in 0..LINKS {
+        let Ok(target) = path.read_link() else { break };
+        path = path.parent().unwrap_or(Path::new("")).join(target);
+    }
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     let mut builder = tempfile::Builder::new();
     builder.prefix(".fst-");
@@ -47,7 +54,10 @@ mod tests {
         write(&link, "two").unwrap();
         assert_eq!(std::fs::read_to_string(&file).unwrap(), "two");
         assert!(link.is_symlink());
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+        std::os::unix::fs::symlink("not yet", folder.path().join("dangling")).unwrap();
+        write(&folder.path().join("dangling"), "three").unwrap();
+        assert_eq!(std::fs::read_to_string(folder.path().join("not yet")).unwrap(), "three");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 4);
         assert!(write(Path::new("/dev/full"), "x").is_err());
         assert!(write(&folder.path().join("none/file"), "x").is_err());
     }

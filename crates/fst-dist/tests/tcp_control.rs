@@ -4,7 +4,7 @@
 
 mod port;
 
-use std::io::Write;
+use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
@@ -324,4 +324,30 @@ fn frames_that_are_not_due_end_the_group() {
         let error = first.join().unwrap();
         assert!(error.starts_with("rank 1 is lost: ") && error.contains(what), "{what}: {error}");
     }
+}
+
+/// Whoever connects while the last rank's hello is on its way gets no place later.
+#[test]
+fn who_came_while_ranks_joined_is_turned_away_once_they_have() {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let join = move || TcpControl::join(0, 2, "127.0.0.1", port, Duration::from_secs(60));
+    let zero = std::thread::spawn(join);
+    let connect = || loop {
+        if let Ok(stream) = TcpStream::connect(("127.0.0.1", port)) {
+            return stream;
+        }
+    };
+    let (mut one, mut stranger) = (connect(), connect());
+    std::thread::sleep(Duration::from_millis(200));
+    let hello = [&b"fst-dist"[..], &1u32.to_le_bytes(), &2u32.to_le_bytes()].concat();
+    // The hello and the message of the first gathering.
+    let gather = [&[1u8][..], &8u32.to_le_bytes(), &1u64.to_le_bytes()].concat();
+    one.write_all(&[&hello[..], &gather].concat()).unwrap();
+    let zero = zero.join().unwrap().unwrap();
+    // Its end comes, or has come.
+    let _ = stranger.write_all(&hello);
+    stranger.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let end = stranger.read(&mut [0; 8]);
+    assert!(matches!(end, Ok(0)) || end.is_err_and(|e| e.kind() == ErrorKind::ConnectionReset));
+    assert!(zero.failure().is_none(), "{:?}", zero.failure());
 }

@@ -2,6 +2,7 @@
 //! (<https://huggingface.co/docs/huggingface_hub/guides/manage-cache>). Nothing here uses the network.
 
 use std::env;
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -26,9 +27,18 @@ pub fn cache() -> Option<PathBuf> {
         let cache = cache.or_else(|| Some(PathBuf::from(variable("HOME")?).join(".cache")));
         cache.map(|cache| cache.join("huggingface"))
     };
-    match variable("HF_HUB_CACHE").or_else(|| variable("HUGGINGFACE_HUB_CACHE")) {
-        Some(folder) => Some(folder.into()),
-        None => variable("HF_HOME").map(PathBuf::from).or_else(home).map(|home| home.join("hub")),
+    let place = |name: &str| variable(name).map(|value| expanded(value.into(), variable("HOME")));
+    match place("HF_HUB_CACHE").or_else(|| place("HUGGINGFACE_HUB_CACHE")) {
+        Some(folder) => Some(folder),
+        None => place("HF_HOME").or_else(home).map(|home| home.join("hub")),
+    }
+}
+
+/// A path that begins with `~/`, in the home that this stands for.
+fn expanded(path: PathBuf, home: Option<OsString>) -> PathBuf {
+    match (path.strip_prefix("~"), home) {
+        (Ok(rest), Some(home)) => PathBuf::from(home).join(rest),
+        _ => path,
     }
 }
 
@@ -54,13 +64,19 @@ pub fn recorded(path: &Path) -> Option<Recorded> {
     let blob = link.filter(|link| link.parent().is_some_and(|folder| folder.ends_with("blobs")));
     let sum = match blob {
         Some(blob) => blob.file_name()?.to_str()?.to_owned(),
-        None => path.ancestors().skip(1).find_map(|folder| {
-            let mut notes = folder.join(".cache/huggingface/download");
-            notes.push(path.strip_prefix(folder).ok()?);
-            notes.as_mut_os_string().push(".metadata");
-            // The commit, the sum, and when that was.
-            fs::read_to_string(notes).ok()?.lines().nth(1).map(str::to_owned)
-        })?,
+        None => {
+            // The file may be a link itself; its folder is where it was put.
+            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+            let folder = folder.unwrap_or(Path::new(".")).canonicalize().ok()?;
+            let path = folder.join(path.file_name()?);
+            path.ancestors().skip(1).find_map(|folder| {
+                let mut notes = folder.join(".cache/huggingface/download");
+                notes.push(path.strip_prefix(folder).ok()?);
+                notes.as_mut_os_string().push(".metadata");
+                // The commit, the sum, and when that was.
+                fs::read_to_string(notes).ok()?.lines().nth(1).map(str::to_owned)
+            })?
+        }
     };
     let hexadecimal = sum.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
     match sum.len() {
@@ -102,7 +118,15 @@ mod tests {
         let notes = path(".cache/huggingface/download/sub");
         fs::create_dir_all(&notes).unwrap();
         fs::write(notes.join("m.safetensors.metadata"), format!("{git}\n{sum}\n1.5\n")).unwrap();
-        assert_eq!(recorded(&path("sub/m.safetensors")), Some(Recorded::Sha256(sum)));
+        fs::create_dir(path("other")).unwrap();
+        assert_eq!(recorded(&path("other/m.safetensors")), None);
         assert_eq!(recorded(&path("sub/n.safetensors")), None);
+        fs::create_dir(path("sub")).unwrap();
+        assert_eq!(recorded(&path("sub/m.safetensors")), Some(Recorded::Sha256(sum)));
+        std::os::unix::fs::symlink("sub", path("link")).unwrap();
+        assert!(recorded(&path("link/m.safetensors")).is_some());
+        let home = || Some(OsString::from("/home/me"));
+        assert_eq!(expanded("~/hf".into(), home()), Path::new("/home/me/hf"));
+        assert_eq!(expanded("~other/hf".into(), home()), Path::new("~other/hf"));
     }
 }

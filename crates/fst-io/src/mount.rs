@@ -77,19 +77,30 @@ impl FileSystem {
         Self::in_mounts(&mounts, &path).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
-    /// That of the mount with the longest path that `path`, absolute and without links, begins with; of
-    /// several mounts at one place the last one is seen.
+    /// The mount that `path`, absolute and without links, leads to: from the root on, the first one that is
+    /// mounted on the way in the mount before.
     fn in_mounts(mounts: &[u8], path: &Path) -> Option<Self> {
         let mounts = mounts.split(|byte| *byte == b'\n').filter_map(Self::parse);
-        mounts
-            .filter(|mount| path.starts_with(&mount.mount_point))
-            .max_by_key(|mount| mount.mount_point.as_os_str().len())
+        let mounts: Vec<(u64, u64, Self)> =
+            mounts.filter(|(.., mount)| path.starts_with(&mount.mount_point)).collect();
+        let is_child = |parent: u64| mounts.iter().any(|(id, ..)| *id == parent);
+        let root = mounts.iter().find(|(id, parent, _)| parent == id || !is_child(*parent));
+        let (mut id, _, mut found) = root?.clone();
+        for _ in 0..mounts.len() {
+            let children = mounts.iter().filter(|(child, parent, _)| *parent == id && *child != id);
+            let nearest = children.min_by_key(|(.., mount)| mount.mount_point.as_os_str().len());
+            let Some((child, _, mount)) = nearest else { break };
+            (id, found) = (*child, mount.clone());
+        }
+        Some(found)
     }
 
     /// One line: `ID PARENT DEVICE ROOT MOUNT_POINT OPTIONS [FIELD]... - TYPE SOURCE SUPER_OPTIONS`.
-    fn parse(line: &[u8]) -> Option<Self> {
+    fn parse(line: &[u8]) -> Option<(u64, u64, Self)> {
         let mut fields = line.split(|byte| *byte == b' ');
-        let mount_point = unescaped(fields.nth(4)?);
+        let mut number = || str::from_utf8(fields.next()?).ok()?.parse().ok();
+        let (id, parent) = (number()?, number()?);
+        let mount_point = unescaped(fields.nth(2)?);
         let mut fields = fields.skip_while(|field| *field != b"-").skip(1);
         let kind = String::from_utf8_lossy(fields.next()?).into_owned();
         let options = fields.nth(1).unwrap_or_default();
@@ -104,7 +115,7 @@ impl FileSystem {
         let compressed =
             COMPRESSED.contains(&&*kind) || options.split(|byte| *byte == b',').any(option);
         let mount_point = PathBuf::from(std::ffi::OsStr::from_bytes(&mount_point));
-        Some(Self { kind, mount_point, place, compressed })
+        Some((id, parent, Self { kind, mount_point, place, compressed }))
     }
 }
 
@@ -145,12 +156,14 @@ mod tests {
 32 22 0:42 / /dev/shm rw - tmpfs tmpfs rw,size=1k
 33 22 0:43 / /net rw - nfs4 host:/x rw,vers=4.2
 34 22 0:44 / /home rw - fuse.gocryptfs x rw
-35 22 0:45 / /net rw - zfs tank rw
+35 33 0:45 / /net rw - zfs tank rw
+36 22 0:46 / /a/b rw - ext4 /dev/vdb rw
+37 22 0:47 / /a rw - tmpfs none rw
 broken line
 ";
 
     #[test]
-    fn the_nearest_mount_counts_and_of_several_the_last() {
+    fn mounts_are_followed_from_the_root_on() {
         let of = |path: &str| FileSystem::in_mounts(MOUNTS, Path::new(path)).unwrap().to_string();
         assert_eq!(of("/models/x"), "ext4, local");
         assert_eq!(of("/database"), "ext4, local");
@@ -159,6 +172,8 @@ broken line
         assert_eq!(of("/dev/shm/a"), "tmpfs, in memory");
         assert_eq!(of("/home/a"), "fuse.gocryptfs, served by a program (FUSE)");
         assert_eq!(of("/net/a"), "zfs, local, compressed");
+        // A mount on the way there hides what was mounted below before.
+        assert_eq!(of("/a/b/c"), "tmpfs, in memory");
         assert_eq!(FileSystem::in_mounts(b"", Path::new("/")), None);
     }
 

@@ -129,7 +129,7 @@ impl CudaLoad {
             let items = indices.iter().map(|index| items[*index].clone()).collect();
             let files = files.clone();
             let load = HostLoad::with_files(files, &number, items, arena.max(1), false)?;
-            Ok((load, indices))
+            Ok((load.within_another(), indices))
         });
         let torn = torn.collect::<Result<_>>()?;
         let (options, copy) = (DeviceOptions::default(), Mutex::default());
@@ -218,7 +218,7 @@ impl CudaLoad {
     /// Has an item read before others; for loads whose arenas may all be in memory at once.
     pub(crate) fn prefer(&self, index: usize, watch: &Watch) {
         if let Ok(piece) = self.order.binary_search(&index) {
-            watch.prefer(Part::Transformed, self.plan.blocks_of(piece));
+            watch.prefer(Part::Transformed, self.plan.extents_of(piece));
         }
     }
 

@@ -1,7 +1,8 @@
 //! Loads into host memory.
 
+use std::cell::Cell;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use fst_format::{Checkpoint, TensorInfo};
@@ -42,6 +43,8 @@ pub(crate) struct HostLoad {
     /// Those that are moved or converted: the items of its work, in order.
     transformed: Vec<usize>,
     transform: TransformPlan,
+    /// Whether what is preferred is of this load.
+    alone: bool,
 }
 
 /// Takes a tensor that is complete, with its place in the list of items; from reader threads.
@@ -114,6 +117,7 @@ impl HostLoad {
             arena_extents,
             transformed,
             transform,
+            alone: true,
         })
     }
 
@@ -152,18 +156,19 @@ impl HostLoad {
 
     /// Has an item read before others; for loads whose arenas may all be in memory at once.
     pub(crate) fn prefer(&self, index: usize, watch: &Watch) {
+        // A tensor is there once its arena is.
         if let Ok(extent) = self.placed.binary_search(&index) {
-            let Some(place) = self.layout.extent(&self.plan, extent as u32) else { return };
-            let places = self.layout.places();
-            let segments = places.partition_point(|other| other.arena < place.arena)
-                ..places.partition_point(|other| other.arena <= place.arena);
-            let segments = &self.plan.segments()[segments];
-            if let Some((first, last)) = segments.first().zip(segments.last()) {
-                watch.prefer(Part::Placed, first.blocks.start..last.blocks.end);
+            if let Some(place) = self.layout.extent(&self.plan, extent as u32) {
+                watch.prefer(Part::Placed, self.arena_extents[place.arena].clone());
             }
         } else if let Ok(piece) = self.transformed.binary_search(&index) {
-            watch.prefer(Part::Transformed, self.transform.blocks_of(piece));
+            watch.prefer(Part::Transformed, self.transform.extents_of(piece));
         }
+    }
+
+    /// The same, as a part of another load, whose preferences are none of its own.
+    pub(crate) fn within_another(self) -> Self {
+        Self { alone: false, ..self }
     }
 
     /// Reads everything; every item is delivered once, unless there is an error. Both parts, if there are
@@ -185,7 +190,7 @@ impl HostLoad {
             let on_arena =
                 |arena: usize, buffer: SharedBuffer| self.hand_out(arena, &buffer, deliver);
             let sink = InPlace::new(&self.plan, &self.layout, budget, &on_arena);
-            let control = watch.next_of(Part::Placed);
+            let control = watch.follow(self.alone.then_some(Part::Placed));
             fst_io::read(&self.files, &self.plan, &sink, options, &control)
         };
         let transformed = || -> Result<ReadStats, fst_io::Error> {
@@ -208,7 +213,7 @@ impl HostLoad {
             let plan = &self.transform.plan;
             let slots = (SCRATCH / plan.limits().block).max(1) as usize;
             let sink = Scratch::new(plan, slots, &admit, &take)?;
-            let control = watch.next_of(Part::Transformed);
+            let control = watch.follow(self.alone.then_some(Part::Transformed));
             let mut stats = fst_io::read(&self.files, plan, &sink, options, &control)?;
             // Done inside of `reserve`, and a stage of its own.
             let (touch, touch_bytes) = transform.touched();
@@ -221,7 +226,7 @@ impl HostLoad {
             (true, true) => Vec::new(),
             (false, true) => vec![placed().map_err(located)?],
             (true, false) => vec![transformed().map_err(located)?],
-            (false, false) if watch.may_prefer => {
+            (false, false) if watch.may_prefer && self.alone => {
                 let (one, other) = both(watch, placed, transformed);
                 // The first failure ended the other.
                 let failed = |read: &Result<_, _>| matches!(read, Err(fst_io::Error::Cancelled));
@@ -316,6 +321,8 @@ pub(crate) struct Watch {
     reads: Mutex<Reads>,
     /// Whether anything may be preferred.
     may_prefer: bool,
+    /// Tensors that have landed and are being hashed, or wait for that.
+    pub(crate) hashing: AtomicUsize,
 }
 
 /// The reads that have begun, and what was preferred, whether its read has begun or not.
@@ -336,6 +343,16 @@ impl Watch {
         Self { token: Some(token), may_prefer, ..Self::default() }
     }
 
+    /// Marks this thread as one of the load's own.
+    pub(crate) fn enter(&self) -> Entered {
+        Entered(ENTERED.replace(std::ptr::from_ref(self) as usize))
+    }
+
+    /// Whether this thread is one of the load's own.
+    pub(crate) fn is_entered(&self) -> bool {
+        ENTERED.get() == std::ptr::from_ref(self) as usize
+    }
+
     /// Ends the reads.
     pub(crate) fn stop(&self) {
         self.flag.store(true, Relaxed);
@@ -350,7 +367,7 @@ impl Watch {
         self.follow(None)
     }
 
-    /// Follows one more read, of a part whose blocks may be preferred.
+    /// Follows one more read, of a part whose extents may be preferred.
     pub(crate) fn next_of(&self, part: Part) -> Arc<Control> {
         self.follow(Some(part))
     }
@@ -363,17 +380,17 @@ impl Watch {
         });
         let mut reads = self.reads();
         let wanted = reads.preferred.iter().filter(|(of, _)| Some(*of) == part);
-        wanted.for_each(|(_, blocks)| control.prefer(blocks.clone()));
+        wanted.for_each(|(_, extents)| control.prefer(extents.clone()));
         reads.controls.push((part, control.clone()));
         control
     }
 
-    /// Has these blocks read before others of the same part.
-    pub(crate) fn prefer(&self, part: Part, blocks: Range<u32>) {
+    /// Has these extents read before others of the same part.
+    pub(crate) fn prefer(&self, part: Part, extents: Range<u32>) {
         let mut reads = self.reads();
         let begun = reads.controls.iter().filter(|(of, _)| *of == Some(part));
-        begun.for_each(|(_, control)| control.prefer(blocks.clone()));
-        reads.preferred.push((part, blocks));
+        begun.for_each(|(_, control)| control.prefer(extents.clone()));
+        reads.preferred.push((part, extents));
     }
 
     /// Bytes that have been read so far.
@@ -382,18 +399,46 @@ impl Watch {
     }
 }
 
+thread_local! {
+    /// Address of the watch of the load that this thread is of; 0 for others.
+    static ENTERED: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Ends the mark of a thread, by what was there before.
+pub(crate) struct Entered(usize);
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        ENTERED.set(self.0);
+    }
+}
+
 /// Carries out two reads at once; the first that fails ends the other.
 fn both(
     watch: &Watch,
-    one: impl FnOnce() -> Result<ReadStats, fst_io::Error> + Send,
-    other: impl FnOnce() -> Result<ReadStats, fst_io::Error>,
+    mut one: impl FnMut() -> Result<ReadStats, fst_io::Error> + Send,
+    mut other: impl FnMut() -> Result<ReadStats, fst_io::Error>,
 ) -> (Result<ReadStats, fst_io::Error>, Result<ReadStats, fst_io::Error>) {
-    let end = |_: &fst_io::Error| watch.stop();
+    /// Ends the other read also where one panics.
+    struct Other<'w>(&'w Watch, bool);
+    impl Drop for Other<'_> {
+        fn drop(&mut self) {
+            if !self.1 {
+                self.0.stop();
+            }
+        }
+    }
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name("fst-read".to_owned());
-        match thread.spawn_scoped(scope, || one().inspect_err(end)) {
+        let carry_out = |read: &mut dyn FnMut() -> Result<ReadStats, fst_io::Error>| {
+            let mut other = Other(watch, false);
+            let result = read();
+            other.1 = result.is_ok();
+            result
+        };
+        match thread.spawn_scoped(scope, move || carry_out(&mut one)) {
             Ok(thread) => {
-                let other = other().inspect_err(end);
+                let other = carry_out(&mut other);
                 let one = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
                 (one, other)
             }

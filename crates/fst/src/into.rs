@@ -16,6 +16,7 @@ use fst_io::{CachePolicy, Extent, ReadOptions, ReadStats, SourceFile, residency}
 
 use crate::available;
 use crate::cuda::CudaLoad;
+use crate::device::Device;
 use crate::error::{DeviceError, Error, Result};
 use crate::host::{SCRATCH, SCRATCH_BLOCK, Watch, locate, open_files};
 use crate::load::resolve_engine;
@@ -121,6 +122,31 @@ impl<'d> Destination<'d> {
         let len = view.num_bytes() as u64;
         let address = view.device_ptr_mut(&stream).0;
         Self::waited_for::<T>(&stream, address, len)
+    }
+
+    /// The memory, if it suits an item.
+    pub(crate) fn host_for(self, item: &Item) -> Result<Memory<'d>> {
+        self.check(item)?;
+        match self.memory {
+            Place::Host(memory) => Ok(memory),
+            Place::Device(_) => {
+                let tensor = item.name().to_owned();
+                Err(Error::DestinationDevice { tensor, device: Device::host() })
+            }
+        }
+    }
+
+    /// Checks that type and length are those of an item.
+    fn check(&self, item: &Item) -> Result<()> {
+        let tensor = || item.name().to_owned();
+        if let Some(asked) = self.dtype.filter(|dtype| *dtype != item.dtype) {
+            return Err(Error::WrongDtype { tensor: tensor(), asked, found: item.dtype });
+        }
+        let (expected, found) = (item.len(), self.memory.len());
+        if expected != found {
+            return Err(Error::DestinationLength { tensor: tensor(), expected, found });
+        }
+        Ok(())
     }
 
     /// Elements that `stream` has been told to wait for.
@@ -403,18 +429,9 @@ impl Loader {
         let mut wanted = Vec::with_capacity(by_name.len());
         let selection = self.selection.clone().of_names(by_name.keys());
         for item in selection.resolve(checkpoint)? {
-            let Some(Destination { memory, dtype }) = by_name.remove(item.name()) else {
-                continue;
-            };
-            let tensor = || item.info.name().to_owned();
-            if let Some(asked) = dtype.filter(|dtype| *dtype != item.dtype) {
-                return Err(Error::WrongDtype { tensor: tensor(), asked, found: item.dtype });
-            }
-            let (expected, found) = (item.len(), memory.len());
-            if expected != found {
-                return Err(Error::DestinationLength { tensor: tensor(), expected, found });
-            }
-            wanted.push((item, memory));
+            let Some(destination) = by_name.remove(item.name()) else { continue };
+            destination.check(&item)?;
+            wanted.push((item, destination.memory));
         }
         match by_name.into_keys().min() {
             Some(name) if checkpoint.get(&name).is_none() => Err(Error::UnknownTensor { name }),

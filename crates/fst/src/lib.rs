@@ -58,6 +58,7 @@ mod pattern;
 mod progress;
 mod report;
 mod request;
+mod session;
 mod stream;
 mod sums;
 mod tensor;
@@ -90,6 +91,7 @@ pub use pattern::{Pattern, PatternError};
 pub use progress::{CancelToken, Progress};
 pub use report::{LoadReport, RankReport, Stage};
 pub use request::{Planned, Request};
+pub use session::Reader;
 pub use stream::TensorStream;
 pub use tensor::{Tensor, Tensors};
 

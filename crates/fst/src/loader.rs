@@ -22,6 +22,7 @@ use crate::manifest::Manifest;
 use crate::options::{Item, Selection};
 use crate::progress::{CancelToken, Progress};
 use crate::report::LoadReport;
+use crate::request::Request;
 use crate::stream::TensorStream;
 use crate::tensor::{Tensor, Tensors};
 use crate::verify::{Hashed, VERIFY_ARENA, verified};
@@ -291,7 +292,7 @@ impl Loader {
         };
         let hashed = Hashed::default();
         let (reads, took) = match &self.manifest {
-            Some(manifest) => verified(manifest, &hashed, deliver, run)?,
+            Some(manifest) => verified(manifest, &hashed, watch, deliver, run)?,
             None => run(deliver)?,
         };
         report.push("read", took, load.bytes_read());
@@ -319,6 +320,17 @@ impl Loader {
         TensorStream::start(self, checkpoint, self.selection.resolve(checkpoint)?)
     }
 
+    /// A loader of one tensor into host memory, as this one would.
+    pub(crate) fn for_one(&self, request: Request) -> Self {
+        Self {
+            selection: self.selection.for_one(request),
+            read: self.read.clone(),
+            unchecked: self.unchecked,
+            cancel: self.cancel.clone(),
+            ..Self::default()
+        }
+    }
+
     pub(crate) fn target(&self) -> &Device {
         &self.device
     }
@@ -335,6 +347,7 @@ impl Loader {
         std::thread::scope(|scope| {
             let reporter = std::thread::Builder::new().name("fst-progress".to_owned());
             let reporter = reporter.spawn_scoped(scope, || {
+                let _own = watch.enter();
                 loop {
                     std::thread::park_timeout(PROGRESS_INTERVAL);
                     // Asked first, so that the last call sees all that was done.
@@ -346,8 +359,15 @@ impl Loader {
                 }
             });
             // Also when `load` panics: the scope waits for the reporter.
-            let _stop = Stop(&done, reporter.as_ref().ok().map(|reporter| reporter.thread()));
-            load()
+            let stop = Stop(&done, reporter.as_ref().ok().map(|reporter| reporter.thread()));
+            let loaded = load();
+            drop(stop);
+            if let Ok(reporter) = reporter
+                && let Err(panic) = reporter.join()
+            {
+                std::panic::resume_unwind(panic);
+            }
+            loaded
         })
     }
 }

@@ -4,6 +4,7 @@ use std::any::Any;
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -42,6 +43,7 @@ pub(crate) const STALL: Duration = Duration::from_secs(10);
 
 /// How often one who waits looks at the cancel token and for a stall.
 const TICK: Duration = Duration::from_millis(50);
+const SHORTEST_TICK: Duration = Duration::from_millis(1);
 
 /// A load that goes on in the background; see [`Loader::start`].
 ///
@@ -169,7 +171,7 @@ impl Table {
         let (mut bytes, mut since) = (self.watch.bytes(), Instant::now());
         let mut state = self.state();
         loop {
-            if self.cancel.is_cancelled() {
+            if self.cancel.is_cancelled() && !matches!(state.end, Some(Ok(_))) {
                 return Err(Error::Cancelled);
             }
             if let Some(found) = ready(&mut state) {
@@ -186,23 +188,27 @@ impl Table {
             if left.is_zero() {
                 return Ok(None);
             }
-            let tick = TICK.min(self.stall_timeout).min(left);
+            let tick = TICK.min(self.stall_timeout.max(SHORTEST_TICK)).min(left);
             state = match self.changed.wait_timeout(state, tick) {
                 Ok((state, _)) => state,
                 Err(poison) => poison.into_inner().0,
             };
-            // One reader may wait for memory while another waits for slow storage.
+            // One reader may wait for memory while another waits for slow storage, or while what fills
+            // the memory is hashed.
             let now = self.watch.bytes();
-            if now != bytes {
+            if now != bytes || self.watch.hashing.load(Relaxed) > 0 {
                 (bytes, since) = (now, Instant::now());
             }
             let waited = since.elapsed();
             if let Some(budget) = &self.budget
                 && waited > self.stall_timeout
                 && budget.waiting() > 0
-                && ready(&mut state).is_none()
             {
-                return Err(Error::Stalled { budget: budget.limit(), waited });
+                // What `ready` takes out is nowhere else.
+                return match ready(&mut state) {
+                    Some(found) => Ok(Some(found)),
+                    None => Err(Error::Stalled { budget: budget.limit(), waited }),
+                };
             }
         }
     }
@@ -251,20 +257,19 @@ impl Reading {
         table: Arc<Table>,
         run: impl FnOnce(&Table) -> Result<LoadReport> + Send + 'static,
     ) -> Result<Self> {
-        let thread =
-            {
-                let table = table.clone();
-                std::thread::Builder::new().name("fst-loading".to_owned()).spawn(move || {
-                    let end = catch_unwind(AssertUnwindSafe(|| run(&table)));
-                    // Nothing more is asked for: what tensors leave behind is of no use any more.
-                    if let Some(budget) = &table.budget {
-                        budget.close();
-                    }
-                    table.end(end.unwrap_or_else(|panic| {
-                        Err(Error::Panicked { message: message_of(&*panic) })
-                    }));
-                })
-            };
+        let own = table.clone();
+        let read = move || {
+            let _own = own.watch.enter();
+            let end = catch_unwind(AssertUnwindSafe(|| run(&own)));
+            // Nothing more is asked for: what tensors leave behind is of no use any more.
+            if let Some(budget) = &own.budget {
+                budget.close();
+            }
+            own.end(
+                end.unwrap_or_else(|panic| Err(Error::Panicked { message: message_of(&*panic) })),
+            );
+        };
+        let thread = std::thread::Builder::new().name("fst-loading".to_owned()).spawn(read);
         let thread = thread
             .map_err(|source| fst_io::Error::Setup { what: "the reader thread", source })
             .map_err(|e| locate(e, &[]))?;
@@ -273,10 +278,13 @@ impl Reading {
 }
 
 impl Drop for Reading {
-    /// Waits until no read is in flight.
+    /// Waits until no read is in flight; unless a closure of the user's drops the last handle, on a thread
+    /// of this very load, which then ends by itself.
     fn drop(&mut self) {
         self.table.close();
-        if let Some(thread) = self.thread.take() {
+        if let Some(thread) = self.thread.take()
+            && !self.table.watch.is_entered()
+        {
             let _ = thread.join();
         }
     }
@@ -316,11 +324,12 @@ impl Loading {
         let load = Arc::new(load);
         let watch = Arc::new(Watch::background(loader.cancel.flag(), budget.is_none()));
         let prefer = {
-            let (load, watch, free) = (load.clone(), watch.clone(), budget.is_none());
+            // Files are open as long as they are read.
+            let (load, watch, free) = (Arc::downgrade(&load), watch.clone(), budget.is_none());
             // Within a budget, memory comes in the order of the files.
             move |index| {
-                if free {
-                    load.prefer(index, &watch)
+                if let Some(load) = load.upgrade().filter(|_| free) {
+                    load.prefer(index, &watch);
                 }
             }
         };

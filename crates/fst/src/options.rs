@@ -218,21 +218,11 @@ impl Selection {
         let mut items = Vec::with_capacity(requests.len());
         let mut requested = HashSet::with_capacity(requests.len());
         for request in requests {
-            let info = find(checkpoint, &request.tensor)?;
-            let repeated = || Error::RequestedTwice { tensor: request.tensor.clone() };
             if !requested.insert(&*request.tensor) {
-                return Err(repeated());
+                return Err(Error::RequestedTwice { tensor: request.tensor.clone() });
             }
-            let own = request.slice.as_ref();
-            let own = own.map(|(dim, range)| slice(info, *dim, range)).transpose()?;
-            let default = slices.remove(&*request.tensor);
-            items.push(Item {
-                info: info.clone(),
-                name: request.name.as_deref().map(Into::into),
-                slice: own.or(default),
-                part: None,
-                dtype: target_dtype(info, request.dtype.or(self.dtype))?,
-            });
+            slices.remove(&*request.tensor);
+            items.push(self.item(checkpoint, request)?);
         }
         if self.requests.is_none() || !self.patterns.is_empty() {
             self.select(checkpoint, &mut slices, &requested, &mut items)?;
@@ -249,6 +239,31 @@ impl Selection {
             }
         }
         Ok(items)
+    }
+
+    /// The item of one request.
+    pub(crate) fn item(&self, checkpoint: &Checkpoint, request: &Request) -> Result<Item> {
+        let info = find(checkpoint, &request.tensor)?;
+        let default = || {
+            let (_, dim, range) = self.slices.iter().find(|(name, ..)| *name == request.tensor)?;
+            Some((*dim, range))
+        };
+        let own = request.slice.as_ref().map(|(dim, range)| (*dim, range));
+        let part = own.or_else(default).map(|(dim, range)| slice(info, dim, range)).transpose()?;
+        Ok(Item {
+            info: info.clone(),
+            name: request.name.as_deref().map(Into::into),
+            slice: part,
+            part: None,
+            dtype: target_dtype(info, request.dtype.or(self.dtype))?,
+        })
+    }
+
+    /// What this asks for, of one tensor only.
+    pub(crate) fn for_one(&self, request: Request) -> Self {
+        let (dtype, mut slices) = (self.dtype, self.slices.clone());
+        slices.retain(|(name, ..)| *name == request.tensor);
+        Self { dtype, slices, requests: Some(vec![request]), ..Self::default() }
     }
 
     /// Adds what patterns and the predicate select, less what is `requested`.

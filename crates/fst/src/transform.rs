@@ -271,18 +271,15 @@ impl TransformPlan {
         self.plan.blocks().iter().map(of_block).max().unwrap_or(0)
     }
 
-    /// The blocks that fill the arena of a piece, by number.
-    pub(crate) fn blocks_of(&self, piece: usize) -> Range<u32> {
+    /// The extents that fill the arena of a piece.
+    pub(crate) fn extents_of(&self, piece: usize) -> Range<u32> {
         let Some((first, last)) = self.work.get(piece).map(|work| self.spans[work.dest.arena])
         else {
             return 0..0;
         };
-        // Pieces, extents and blocks have one order.
-        let extents = self.owners.partition_point(|owner| *owner < first) as u32
-            ..self.owners.partition_point(|owner| *owner <= last) as u32;
-        let blocks = self.plan.blocks();
-        blocks.partition_point(|block| block.extents.end <= extents.start) as u32
-            ..blocks.partition_point(|block| block.extents.start < extents.end) as u32
+        // Pieces and extents have one order.
+        self.owners.partition_point(|owner| *owner < first) as u32
+            ..self.owners.partition_point(|owner| *owner <= last) as u32
     }
 
     /// Where each item goes, in the order given.

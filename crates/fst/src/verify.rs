@@ -9,7 +9,7 @@ use crossbeam::channel;
 use fst_io::sink::SinkError;
 
 use crate::error::{Error, Result};
-use crate::host::{Deliver, from_sink};
+use crate::host::{Deliver, Watch, from_sink};
 use crate::loader::Loader;
 use crate::manifest::{Manifest, VerifyError};
 use crate::report::LoadReport;
@@ -65,6 +65,7 @@ impl Hashed {
 pub(crate) fn verified<T>(
     manifest: &Manifest,
     hashed: &Hashed,
+    watch: &Watch,
     deliver: Deliver<'_>,
     load: impl FnOnce(Deliver<'_>) -> Result<T>,
 ) -> Result<T> {
@@ -90,6 +91,7 @@ pub(crate) fn verified<T>(
             {
                 fail(error);
             }
+            watch.hashing.fetch_sub(1, Relaxed);
         }
     };
     let result = thread::scope(|scope| {
@@ -107,6 +109,7 @@ pub(crate) fn verified<T>(
             if started == 0 {
                 return check(index, tensor).map_err(SinkError::from);
             }
+            watch.hashing.fetch_add(1, Relaxed);
             // The receiver lives as long as this function.
             send.send((index, tensor)).map_err(|_| Error::Cancelled.into())
         });

@@ -508,6 +508,10 @@ impl Hub {
 
     /// Finds out who has connected. Whoever does not show the job's mark is no rank of ours.
     fn greet(&mut self, mut wire: Wire) {
+        // Once all ranks are there nobody else has a place.
+        if self.listener.is_none() && self.failure.get().is_none() {
+            return;
+        }
         let shown = wire.input.len().min(MARK.len());
         if wire.ended.is_some() || wire.input[..shown] != self.mark[..shown] {
             return;

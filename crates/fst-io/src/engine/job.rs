@@ -113,18 +113,26 @@ impl<'a> Job<'a> {
 
     /// The next block that nobody reads yet, unless the read is over.
     pub(super) fn next(&self) -> Option<&'a Block> {
-        while !self.is_stopped() {
-            let number = match self.control.preferred() {
-                // A preference may name any number.
-                Some(number) if number as usize >= self.taken.len() => continue,
-                Some(number) => number as usize,
-                None => self.cursor.fetch_add(1, Relaxed),
-            };
-            if !self.taken.get(number)?.swap(true, Relaxed) {
-                return self.plan.blocks().get(number);
-            }
+        if self.is_stopped() {
+            return None;
         }
-        None
+        let blocks = self.plan.blocks();
+        let take = |block: &&'a Block| {
+            self.taken.get(block.index as usize).is_some_and(|taken| !taken.swap(true, Relaxed))
+        };
+        let preferred = self.control.pick(|extents| {
+            // Blocks have the order of their extents.
+            let from = blocks.partition_point(|block| block.extents.end <= extents.start);
+            blocks[from..].iter().take_while(|block| block.extents.start < extents.end).find(take)
+        });
+        preferred.or_else(|| {
+            loop {
+                let block = blocks.get(self.cursor.fetch_add(1, Relaxed))?;
+                if take(&block) {
+                    return Some(block);
+                }
+            }
+        })
     }
 
     pub(super) fn is_stopped(&self) -> bool {

@@ -167,8 +167,8 @@ pub struct Control {
     /// Another flag that ends the read.
     outer: Option<Arc<AtomicBool>>,
     landed: AtomicU64,
-    /// Blocks to read before others, by number, the next one last.
-    preferred: Mutex<Vec<u32>>,
+    /// Extents to read before others, the next ones last.
+    preferred: Mutex<Vec<Range<u32>>>,
     /// Whether there are any.
     prefers: AtomicBool,
 }
@@ -203,25 +203,31 @@ impl Control {
         is_set(&self.cancelled) || self.outer.as_ref().is_some_and(is_set)
     }
 
-    /// Has these blocks of the plan, by their [numbers](crate::plan::Block::index), read before all others that nobody reads yet, those
-    /// preferred before included. Without effect on blocks that are read already.
+    /// Has the blocks of these extents of the plan read before all others that nobody reads yet, those
+    /// preferred before included. Without effect on blocks that are read already, or that a
+    /// [part](ReadPlan::only) of the plan lacks.
     ///
     /// A sink whose memory comes in the order of the blocks must have room for all of them.
-    pub fn prefer(&self, blocks: Range<u32>) {
-        let mut preferred = self.preferred.lock().unwrap_or_else(|e| e.into_inner());
-        preferred.extend(blocks.rev());
-        self.prefers.store(!preferred.is_empty(), Release);
+    pub fn prefer(&self, extents: Range<u32>) {
+        self.preferred.lock().unwrap_or_else(|e| e.into_inner()).push(extents);
+        self.prefers.store(true, Release);
     }
 
-    /// The block to read before others.
-    fn preferred(&self) -> Option<u32> {
+    /// What `pick` finds among the extents preferred last; where it finds nothing more, among those before.
+    fn pick<T>(&self, mut pick: impl FnMut(&Range<u32>) -> Option<T>) -> Option<T> {
         if !self.prefers.load(Acquire) {
             return None;
         }
         let mut preferred = self.preferred.lock().unwrap_or_else(|e| e.into_inner());
-        let block = preferred.pop();
-        self.prefers.store(!preferred.is_empty(), Release);
-        block
+        while let Some(extents) = preferred.last() {
+            let found = pick(extents);
+            if found.is_some() {
+                return found;
+            }
+            preferred.pop();
+        }
+        self.prefers.store(false, Release);
+        None
     }
 
     /// Bytes that have landed so far (of [`ReadPlan::bytes_read`]).

@@ -51,8 +51,11 @@ fn preferred_blocks_come_first_and_each_comes_once() {
     fs::write(&path, &bytes).unwrap();
     let files = [SourceFile::open(&path, None).unwrap()];
     let limits = Limits { block: 64 * KIB, align: files[0].align(), ..Limits::default() };
-    let plan = ReadPlan::new(vec![Extent::new(0, 0..bytes.len() as u64)], limits).unwrap();
+    let extents = (0..10).map(|i| Extent::new(0, i * 64 * KIB..(i + 1) * 64 * KIB));
+    let plan = ReadPlan::new(extents.collect(), limits).unwrap();
     assert_eq!(plan.blocks().len(), 10);
+    // Numbers of extents, which are those of the whole plan's blocks, and stay in its parts.
+    let part = plan.only(|block| block.index % 2 == 1);
     let options = ReadOptions { engine: Engine::Pread, workers: Some(1), ..ReadOptions::default() };
     let order = |plan: &ReadPlan, first: &[u32], then: &[u32]| {
         let control = Control::new();
@@ -64,7 +67,7 @@ fn preferred_blocks_come_first_and_each_comes_once() {
             if seen.is_empty() {
                 then.iter().for_each(|block| control.prefer(*block..block + 2));
             }
-            seen.push(block.index);
+            seen.push(block.extents.start);
             Ok(())
         };
         let sink = Scratch::new(plan, 1, &|_, _| Ok(true), &take).unwrap();
@@ -74,6 +77,7 @@ fn preferred_blocks_come_first_and_each_comes_once() {
     assert_eq!(order(&plan, &[], &[]), (0..10).collect::<Vec<_>>());
     assert_eq!(order(&plan, &[4, 7], &[7, 8]), [7, 8, 9, 4, 0, 1, 2, 3, 5, 6]);
     assert_eq!(order(&plan, &[99, 3, u32::MAX - 1], &[3]), [3, 4, 0, 1, 2, 5, 6, 7, 8, 9]);
+    assert_eq!(order(&part, &[4, 7], &[]), [7, 1, 3, 5, 9]);
 }
 
 /// On a ring this is memory that the kernel keeps hold of.

@@ -35,12 +35,18 @@ impl Join<'_> {
         resolved: &[SocketAddr],
         hello: &[u8],
     ) -> Result<Wire, GroupError> {
-        let none = || Err(io::Error::new(ErrorKind::NotFound, "the name has no address"));
         loop {
-            let connect = |address| TcpStream::connect_timeout(address, self.left());
-            let tried = resolved.iter().map(connect).reduce(|one, other| one.or(other));
+            let mut tried = Err(io::Error::new(ErrorKind::NotFound, "the name has no address"));
+            for (at, address) in (0u32..).zip(resolved) {
+                // One that does not answer leaves time for the others.
+                let share = self.left() / (resolved.len() as u32 - at);
+                tried = TcpStream::connect_timeout(address, share.max(LEAST));
+                if tried.is_ok() {
+                    break;
+                }
+            }
             let address = self.address.to_owned();
-            let error = match tried.unwrap_or_else(none).and_then(Wire::new) {
+            let error = match tried.and_then(Wire::new) {
                 Ok(wire) => match self.greet(wire, hello)? {
                     Some(wire) => return Ok(wire),
                     None => GroupError::Unwelcome { rank: self.rank, address },
@@ -74,5 +80,46 @@ impl Join<'_> {
             }
         }
         Ok(None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use std::net::TcpListener;
+
+    use super::*;
+
+    /// An address whose connections are neither taken nor refused: the queue of its listener is full.
+    fn silent() -> (TcpListener, Vec<TcpStream>, SocketAddr) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        let address = listener.local_addr().unwrap();
+        let connect = || TcpStream::connect_timeout(&address, Duration::from_millis(200)).ok();
+        let held = std::iter::from_fn(connect).collect();
+        (listener, held, address)
+    }
+
+    #[test]
+    fn an_address_that_does_not_answer_leaves_time_for_the_others() {
+        let (_listener, _held, silent) = silent();
+        let good = TcpListener::bind("127.0.0.1:0").unwrap();
+        let answers = good.local_addr().unwrap();
+        let welcome = std::thread::spawn(move || {
+            let serve = || {
+                let (mut stream, _) = good.accept().unwrap();
+                std::io::Read::read_exact(&mut stream, &mut [0; 5]).unwrap();
+                std::io::Write::write_all(&mut stream, &super::super::frame(WELCOME, &[])).unwrap();
+                stream
+            };
+            [serve(), serve()]
+        });
+        for resolved in [[answers, silent], [silent, answers]] {
+            let deadline = Duration::from_secs(4);
+            let join = Join { rank: 1, address: "master", start: Instant::now(), deadline };
+            assert!(join.connect(&resolved, b"hello").is_ok());
+        }
+        drop(welcome.join().unwrap());
     }
 }
