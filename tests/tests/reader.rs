@@ -52,7 +52,7 @@ fn reads_of_any_size_are_those_of_a_load() {
 #[test]
 fn requests_cut_convert_and_are_checked() {
     let dir = tempfile::tempdir().unwrap();
-    let checkpoint = Checkpoint::open_all(&crowded_checkpoint(dir.path())).unwrap();
+    let checkpoint = Checkpoint::open_all(crowded_checkpoint(dir.path())).unwrap();
     // Whatever the loader selects.
     let reader = Loader::new().select("t9").reader(&checkpoint);
     let [rows, columns] = [checkpoint.get("huge").unwrap().shape()[0], 2051];

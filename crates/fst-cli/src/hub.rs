@@ -6,9 +6,10 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
-use fst::Checkpoint;
 use fst::format::hub::{self, Recorded};
+use fst::{Checkpoint, ShardFile};
 use serde::Serialize;
+use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
 use crate::failure::Failure;
@@ -26,6 +27,8 @@ pub(crate) fn resolve(path: &Path) -> Result<PathBuf, Failure> {
     let id = path.to_str().filter(|_| path.symlink_metadata().is_err());
     let Some((id, cache)) = id.zip(cache) else { return Ok(path.to_owned()) };
     match hub::folder(&cache, id) {
+        // What has no slash is a name in this folder as a rule.
+        Some(folder) if !id.contains('/') && !folder.is_dir() => Ok(path.to_owned()),
         Some(folder) if folder.is_dir() => Ok(folder),
         Some(_) => Err(Failure::at(
             path,
@@ -43,9 +46,11 @@ pub(crate) fn resolve(path: &Path) -> Result<PathBuf, Failure> {
 #[derive(Serialize)]
 struct Checked {
     path: String,
-    /// What its bytes give, and what the hub recorded; null where it recorded no SHA-256.
-    sha256: Option<String>,
-    recorded: Option<String>,
+    /// `sha256`, or `git` for the id of a git object.
+    kind: &'static str,
+    /// What its bytes give, and what the hub recorded.
+    sum: String,
+    recorded: String,
 }
 
 #[derive(Serialize)]
@@ -54,83 +59,79 @@ struct Report {
 }
 
 /// Hashes the files of a checkpoint whole and compares them with what the hub recorded.
-pub(crate) fn check(
-    paths: &[PathBuf],
-    checkpoint: &Checkpoint,
-    progress: bool,
-    json: bool,
-) -> Result<(), Failure> {
-    let files: Vec<&Path> = checkpoint.shards().iter().map(|shard| shard.path()).collect();
-    let recorded: Vec<Option<Recorded>> = files.iter().map(|path| hub::recorded(path)).collect();
-    let sum_of = |at: usize| match recorded.get(at) {
-        Some(Some(Recorded::Sha256(sum))) => Some(sum.clone()),
-        _ => None,
-    };
-    if (0..files.len()).all(|at| sum_of(at).is_none()) {
-        let what = "the hub recorded no SHA-256 of these files: they are neither in its cache nor where \
-                    `hf download --local-dir` put them";
-        return Err(Failure::at(paths.first().map_or(Path::new(""), |path| path), what));
-    }
-    let summed = |at: &usize| sum_of(*at).is_some();
-    let bytes = (0..files.len()).filter(summed).map(|at| checkpoint.shards()[at].len()).sum();
-    let progress = Progress::new("summing", bytes, progress);
-    let stop = interrupt::flag();
-    let sum = |at: usize| -> Result<Option<String>, Failure> {
-        let Some(path) = sum_of(at).and(files.get(at)) else { return Ok(None) };
-        let mut file = File::open(path).map_err(|error| Failure::at(path, error))?;
-        let (mut hash, mut block) = (Sha256::new(), vec![0; BLOCK]);
-        loop {
-            if stop.load(Ordering::Relaxed) {
-                return Err(Failure::Interrupted);
-            }
-            match file.read(&mut block).map_err(|error| Failure::at(path, error))? {
-                0 => return Ok(Some(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())),
-                read => {
-                    hash.update(&block[..read]);
-                    progress.add(read as u64);
-                }
-            }
+pub(crate) fn check(checkpoint: &Checkpoint, progress: bool, json: bool) -> Result<(), Failure> {
+    let shards = checkpoint.shards();
+    let record = |shard: &ShardFile| match hub::recorded(shard.path()) {
+        Some(Recorded::Sha256(sum)) => Ok(("sha256", sum)),
+        Some(Recorded::GitObject(id)) => Ok(("git", id)),
+        _ => {
+            let what = "the hub recorded no sum of it: it is neither in the hub's cache nor where \
+                        `hf download --local-dir` put it";
+            Err(Failure::at(shard.path(), what))
         }
     };
-    let sums = parallel::map(parallel::cores(), files.len(), sum)?;
+    let recorded = shards.iter().map(record).collect::<Result<Vec<_>, _>>()?;
+    let bytes = shards.iter().map(ShardFile::len).sum();
+    let progress = Progress::new("summing", bytes, progress);
+    let count = |bytes| progress.add(bytes);
+    let sums = parallel::map(parallel::cores(), shards.len(), |at| {
+        let (path, len) = (shards[at].path(), shards[at].len());
+        match recorded[at].0 {
+            "sha256" => hash::<Sha256>(path, Sha256::new(), &count),
+            // As git names a blob.
+            _ => hash(path, Sha1::new().chain_update(format!("blob {len}\0")), &count),
+        }
+    })?;
     drop(progress);
-    let checked: Vec<Checked> = (0..)
-        .zip(files.iter().zip(sums))
-        .map(|(at, (path, sha256))| Checked {
-            path: path.display().to_string(),
-            sha256,
-            recorded: sum_of(at),
+    let checked: Vec<Checked> = (shards.iter().zip(recorded).zip(sums))
+        .map(|((shard, (kind, recorded)), sum)| Checked {
+            path: shard.path().display().to_string(),
+            kind,
+            sum,
+            recorded,
         })
         .collect();
-    let bad = checked.iter().filter(|file| file.sha256 != file.recorded).collect::<Vec<_>>();
+    let bad: Vec<&Checked> = checked.iter().filter(|file| file.sum != file.recorded).collect();
     if let Some(first) = bad.first() {
-        let others = match bad.len() - 1 {
-            0 => String::new(),
-            others => format!("; {others} others differ too"),
+        let others: Vec<&str> = bad[1..].iter().map(|file| &*file.path).collect();
+        let others = match others.is_empty() {
+            true => String::new(),
+            false => format!("; and so are {}", others.join(", ")),
         };
+        let Checked { path, kind, sum, recorded } = first;
         let what = format!(
-            "has the SHA-256 {}, and the hub recorded {}: it is damaged, download it again{others}",
-            first.sha256.as_deref().unwrap_or_default(),
-            first.recorded.as_deref().unwrap_or_default()
+            "is damaged: its {kind} sum is {sum}, and the hub recorded {recorded}; remove it and download \
+             it again{others}"
         );
-        return Err(Failure::at(Path::new(&first.path), what));
+        return Err(Failure::at(Path::new(path), what));
     }
     if json {
         return text::print_json(&Report { files: checked }).map_err(Failure::output);
     }
-    let line = |file: &Checked| match &file.sha256 {
-        Some(sum) => format!("{sum}  {}\n", visible(&file.path)),
-        None => format!("# no SHA-256 was recorded of {}\n", visible(&file.path)),
-    };
+    let line = |file: &Checked| format!("{}  {}\n", file.sum, visible(&file.path));
     let mut out: String = checked.iter().map(line).collect();
     if !text::is_quiet() {
-        let good = checked.iter().filter(|file| file.sha256.is_some()).count() as u64;
-        let good = format!(
-            "# {}, as the hub has {}",
-            counted(good, "file"),
-            if good == 1 { "it" } else { "them" }
-        );
-        out += &format!("{}\n", styled(GOOD, good));
+        let files = counted(checked.len() as u64, "file");
+        out += &format!("{}\n", styled(GOOD, format!("# {files} as the hub recorded")));
     }
     text::print(&out).map_err(Failure::output)
+}
+
+/// The sum of a whole file, in hexadecimal.
+fn hash<D: Digest>(path: &Path, mut hash: D, count: &dyn Fn(u64)) -> Result<String, Failure> {
+    let stop = interrupt::flag();
+    let mut file = File::open(path).map_err(|error| Failure::at(path, error))?;
+    let mut block = vec![0; BLOCK];
+    loop {
+        if stop.load(Ordering::Relaxed) {
+            return Err(Failure::Interrupted);
+        }
+        match file.read(&mut block).map_err(|error| Failure::at(path, error))? {
+            0 => return Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()),
+            read => {
+                hash.update(&block[..read]);
+                count(read as u64);
+            }
+        }
+    }
 }

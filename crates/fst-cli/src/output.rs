@@ -1,6 +1,6 @@
 //! Files that commands write: whole or not at all.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::Path;
 
 use crate::failure::Failure;
@@ -8,7 +8,15 @@ use crate::failure::Failure;
 /// Writes `contents` to `path`. A regular file is written beside it under a temporary name first, so that
 /// a full disk leaves what was there before; a pipe or a device is written to as it is.
 pub(crate) fn write(path: &Path, contents: impl AsRef<[u8]>) -> Result<(), Failure> {
-    write_whole(path, contents.as_ref()).map_err(|error| Failure::at(path, error))
+    write_whole(path, contents.as_ref()).map_err(|error| {
+        // The name of a temporary file is nobody's business.
+        let inner = error.get_ref().and_then(|inner| inner.source()).map(ToString::to_string);
+        let hint = match error.kind() {
+            ErrorKind::NotFound => "; make its folder first",
+            _ => "",
+        };
+        Failure::at(path, format!("{}{hint}", inner.unwrap_or_else(|| error.to_string())))
+    })
 }
 
 /// Links that are followed, as many as Linux follows.

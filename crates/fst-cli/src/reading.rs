@@ -5,7 +5,7 @@ use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use fst::{CancelToken, Checkpoint, Error, Loader, Notice, OpenOptions, TensorInfo};
+use fst::{CancelToken, Checkpoint, Error, Loader, Notice, OpenOptions, TensorInfo, VerifyError};
 
 use crate::args::{Reading, Select};
 use crate::failure::Failure;
@@ -107,6 +107,11 @@ pub(crate) fn failure(paths: &[PathBuf], checkpoint: &Checkpoint, error: &Error)
             text::bytes(*needed),
             text::bytes(*available)
         ),
+        Error::Verify(VerifyError::Mismatch { tensor, .. }) => {
+            let file = checkpoint.get(tensor).map(|info| info.path().display().to_string());
+            let file = file.unwrap_or_default();
+            format!("{file}: {error}; fst sum tells which others differ")
+        }
         error => error.to_string(),
     };
     let about = |path: &Path| message.starts_with(&format!("{}: ", path.display()));

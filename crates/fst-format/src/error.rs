@@ -324,10 +324,15 @@ pub enum Error {
     #[error("no checkpoint path given")]
     NoPaths,
     /// The folder holds no checkpoint.
-    #[error("{}: folder holds no .safetensors file and no .safetensors.index.json", folder.display())]
+    #[error(
+        "{}: folder holds no .safetensors file and no .safetensors.index.json{}",
+        folder.display(), Others(others)
+    )]
     NoCheckpoint {
         /// The folder.
         folder: PathBuf,
+        /// Some of its files that hold weights in other formats.
+        others: Vec<String>,
     },
     /// The folder holds files that are not one checkpoint; the caller has to choose.
     #[error(
@@ -460,6 +465,18 @@ pub enum Error {
         /// The shard that comes second.
         second: PathBuf,
     },
+}
+
+/// What a folder holds instead.
+struct Others<'a>(&'a [String]);
+
+impl fmt::Display for Others<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            [] => Ok(()),
+            others => write!(f, "; it holds {}, which are not safetensors", others.join(", ")),
+        }
+    }
 }
 
 /// What there is to choose from.

@@ -15,6 +15,7 @@
 //! Anything else is refused with a list of what is there: merging unrelated files would load weights
 //! that nobody asked for.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::path::{Component, Path, PathBuf};
@@ -89,6 +90,15 @@ fn snapshot(folder: &Path) -> Result<Option<PathBuf>, Error> {
     }
 }
 
+/// How many files of other formats are named.
+const OTHERS: usize = 3;
+
+/// Whether a file holds weights in another format, or a part of a download, by its name.
+fn is_other(name: &str) -> bool {
+    let ends = [".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".incomplete"];
+    ends.iter().any(|end| name.ends_with(end))
+}
+
 fn is_hidden(name: &OsStr) -> bool {
     name.as_encoded_bytes().starts_with(b".")
 }
@@ -110,6 +120,8 @@ struct Candidate {
 /// Rules 3 to 5, on the sorted names of a folder. Names need not be UTF-8; those of numbered sets and
 /// indices are.
 fn choose_among(folder: &Path, names: Vec<OsString>) -> Result<Choice, Error> {
+    let others = names.iter().map(|name| name.to_string_lossy()).filter(|name| is_other(name));
+    let others: Vec<String> = others.take(OTHERS).map(Cow::into_owned).collect();
     let candidates = candidates(names);
     let choices = |rank: fn(&Candidate) -> bool| {
         candidates.values().filter(move |candidate| rank(candidate)).collect::<Vec<_>>()
@@ -125,7 +137,7 @@ fn choose_among(folder: &Path, names: Vec<OsString>) -> Result<Choice, Error> {
     let sets = choices(|candidate| !candidate.sets.is_empty());
     let singles = choices(|candidate| candidate.single.is_some());
     match (&indices[..], &sets[..], &singles[..]) {
-        ([], [], []) => Err(Error::NoCheckpoint { folder: folder.to_owned() }),
+        ([], [], []) => Err(Error::NoCheckpoint { folder: folder.to_owned(), others }),
         ([], [Candidate { sets, single: None, .. }], _) if sets.len() == 1 => {
             let Some((&of, files)) = sets.first_key_value() else { return ambiguous() };
             match complete(of, files) {
@@ -291,6 +303,12 @@ mod tests {
         let index = "diffusion.safetensors.index.json";
         assert_eq!(among(&["a.safetensors", index, "b.safetensors"]).unwrap(), [index]);
         assert!(matches!(among(&["config.json"]), Err(Error::NoCheckpoint { .. })));
+        let error = among(&["config.json", "model.gguf", "pytorch_model.bin"]).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .ends_with("; it holds model.gguf, pytorch_model.bin, which are not safetensors")
+        );
         // An index of another format says nothing about safetensors files.
         assert!(matches!(
             among(&["pytorch_model.bin.index.json"]),

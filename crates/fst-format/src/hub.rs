@@ -42,7 +42,7 @@ fn expanded(path: PathBuf, home: Option<OsString>) -> PathBuf {
     }
 }
 
-/// The folder in `cache` of the model with this id, `org/name`, whether it is there or not; `None` for
+/// The folder in `cache` of the model with this id, `org/name` or an old `name`, whether it is there or not; `None` for
 /// what is no id. [`Checkpoint::open`](crate::Checkpoint::open) opens its current snapshot.
 #[must_use]
 pub fn folder(cache: &Path, id: &str) -> Option<PathBuf> {
@@ -52,8 +52,13 @@ pub fn folder(cache: &Path, id: &str) -> Option<PathBuf> {
             && part.chars().all(inside)
             && !part.contains("--")
     };
-    let (org, name) = id.split_once('/')?;
-    (sound(org) && sound(name)).then(|| cache.join(format!("models--{org}--{name}")))
+    match id.split_once('/') {
+        Some((org, name)) if sound(org) && sound(name) => {
+            Some(cache.join(format!("models--{org}--{name}")))
+        }
+        None if sound(id) => Some(cache.join(format!("models--{id}"))),
+        _ => None,
+    }
 }
 
 /// What the hub recorded of the file at `path`: the name of the blob that it links to, in the cache; or
@@ -95,9 +100,8 @@ mod tests {
         let cache = Path::new("/c");
         let found = folder(cache, "meta-llama/Llama-2-7b.hf").unwrap();
         assert_eq!(found, Path::new("/c/models--meta-llama--Llama-2-7b.hf"));
-        for other in
-            ["", "gpt2", "a/", "/a", "a/b/c", "../a", "a/..", "./a", "a--b/c", "a/b c", "~/a"]
-        {
+        assert_eq!(folder(cache, "gpt2").unwrap(), Path::new("/c/models--gpt2"));
+        for other in ["", "a/", "/a", "a/b/c", "../a", "a/..", "./a", "a--b/c", "a/b c", "~/a"] {
             assert_eq!(folder(cache, other), None, "{other}");
         }
     }

@@ -169,7 +169,8 @@ pub enum Error {
     /// The reader waits for memory that the tensors handed out so far hold.
     #[error(
         "nothing could be read for {:.1} s: tensors that are still held fill the memory budget of \
-         {budget} bytes; drop some",
+         {budget} bytes, or tensors that were read and nobody took: drop or take some, ask for them in \
+         the order of the files, or allow more",
         waited.as_secs_f64()
     )]
     Stalled {

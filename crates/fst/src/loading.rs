@@ -48,7 +48,7 @@ const SHORTEST_TICK: Duration = Duration::from_millis(1);
 /// A load that goes on in the background; see [`Loader::start`].
 ///
 /// Tensors are read in the order of the files, except that one that somebody waits for is read before all
-/// others. Clones are handles of one load, for any thread. When the last of them is dropped the load
+/// others, unless there is a [budget](Loader::memory_budget). Clones are handles of one load, for any thread. When the last of them is dropped the load
 /// ends; tensors that were handed out stay.
 ///
 /// ```no_run
@@ -517,8 +517,10 @@ impl fmt::Debug for Loading {
 impl Loader {
     /// Starts loading the selected tensors in the background, and returns at once: they are there to
     /// [get](Loading::get) by name, in any order and from any thread, while later ones are read. Without
-    /// a [budget](Self::memory_budget) all of them are read, whether somebody asks for them or not; with
-    /// one, reading stops where tensors that nobody takes fill it.
+    /// a [budget](Self::memory_budget) all of them are read, whether somebody asks for them or not. With
+    /// one, they keep to the order of the files, and reading stops where tensors that nobody took fill it:
+    /// whoever asks for a later one waits until others take these, or gets [`Error::Stalled`]. Take them by
+    /// [`next`](Loading::next), or in the order of [`planned`](Self::planned).
     ///
     /// # Errors
     ///

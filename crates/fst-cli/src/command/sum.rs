@@ -51,7 +51,7 @@ pub(crate) fn run(args: &SumArgs) -> Result<(), Failure> {
     }
     let checkpoint = reading::open_and_warn(&args.paths, &args.reading.select)?;
     if args.hub {
-        return hub::check(&args.paths, &checkpoint, !args.reading.no_progress, args.json);
+        return hub::check(&checkpoint, !args.reading.no_progress, args.json);
     }
     reading::spare(&checkpoint, &args.paths, [&args.output])?;
     let mut loader = reading::loader(&args.reading)?;
