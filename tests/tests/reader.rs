@@ -94,3 +94,31 @@ fn requests_cut_convert_and_are_checked() {
         "{error}"
     );
 }
+
+#[test]
+fn checkpoints_laid_over_others_and_renamed_load_as_they_say() {
+    let dir = tempfile::tempdir().unwrap();
+    let (below, above) =
+        (dir.path().join("below.safetensors"), dir.path().join("above.safetensors"));
+    let spec = |name, rows| (name, safetensors::Dtype::F32, vec![rows, 100]);
+    fst_tests::write(&below, &[spec("m.a", 3), spec("m.b", 4000), spec("m.c", 50)]);
+    fst_tests::write(&above, &[spec("b", 5), spec("d", 6)]);
+    let [below, above] = [below, above].map(|path| Checkpoint::open(path).unwrap());
+    let plain =
+        below.renamed(|tensor| tensor.name().strip_prefix("m.").map(str::to_owned)).unwrap();
+    let [under, over] = [&below, &above].map(|checkpoint| Loader::new().load(checkpoint).unwrap());
+    let both = plain.overlay(&above);
+    let loading = Loader::new().start(&both).unwrap();
+    let reader = Loader::new().reader(&both);
+    let loaded = Loader::new().load(&both).unwrap();
+    assert_eq!(loaded.len(), 4);
+    for (name, from, source) in
+        [("a", &under, "m.a"), ("b", &over, "b"), ("c", &under, "m.c"), ("d", &over, "d")]
+    {
+        let want = from.get(source).unwrap().bytes().unwrap();
+        assert!(loaded.get(name).unwrap().bytes().unwrap() == want, "{name}");
+        assert!(loading.take(name).unwrap().bytes().unwrap() == want, "{name}");
+        assert!(reader.tensor(name).unwrap().bytes().unwrap() == want, "{name}");
+    }
+    assert!(Loader::new().select("m.*").load(&both).is_err());
+}

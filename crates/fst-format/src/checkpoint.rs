@@ -1,7 +1,7 @@
 //! Checkpoints: one table of all tensors over one or many files.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::io;
 use std::ops::Range;
@@ -21,18 +21,18 @@ use crate::{Dtype, Error, Header, HeaderTensor, Metadata};
 /// A clone shares everything.
 #[derive(Clone)]
 pub struct Checkpoint {
-    inner: Arc<Inner>,
+    pub(crate) inner: Arc<Inner>,
 }
 
-struct Inner {
-    files: Arc<Files>,
-    tensors: Vec<TensorInfo>,
+pub(crate) struct Inner {
+    pub(crate) files: Arc<Files>,
+    pub(crate) tensors: Vec<TensorInfo>,
     /// Positions in `tensors`; not needed for one shard, whose header has its own.
-    by_name: Option<NameTable>,
-    metadata: Metadata,
-    byte_len: u64,
-    open_time: Duration,
-    notices: Vec<Notice>,
+    pub(crate) by_name: Option<NameTable>,
+    pub(crate) metadata: Metadata,
+    pub(crate) byte_len: u64,
+    pub(crate) open_time: Duration,
+    pub(crate) notices: Vec<Notice>,
 }
 
 /// How a checkpoint is opened.
@@ -150,8 +150,10 @@ pub enum Notice {
 }
 
 /// What tensors refer to.
-struct Files {
-    shards: Vec<Shard>,
+pub(crate) struct Files {
+    pub(crate) shards: Vec<Shard>,
+    /// Names that differ from those of the headers, by shard and place in its header.
+    pub(crate) names: HashMap<(u32, u32), Box<str>>,
 }
 
 impl Checkpoint {
@@ -204,7 +206,7 @@ impl Checkpoint {
         for (position, index) in indices.iter().enumerate() {
             index.check(position, &shards, &mut left_out, &mut missing, &mut notices)?;
         }
-        let files = Arc::new(Files { shards });
+        let files = Arc::new(Files { shards, names: HashMap::new() });
         let shards = &files.shards;
         let mut tensors = Vec::with_capacity(shards.iter().map(|s| s.header.len()).sum());
         for (shard, (file, left_out)) in shards.iter().zip(&left_out).enumerate() {
@@ -343,11 +345,12 @@ impl fmt::Debug for Checkpoint {
     }
 }
 
-/// One file of a checkpoint.
+/// One file of a checkpoint. Cheap to clone.
+#[derive(Clone)]
 pub struct Shard {
     pub(crate) path: PathBuf,
     pub(crate) file_metadata: std::fs::Metadata,
-    pub(crate) header: Header,
+    pub(crate) header: Arc<Header>,
 }
 
 impl Shard {
@@ -408,9 +411,9 @@ impl fmt::Debug for Shard {
 /// valid when the checkpoint is gone.
 #[derive(Clone)]
 pub struct TensorInfo {
-    files: Arc<Files>,
-    shard: u32,
-    index: u32,
+    pub(crate) files: Arc<Files>,
+    pub(crate) shard: u32,
+    pub(crate) index: u32,
 }
 
 impl TensorInfo {
@@ -418,9 +421,15 @@ impl TensorInfo {
         self.files.shards[self.shard as usize].header.entry_at(self.index as usize)
     }
 
-    /// Its name.
+    /// Its name: that in the file, unless the checkpoint was [renamed](Checkpoint::renamed).
     #[must_use]
     pub fn name(&self) -> &str {
+        let names = &self.files.names;
+        if !names.is_empty()
+            && let Some(name) = names.get(&(self.shard, self.index))
+        {
+            return name;
+        }
         self.entry().name()
     }
 

@@ -465,6 +465,12 @@ pub enum Error {
         /// The shard that comes second.
         second: PathBuf,
     },
+    /// Two tensors of a renamed checkpoint would have one name.
+    #[error("two tensors would be named {name:?}")]
+    RepeatedName {
+        /// The name.
+        name: String,
+    },
 }
 
 /// What a folder holds instead.

@@ -43,6 +43,7 @@ mod index;
 mod json;
 mod metadata;
 mod names;
+mod overlay;
 mod reading;
 mod scan;
 mod slice;

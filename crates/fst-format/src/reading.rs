@@ -108,7 +108,7 @@ impl HeaderReader {
                 Decoded::Header(header) => break header,
             }
         };
-        Ok(Shard { path: path.to_owned(), file_metadata, header })
+        Ok(Shard { path: path.to_owned(), file_metadata, header: header.into() })
     }
 }
 

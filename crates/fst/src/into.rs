@@ -317,8 +317,37 @@ impl Loader {
                 ways.sort(item, file, &files[file as usize], align, memory);
             }
         }
-        let load = Reads::new(ways, align).map_err(|e| locate(e, &items))?;
+        self.fill(&items, &files, ways, align, began, &|_, _| Ok(()), &mut report)?;
+        if let Some(manifest) = &self.manifest {
+            let named = items.iter().zip(&memory).map(|(item, memory)| {
+                let (start, len) = (memory.as_ptr().cast::<u8>(), memory.len());
+                // SAFETY: the reads succeeded, and with them every byte was written.
+                (item.info.name(), unsafe { std::slice::from_raw_parts(start, len) })
+            });
+            let hashed = Hashed::default();
+            verify_all(manifest, &hashed, &named.collect::<Vec<_>>())?;
+            hashed.report(&mut report);
+        }
+        Ok(report)
+    }
+
+    /// Reads `items` out of `files` by the ways that they were sorted into; see [`Reads::run`] for `landed`.
+    /// Planning has been going on since `began`.
+    #[allow(clippy::too_many_arguments, reason = "what two kinds of load have in common")]
+    pub(crate) fn fill(
+        &self,
+        items: &[Item],
+        files: &[SourceFile],
+        ways: Ways<'_>,
+        align: u64,
+        began: Instant,
+        landed: OnFilled<'_>,
+        report: &mut LoadReport,
+    ) -> Result<()> {
+        let load = Reads::new(ways, align).map_err(|e| locate(e, items))?;
         available::check(!self.unchecked && load.uses_scratch(), SCRATCH)?;
+        report.tensors = items.len();
+        report.bytes = items.iter().map(Item::len).sum();
         report.push("plan", began.elapsed(), 0);
 
         let began = Instant::now();
@@ -331,21 +360,11 @@ impl Loader {
             elapsed: began.elapsed(),
         };
         let reads = self.watched(&watch, &progress, || {
-            load.run(&files, &self.read, &watch, &|_, _| Ok(())).map_err(|e| locate(e, &items))
+            load.run(files, &self.read, &watch, landed).map_err(|e| locate(e, items))
         })?;
         report.push("read", began.elapsed(), bytes_total);
         report.add_reads(&reads);
-        if let Some(manifest) = &self.manifest {
-            let named = items.iter().zip(&memory).map(|(item, memory)| {
-                let (start, len) = (memory.as_ptr().cast::<u8>(), memory.len());
-                // SAFETY: the reads succeeded, and with them every byte was written.
-                (item.info.name(), unsafe { std::slice::from_raw_parts(start, len) })
-            });
-            let hashed = Hashed::default();
-            verify_all(manifest, &hashed, &named.collect::<Vec<_>>())?;
-            hashed.report(&mut report);
-        }
-        Ok(report)
+        Ok(())
     }
 
     /// The destination of `item` is not where this loader loads to.
@@ -442,14 +461,14 @@ impl Loader {
 }
 
 /// The reads of one load, one after the other.
-pub(crate) struct Reads<'d> {
+struct Reads<'d> {
     aligned: (ReadPlan, Vec<(usize, Memory<'d>)>),
     cached: (ReadPlan, Vec<(usize, Memory<'d>)>),
     scratch: (TransformPlan, Vec<(usize, Memory<'d>)>),
 }
 
 impl<'d> Reads<'d> {
-    pub(crate) fn new(ways: Ways<'d>, align: u64) -> Result<Self, fst_io::Error> {
+    fn new(ways: Ways<'d>, align: u64) -> Result<Self, fst_io::Error> {
         // Every extent is a segment of its own, for each has its own memory.
         let apart = Limits { align, gap: 0, segment: 1, ..Limits::default() };
         let (extents, memory) = ways.aligned.into_iter().unzip();
@@ -464,18 +483,18 @@ impl<'d> Reads<'d> {
     }
 
     /// Whether scratch memory is used.
-    pub(crate) fn uses_scratch(&self) -> bool {
+    fn uses_scratch(&self) -> bool {
         !self.scratch.1.is_empty()
     }
 
-    pub(crate) fn bytes_read(&self) -> u64 {
+    fn bytes_read(&self) -> u64 {
         let plans = [&self.aligned.0, &self.cached.0, &self.scratch.0.plan];
         plans.into_iter().map(ReadPlan::bytes_read).sum()
     }
 
     /// Reads everything. `landed` is told of bytes of the file that are in place, with the number of the
     /// item that they are of: once it was told of all, nothing touches the item's memory any more.
-    pub(crate) fn run(
+    fn run(
         self,
         files: &[SourceFile],
         options: &ReadOptions,

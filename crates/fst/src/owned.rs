@@ -11,14 +11,12 @@ use fst_io::SourceFile;
 use fst_io::plan::Limits;
 use fst_io::sink::SinkError;
 
-use crate::available;
 use crate::error::{Error, Result};
-use crate::host::{SCRATCH, Watch, locate, open_files};
-use crate::into::{Memory, Reads, Ways};
+use crate::host::{from_sink, open_files};
+use crate::into::{Memory, Ways};
 use crate::load::resolve_engine;
 use crate::loader::Loader;
 use crate::options::Item;
-use crate::progress::Progress;
 use crate::report::LoadReport;
 use crate::request::Planned;
 
@@ -162,21 +160,6 @@ impl Loader {
             let (memory, missing) = (Mutex::new(Some(owner)), AtomicU64::new(item.source_len()));
             coming.push(Coming { planned, memory, missing });
         }
-        let load = Reads::new(ways, align).map_err(|e| locate(e, &items))?;
-        available::check(!self.unchecked && load.uses_scratch(), SCRATCH)?;
-        report.tensors = items.len();
-        report.bytes = items.iter().map(Item::len).sum();
-        report.push("plan", began.elapsed(), 0);
-
-        let began = Instant::now();
-        let bytes_total = load.bytes_read();
-        let watch = Watch::new(self.cancel.flag());
-        let progress = |bytes_done| Progress {
-            bytes_done,
-            bytes_total,
-            tensors_total: items.len(),
-            elapsed: began.elapsed(),
-        };
         let hand_back = |one: &Coming<M>| -> Result<(), SinkError> {
             let memory = one.memory.lock().unwrap_or_else(|e| e.into_inner()).take();
             let Some(memory) = memory else { return Ok(()) };
@@ -193,14 +176,10 @@ impl Loader {
             Some(one) if one.missing.fetch_sub(bytes, AcqRel) == bytes => hand_back(one),
             _ => Ok(()),
         };
-        let reads = self.watched(&watch, &progress, || {
-            for one in coming.iter().filter(|one| one.planned.bytes == 0) {
-                hand_back(one).map_err(crate::host::from_sink)?;
-            }
-            load.run(&files, &self.read, &watch, &arrived).map_err(|e| locate(e, &items))
-        })?;
-        report.push("read", began.elapsed(), bytes_total);
-        report.add_reads(&reads);
+        for one in coming.iter().filter(|one| one.planned.bytes == 0) {
+            hand_back(one).map_err(from_sink)?;
+        }
+        self.fill(&items, &files, ways, align, began, &arrived, &mut report)?;
         Ok(report)
     }
 }
