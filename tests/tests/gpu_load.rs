@@ -302,6 +302,34 @@ fn only_the_last_owner_exports_for_writing() {
     assert!(all.iter().zip(&before).all(|(tensor, bytes)| tensor.bytes().unwrap() == bytes));
 }
 
+/// Also elements that DLPack has no code for, and to whatever takes an owner of bytes.
+#[test]
+fn bytes_are_handed_over_whatever_they_are_elements_of() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("packed.safetensors");
+    let header = r#"{"f4":{"dtype":"F4","shape":[3,4],"data_offsets":[0,6]}}"#;
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend_from_slice(header.as_bytes());
+    file.extend_from_slice(&[1, 2, 3, 4, 5, 6]);
+    std::fs::write(&path, file).unwrap();
+    let checkpoint = open(&[path]);
+    let _sim = machine();
+    for device in [Device::host(), Device::cuda(0).unwrap()] {
+        let tensors = Loader::new().device(device).load(&checkpoint).unwrap();
+        let tensor = tensors.into_iter().next().unwrap();
+        assert!(tensor.dlpack().is_err());
+        let source = tensor.dlpack_bytes().unwrap();
+        assert_eq!((&*source.shape, source.dtype.bits), (&[6][..], 8));
+        assert!(tensor.clone().into_dlpack_bytes().is_err());
+        drop(source);
+        let bytes = tensor.clone().into_bytes().unwrap();
+        let owned: Box<dyn AsRef<[u8]> + Send + Sync> = Box::new(bytes);
+        assert_eq!(owned.as_ref().as_ref(), [1, 2, 3, 4, 5, 6]);
+        drop(owned);
+        assert_eq!(tensor.into_dlpack_bytes().unwrap().shape, [6]);
+    }
+}
+
 #[test]
 fn cufile_loads_what_the_pipeline_loads() {
     let dir = tempfile::tempdir().unwrap();

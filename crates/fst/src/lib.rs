@@ -93,7 +93,7 @@ pub use report::{LoadReport, RankReport, Stage};
 pub use request::{Planned, Request};
 pub use session::Reader;
 pub use stream::TensorStream;
-pub use tensor::{Tensor, Tensors};
+pub use tensor::{Tensor, TensorBytes, Tensors};
 
 /// The layer below, for pipelines of one's own: headers, checkpoints, slices, writing.
 pub use fst_format as format;

@@ -210,6 +210,38 @@ impl Tensor {
         self.clone().export()
     }
 
+    /// As [`dlpack`](Self::dlpack), but of its bytes: one dimension of `uint8`, for elements that DLPack's
+    /// consumers do not know, such as packed ones of fewer than 8 bits.
+    ///
+    /// # Errors
+    ///
+    /// None today.
+    pub fn dlpack_bytes(&self) -> Result<DlSource> {
+        let bytes = self.byte_len() as i64;
+        self.clone().export_as(DlDataType::new(DlDataType::UINT, 8), vec![bytes])
+    }
+
+    /// As [`into_dlpack`](Self::into_dlpack), of its [bytes](Self::dlpack_bytes).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotWritable`] as for [`into_dlpack`](Self::into_dlpack).
+    pub fn into_dlpack_bytes(mut self) -> Result<DlSource> {
+        self.check_writable()?;
+        let bytes = self.byte_len() as i64;
+        self.export_as(DlDataType::new(DlDataType::UINT, 8), vec![bytes])
+    }
+
+    /// The tensor's bytes as a value of its own, which keeps them alive: for what takes any owner of bytes,
+    /// such as `bytes::Bytes::from_owner`. Copied to the host if they are on a device.
+    ///
+    /// # Errors
+    ///
+    /// As for [`to_host`](Self::to_host).
+    pub fn into_bytes(self) -> Result<TensorBytes> {
+        self.to_host().map(TensorBytes)
+    }
+
     /// Hands the tensor over to whoever takes the export, without a copy, who may write to it
     /// ([`Writes::Allowed`](fst_gpu::dlpack::Writes)): nobody else can look at its elements any more.
     /// Other tensors of the arena are not affected.
@@ -219,18 +251,31 @@ impl Tensor {
     /// [`Error::NotWritable`] when a clone, a view or another export of it lives, or when it is
     /// [mapped](crate::Loader::map); otherwise as for [`dlpack`](Self::dlpack).
     pub fn into_dlpack(mut self) -> Result<DlSource> {
+        self.check_writable()?;
+        self.export()
+    }
+
+    /// Refuses to let anyone write to what others look at.
+    fn check_writable(&mut self) -> Result<()> {
         let reason = if self.is_mapped() {
             "its bytes are those of a file; load it instead of mapping it"
         } else if Arc::get_mut(&mut self.owners).is_none() {
             "a clone, a view or another export of it is in use; drop these first"
         } else {
-            return self.export();
+            return Ok(());
         };
         Err(Error::NotWritable { tensor: self.name().to_owned(), reason })
     }
 
     /// An export that owns `self`.
     fn export(self) -> Result<DlSource> {
+        let dtype = dl_dtype(self.dtype)
+            .ok_or(DeviceError::NoCounterpart { dtype: self.dtype, as_what: "DLPack" })?;
+        let shape = self.shape().iter().map(|dim| *dim as i64).collect();
+        self.export_as(dtype, shape)
+    }
+
+    fn export_as(self, dtype: DlDataType, shape: Vec<i64>) -> Result<DlSource> {
         let (address, device) = match &self.data {
             Data::Host(piece) => {
                 (piece.address().map_or(0, |address| address.as_ptr() as u64), DlDevice::CPU)
@@ -241,9 +286,6 @@ impl Tensor {
                 (arena.address() + offset, DlDevice::cuda(arena.device().ordinal()))
             }
         };
-        let dtype = dl_dtype(self.dtype)
-            .ok_or(DeviceError::NoCounterpart { dtype: self.dtype, as_what: "DLPack" })?;
-        let shape = self.shape().iter().map(|dim| *dim as i64).collect();
         Ok(DlSource { owner: Arc::new(self), address, device, dtype, shape })
     }
 
@@ -273,6 +315,17 @@ impl Tensor {
             .ok()
             .filter(|_| cfg!(target_endian = "little") || size_of::<T>() == 1)
             .ok_or_else(|| Error::Misaligned { tensor: self.name().to_owned(), dtype: self.dtype })
+    }
+}
+
+/// The bytes of a tensor in host memory, which live as long as this value; see [`Tensor::into_bytes`].
+#[derive(Debug, Clone)]
+pub struct TensorBytes(Tensor);
+
+impl AsRef<[u8]> for TensorBytes {
+    fn as_ref(&self) -> &[u8] {
+        // It is on the host.
+        self.0.bytes().unwrap_or_default()
     }
 }
 
