@@ -37,6 +37,17 @@ pub(crate) struct Figures {
     pub(crate) block_bytes: u64,
     /// How bytes got to a device; null on the host, and where ranks traded them.
     pub(crate) device_copy: Option<CopyFigures>,
+    /// How fast fresh host memory came; null where nobody looked.
+    pub(crate) first_touch: Option<TouchFigures>,
+}
+
+/// Rates of one thread's first touch of fresh memory.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct TouchFigures {
+    pub(crate) huge_gb_per_s: f64,
+    /// Null where small pages were not tried.
+    pub(crate) small_gb_per_s: Option<f64>,
+    pub(crate) takes_small: bool,
 }
 
 /// Which way bytes took to a device.
@@ -91,6 +102,11 @@ impl Figures {
             depth: report.depth,
             block_bytes: report.block_bytes,
             device_copy: report.device_copy.as_ref().map(CopyFigures::of),
+            first_touch: report.first_touch.map(|touch| TouchFigures {
+                huge_gb_per_s: touch.huge / 1e9,
+                small_gb_per_s: touch.small.map(|rate| rate / 1e9),
+                takes_small: touch.takes_small,
+            }),
         }
     }
 

@@ -1,17 +1,20 @@
 //! Host memory for checkpoints: large, aligned, on huge pages.
 //!
 //! Faulting fresh 4 KiB pages costs more than reading the bytes from a fast device does, so
-//! buffers start at 2 MiB boundaries and ask for huge pages (`MADV_HUGEPAGE`).
+//! buffers start at 2 MiB boundaries and ask for huge pages (`MADV_HUGEPAGE`), unless those come
+//! [slower](crate::touch).
 
 use std::io;
 use std::ops::{Deref, Range};
 use std::ptr::NonNull;
 use std::slice;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use crate::budget::Lease;
 use crate::error::Error;
 use crate::sys::{self, Anonymous};
+use crate::touch;
 
 /// Size and alignment of a huge page on the machines that matter (x86-64, AArch64 with 4 KiB
 /// pages), in bytes.
@@ -22,6 +25,8 @@ pub const HUGE_PAGE: usize = 2 << 20;
 pub struct HostBuffer {
     map: Option<Arc<Anonymous>>,
     len: usize,
+    /// For each [region](touch::REGION) of fresh memory, whether the kind of its pages was chosen.
+    prepared: Box<[AtomicBool]>,
     /// Declared behind the mapping, so that the bytes are back in the budget only once the memory
     /// is back with the system.
     lease: Option<Lease>,
@@ -49,7 +54,7 @@ impl HostBuffer {
 
     fn with(len: usize, lease: Option<Lease>) -> Result<Self, Error> {
         if len == 0 {
-            return Ok(Self { map: None, len, lease });
+            return Ok(Self { map: None, len, prepared: Box::default(), lease });
         }
         let fail = |source| Error::Memory { bytes: len as u64, source };
         let page = sys::page_size();
@@ -57,7 +62,7 @@ impl HostBuffer {
             .checked_next_multiple_of(page)
             .ok_or_else(|| fail(io::ErrorKind::OutOfMemory.into()))?;
         if let Some(map) = lease.as_ref().and_then(|lease| lease.reused(padded)) {
-            return Ok(Self { map: Some(map), len, lease });
+            return Ok(Self { map: Some(map), len, prepared: Box::default(), lease });
         }
         let huge = padded >= HUGE_PAGE;
         let map = Anonymous::new(padded, if huge { HUGE_PAGE } else { page }).map_err(fail)?;
@@ -65,11 +70,13 @@ impl HostBuffer {
             // Without huge pages (disabled, or an old kernel) the load is slower and still right.
             let _ = map.advise(0, padded, libc::MADV_HUGEPAGE);
         }
+        let regions = if huge { len.div_ceil(touch::REGION) } else { 0 };
+        let prepared = (0..regions).map(|_| AtomicBool::new(false)).collect();
         let map = Arc::new(map);
         if let Some(lease) = &lease {
             lease.add(&map, padded);
         }
-        Ok(Self { map: Some(map), len, lease })
+        Ok(Self { map: Some(map), len, prepared, lease })
     }
 
     /// Length in bytes.
@@ -124,6 +131,22 @@ impl HostBuffer {
         inside.then(|| self.as_ptr().as_ptr().wrapping_add(range.start))
     }
 
+    /// Chooses the kind of pages that a part of the buffer gets, before the first write to it: it touches some
+    /// of them. Once for each part.
+    pub fn prepare(&self, offset: usize, len: usize) {
+        let Some(map) = self.map.as_ref().filter(|_| !self.prepared.is_empty() && len > 0) else {
+            return;
+        };
+        let last = offset.saturating_add(len - 1) / touch::REGION;
+        for region in offset / touch::REGION..=last.min(self.prepared.len().saturating_sub(1)) {
+            if !self.prepared[region].load(Relaxed) && !self.prepared[region].swap(true, Relaxed) {
+                let start = region * touch::REGION;
+                let end = (start + touch::REGION).min(map.len());
+                touch::choose(map, start..end);
+            }
+        }
+    }
+
     /// Backs a part of the buffer with memory now, as first writes would. Best effort: the range
     /// is widened to whole pages, and a refusal leaves the faults to the writers.
     pub fn populate(&self, offset: usize, len: usize) {
@@ -158,6 +181,10 @@ impl SharedBuffer {
     /// Nobody writes to the buffer from here on, whoever else may hold a reference to it; but for the
     /// only owner of a range of it, if no slice of these bytes is made any more, by [`Deref`] included.
     pub unsafe fn new(buffer: Arc<HostBuffer>) -> Self {
+        if let Some(map) = buffer.map.as_ref().filter(|_| !buffer.prepared.is_empty()) {
+            // Its memory is there: the system may join small pages in its own time.
+            let _ = map.advise(0, map.len(), libc::MADV_HUGEPAGE);
+        }
         Self(buffer)
     }
 
@@ -179,7 +206,7 @@ impl SharedBuffer {
 
     /// A buffer without bytes.
     pub fn empty() -> Self {
-        Self(Arc::new(HostBuffer { map: None, len: 0, lease: None }))
+        Self(Arc::new(HostBuffer { map: None, len: 0, prepared: Box::default(), lease: None }))
     }
 
     /// The bytes of `range`, or `None` when it lies outside. No slice is made of the other bytes, which

@@ -29,6 +29,7 @@ pub mod scratch;
 pub mod sink;
 pub mod slots;
 pub mod stats;
+pub mod touch;
 
 mod error;
 mod extent;

@@ -185,6 +185,7 @@ unsafe impl Sink for InPlace<'_> {
         let place = self.place(block)?;
         let Some(arena) = self.arenas.get(place.arena, wait)? else { return Ok(None) };
         let ptr = self.memory(block, place, &arena).ok_or_else(|| NoPlace::of(block))?;
+        arena.prepare(ptr.as_ptr() as usize - arena.as_ptr().as_ptr() as usize, block.len as usize);
         // SAFETY: see the comment on the implementation.
         let target = unsafe { self.ledger.lend(block, ptr, block.len as usize, 0) }?;
         Ok(Some(target.owned_by(arena).fresh()))

@@ -285,7 +285,8 @@ impl Anonymous {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         debug_assert!(
-            advice == libc::MADV_HUGEPAGE || advice == libc::MADV_POPULATE_WRITE,
+            [libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE, libc::MADV_POPULATE_WRITE]
+                .contains(&advice),
             "advice that throws pages away would change bytes under their readers"
         );
         // SAFETY: the range lies in this mapping, and the advice used keeps its contents.

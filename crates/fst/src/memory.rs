@@ -58,6 +58,7 @@ impl Memory for Arenas<'_> {
 
     fn populate(&self, arena: usize, range: Range<usize>) -> Result<(), SinkError> {
         if let Some(buffer) = self.get(arena, false)? {
+            buffer.prepare(range.start, range.len());
             buffer.populate(range.start, range.len());
         }
         Ok(())

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use fst_dist::ExchangeReport;
 use fst_io::stats::{self, Event};
+use fst_io::touch::{self, FirstTouch};
 use fst_io::{ReadStats, ResolvedEngine, SourceFile};
 
 use crate::cached::DeviceCopy;
@@ -104,6 +105,9 @@ pub struct LoadReport {
     pub rank: Option<RankReport>,
     /// How bytes got to a CUDA device, unless cuFile brought them.
     pub device_copy: Option<DeviceCopy>,
+    /// How fast fresh host memory came when this process last looked, and whether small pages were taken for
+    /// that; `None` where no load into host memory was large enough to look.
+    pub first_touch: Option<FirstTouch>,
     /// Where in `files` those of the next read begin.
     first_file: usize,
 }
@@ -155,6 +159,7 @@ impl LoadReport {
             first_file: 0,
             rank: None,
             device_copy: None,
+            first_touch: None,
         }
     }
 
@@ -192,6 +197,9 @@ impl LoadReport {
     /// Adds what the readers did, one read after the other, as parts of the stage `read`, which is
     /// the last that was added.
     pub(crate) fn add_reads(&mut self, reads: &[ReadStats]) {
+        if self.device.is_host() {
+            self.first_touch = touch::last();
+        }
         let mut began = self.seconds - self.stage("read").map_or(0.0, |stage| stage.seconds);
         let ways = stats::Stage::ALL.map(|way| match way {
             stats::Stage::Direct => "read.direct",

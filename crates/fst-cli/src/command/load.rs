@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use crate::args::LoadArgs;
 use crate::failure::Failure;
-use crate::figures::{CopyFigures, Figures};
+use crate::figures::{CopyFigures, Figures, TouchFigures};
 use crate::interrupt::{self, TemporaryFolder};
 use crate::progress::Progress;
 use crate::ranks;
@@ -272,6 +272,17 @@ fn render(args: &LoadArgs, report: &LoadReport, figures: &Figures, paths: &[Path
     facts.row(["read".into(), bytes_read(report)]);
     if let Some(resident) = report.resident_bytes {
         facts.row(["cached".into(), share(resident, report.file_bytes)]);
+    }
+    if let Some(TouchFigures { huge_gb_per_s, small_gb_per_s: Some(small), takes_small: true }) =
+        figures.first_touch
+    {
+        let (huge, small) = (text::rate(huge_gb_per_s), text::rate(small));
+        facts.row([
+            "memory".into(),
+            format!(
+                "in small pages: fresh ones come at {small} a thread here, huge ones at {huge}"
+            ),
+        ]);
     }
     if let Some(copy) = &figures.device_copy {
         facts.row(["copied".into(), copied(copy)]);
