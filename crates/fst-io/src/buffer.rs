@@ -27,6 +27,8 @@ pub struct HostBuffer {
     len: usize,
     /// For each [region](touch::REGION) of fresh memory, whether the kind of its pages was chosen.
     prepared: Box<[AtomicBool]>,
+    /// Whether some of its pages were chosen to be small.
+    small_pages: AtomicBool,
     /// Declared behind the mapping, so that the bytes are back in the budget only once the memory
     /// is back with the system.
     lease: Option<Lease>,
@@ -54,7 +56,13 @@ impl HostBuffer {
 
     fn with(len: usize, lease: Option<Lease>) -> Result<Self, Error> {
         if len == 0 {
-            return Ok(Self { map: None, len, prepared: Box::default(), lease });
+            return Ok(Self {
+                map: None,
+                len,
+                prepared: Box::default(),
+                small_pages: false.into(),
+                lease,
+            });
         }
         let fail = |source| Error::Memory { bytes: len as u64, source };
         let page = sys::page_size();
@@ -62,7 +70,13 @@ impl HostBuffer {
             .checked_next_multiple_of(page)
             .ok_or_else(|| fail(io::ErrorKind::OutOfMemory.into()))?;
         if let Some(map) = lease.as_ref().and_then(|lease| lease.reused(padded)) {
-            return Ok(Self { map: Some(map), len, prepared: Box::default(), lease });
+            return Ok(Self {
+                map: Some(map),
+                len,
+                prepared: Box::default(),
+                small_pages: false.into(),
+                lease,
+            });
         }
         let huge = padded >= HUGE_PAGE;
         let map = Anonymous::new(padded, if huge { HUGE_PAGE } else { page }).map_err(fail)?;
@@ -76,7 +90,7 @@ impl HostBuffer {
         if let Some(lease) = &lease {
             lease.add(&map, padded);
         }
-        Ok(Self { map: Some(map), len, prepared, lease })
+        Ok(Self { map: Some(map), len, prepared, small_pages: false.into(), lease })
     }
 
     /// Length in bytes.
@@ -142,7 +156,9 @@ impl HostBuffer {
             if !self.prepared[region].load(Relaxed) && !self.prepared[region].swap(true, Relaxed) {
                 let start = region * touch::REGION;
                 let end = (start + touch::REGION).min(map.len());
-                touch::choose(map, start..end);
+                if touch::choose(map, start..end) {
+                    self.small_pages.store(true, Relaxed);
+                }
             }
         }
     }
@@ -181,7 +197,7 @@ impl SharedBuffer {
     /// Nobody writes to the buffer from here on, whoever else may hold a reference to it; but for the
     /// only owner of a range of it, if no slice of these bytes is made any more, by [`Deref`] included.
     pub unsafe fn new(buffer: Arc<HostBuffer>) -> Self {
-        if let Some(map) = buffer.map.as_ref().filter(|_| !buffer.prepared.is_empty()) {
+        if let Some(map) = buffer.map.as_ref().filter(|_| buffer.small_pages.load(Relaxed)) {
             // Its memory is there: the system may join small pages in its own time.
             let _ = map.advise(0, map.len(), libc::MADV_HUGEPAGE);
         }
@@ -206,7 +222,13 @@ impl SharedBuffer {
 
     /// A buffer without bytes.
     pub fn empty() -> Self {
-        Self(Arc::new(HostBuffer { map: None, len: 0, prepared: Box::default(), lease: None }))
+        Self(Arc::new(HostBuffer {
+            map: None,
+            len: 0,
+            prepared: Box::default(),
+            small_pages: false.into(),
+            lease: None,
+        }))
     }
 
     /// The bytes of `range`, or `None` when it lies outside. No slice is made of the other bytes, which
@@ -261,6 +283,11 @@ impl SharedBuffer {
 }
 
 impl Piece {
+    /// Whether this is the only one of its bytes.
+    pub fn is_owned(&mut self) -> bool {
+        Arc::get_mut(&mut self.0).is_some()
+    }
+
     /// Where it starts; `None` when the buffer is empty.
     pub fn address(&self) -> Option<NonNull<u8>> {
         self.0.buffer.address(&self.0.range)

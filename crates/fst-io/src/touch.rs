@@ -9,6 +9,7 @@
 
 use std::ops::Range;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Instant;
 
 use crate::sys::Anonymous;
@@ -19,14 +20,17 @@ pub(crate) const REGION: usize = 32 << 20;
 /// How much is touched to tell a rate.
 const SAMPLE: usize = 2 << 20;
 
-/// Bytes per second of one thread at which there is nothing to gain by small pages.
-const FAST: f64 = 3e9;
+/// Bytes per second of one thread in huge pages at which there is nothing to gain by small ones.
+const FAST: f64 = 1.5e9;
 
-/// Bytes per second at which small pages are left alone.
-const FAIR: f64 = 1e9;
+/// Bytes per second that no memory is touched first at.
+const TOUCHED: f64 = 60e9;
 
-/// How much faster one kind must be to be taken instead of the other.
+/// How much faster small pages must be.
 const WORTH: f64 = 1.25;
+
+/// After how many regions of small pages huge ones are tried again.
+const RETRY: u32 = 8;
 
 /// Rates at which one thread touched fresh memory, when that was looked at last.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -43,13 +47,17 @@ pub struct FirstTouch {
 /// What was found last, in this process.
 static LAST: Mutex<Option<FirstTouch>> = Mutex::new(None);
 
+/// Regions since the last look at huge pages.
+static REGIONS: AtomicU32 = AtomicU32::new(0);
+
 /// What the last look at fresh memory found; `None` if no buffer was large enough for one.
 pub fn last() -> Option<FirstTouch> {
     *LAST.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-/// Chooses the pages of a region of a mapping that nobody has touched, which touches some of it.
-pub(crate) fn choose(map: &Anonymous, region: Range<usize>) {
+/// Chooses the pages of a region of a mapping that nobody has touched, which touches some of it. Whether some
+/// are small.
+pub(crate) fn choose(map: &Anonymous, region: Range<usize>) -> bool {
     let advise = |from: usize, small: bool| {
         let advice = if small { libc::MADV_NOHUGEPAGE } else { libc::MADV_HUGEPAGE };
         map.advise(from, region.end - from, advice).is_ok()
@@ -58,48 +66,40 @@ pub(crate) fn choose(map: &Anonymous, region: Range<usize>) {
     let before = last().unwrap_or_default();
     // What is short is as what came last.
     if region.len() < REGION {
-        if before.takes_small {
-            advise(region.start, true);
-        }
-        return;
+        return before.takes_small && advise(region.start, true);
     }
-    let next = region.start + SAMPLE;
-    let found = if before.takes_small {
-        if !advise(region.start, true) {
-            return;
+    let again = REGIONS.fetch_add(1, Relaxed) % RETRY == RETRY - 1;
+    if before.takes_small && !again {
+        return advise(region.start, true);
+    }
+    // Whatever else goes on makes a rate lower, never higher.
+    let Some(mut huge) = rate(region.start) else { return false };
+    if huge < FAST {
+        let Some(second) = rate(region.start + SAMPLE) else { return false };
+        huge = huge.max(second);
+    }
+    let mut found = FirstTouch { huge, small: None, takes_small: false };
+    let rest = region.start + 2 * SAMPLE;
+    if huge < FAST && advise(rest, true) {
+        let Some(small) = rate(rest) else { return true };
+        (found.small, found.takes_small) = (Some(small), small > WORTH * huge);
+        if !found.takes_small {
+            advise(rest + SAMPLE, false);
         }
-        let Some(small) = rate(region.start) else { return };
-        let mut found = FirstTouch { small: Some(small), ..before };
-        if small < FAIR && advise(next, false) {
-            let Some(huge) = rate(next) else { return };
-            found.huge = huge;
-            found.takes_small = small > WORTH * huge;
-            if found.takes_small {
-                advise(next + SAMPLE, true);
-            }
-        }
-        found
-    } else {
-        let Some(huge) = rate(region.start) else { return };
-        let mut found = FirstTouch { huge, ..before };
-        if huge < FAST && advise(next, true) {
-            let Some(small) = rate(next) else { return };
-            (found.small, found.takes_small) = (Some(small), small > WORTH * huge);
-            if !found.takes_small {
-                advise(next + SAMPLE, false);
-            }
-        }
-        found
-    };
+    }
+    REGIONS.store(0, Relaxed);
     *LAST.lock().unwrap_or_else(|e| e.into_inner()) = Some(found);
+    found.small.is_some()
 }
 
 /// Bytes per second at which a sample from here on is touched first; `None` where the system cannot
-/// touch memory ahead.
+/// touch memory ahead, or that was done.
 fn rate(map: &Anonymous, from: usize) -> Option<f64> {
     let began = Instant::now();
     map.advise(from, SAMPLE, libc::MADV_POPULATE_WRITE).ok()?;
-    Some(SAMPLE as f64 / began.elapsed().as_secs_f64().max(1e-9))
+    let rate = SAMPLE as f64 / began.elapsed().as_secs_f64().max(1e-9);
+    // Nobody writes as fast: another thread has touched these already.
+    (rate < TOUCHED).then_some(rate)
 }
 
 #[cfg(test)]

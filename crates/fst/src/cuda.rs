@@ -384,7 +384,7 @@ impl CudaLoad {
 
     fn tensor(&self, index: usize, memory: Arc<CudaMemory>, offset: u64) -> Tensor {
         let item = &self.items[index];
-        Tensor::of(item, Data::Cuda { memory, offset, len: item.len() })
+        Tensor::of(item, Data::Cuda { memory, offset, len: item.len(), owners: Arc::default() })
     }
 }
 

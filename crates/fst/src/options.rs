@@ -290,7 +290,7 @@ impl Selection {
                 }
             }
             let wanted = wanted && self.predicate.as_ref().is_none_or(|wants| wants(info));
-            if wanted && !requested.contains(info.name()) {
+            if wanted && (requested.is_empty() || !requested.contains(info.name())) {
                 items.push(Item {
                     info: info.clone(),
                     name: None,

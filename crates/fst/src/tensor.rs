@@ -33,8 +33,6 @@ pub struct Tensor {
     /// The shape, where it is not the one in the checkpoint.
     shape: Option<Box<[usize]>>,
     data: Data,
-    /// Shared by all that may look at the elements: who holds the only reference owns them.
-    owners: Arc<()>,
 }
 
 /// Where the elements are.
@@ -42,13 +40,23 @@ pub struct Tensor {
 pub(crate) enum Data {
     /// A part of an arena in host memory.
     Host(Piece),
-    /// `offset..offset + len` of an arena on a CUDA device.
-    Cuda { memory: Arc<CudaMemory>, offset: u64, len: u64 },
+    /// `offset..offset + len` of an arena on a CUDA device, and what all share that may look at these
+    /// elements.
+    Cuda { memory: Arc<CudaMemory>, offset: u64, len: u64, owners: Arc<()> },
     /// `offset..offset + len` of a mapped file.
     Mapped { map: Arc<Mapping>, offset: usize, len: usize },
 }
 
 impl Data {
+    /// Whether nobody else may look at the elements.
+    fn is_owned(&mut self) -> bool {
+        match self {
+            Self::Host(piece) => piece.is_owned(),
+            Self::Cuda { owners, .. } => Arc::get_mut(owners).is_some(),
+            Self::Mapped { .. } => false,
+        }
+    }
+
     /// Bytes `offset..offset + len` of an arena in host memory, which go when nobody holds them.
     ///
     /// # Safety
@@ -63,7 +71,7 @@ impl Data {
 impl Tensor {
     pub(crate) fn new(info: TensorInfo, dtype: Dtype, shape: Option<&[usize]>, data: Data) -> Self {
         let shape = shape.map(Into::into);
-        Self { info, name: None, dtype, shape, data, owners: Arc::default() }
+        Self { info, name: None, dtype, shape, data }
     }
 
     /// The tensor that an item was loaded as.
@@ -159,14 +167,14 @@ impl Tensor {
     ///
     /// [`Error::Device`] when the copy fails, [`Error::Io`] when there is no memory for it.
     pub fn to_host(&self) -> Result<Self> {
-        let Data::Cuda { memory, offset, len } = &self.data else { return Ok(self.clone()) };
+        let Data::Cuda { memory, offset, len, .. } = &self.data else { return Ok(self.clone()) };
         let arena = SharedBuffer::filled(*len as usize, |bytes| {
             memory.arena.copy_to_host(*offset, bytes).map_err(DeviceError::Cuda)?;
             Ok::<(), Error>(())
         })?;
         // SAFETY: the buffer is new and this is all of it.
         let data = unsafe { Data::host(arena, 0, *len as usize) };
-        Ok(Self { data, owners: Arc::default(), ..self.clone() })
+        Ok(Self { data, ..self.clone() })
     }
 
     /// Address of the first element in the memory of its CUDA device; `None` for tensors in host
@@ -259,7 +267,7 @@ impl Tensor {
     fn check_writable(&mut self) -> Result<()> {
         let reason = if self.is_mapped() {
             "its bytes are those of a file; load it instead of mapping it"
-        } else if Arc::get_mut(&mut self.owners).is_none() {
+        } else if !self.data.is_owned() {
             "a clone, a view or another export of it is in use; drop these first"
         } else {
             return Ok(());

@@ -41,7 +41,6 @@ fn a_path_is_judged() {
         assert!(json["nccl"]["reason"].as_str().unwrap().contains("libnccl.so.2: "), "{json}");
         let line = text.stdout.lines().find(|line| line.contains("NCCL")).unwrap();
         assert!(line.ends_with("not installed: looked for libnccl.so.2, libnccl.so"), "{line}");
-        assert!(text.stdout.lines().all(|line| line.len() < 110), "{}", text.stdout);
     }
     let missing = folder.join("missing");
     let missing = missing.to_str().unwrap();

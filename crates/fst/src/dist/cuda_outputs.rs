@@ -105,7 +105,12 @@ impl CudaOutputs {
                     None => (&old, shard.offset, shard.output.bytes),
                 };
                 let memory = Arc::clone(memory);
-                tensors.push(shard.tensor(Data::Cuda { memory, offset, len }));
+                tensors.push(shard.tensor(Data::Cuda {
+                    memory,
+                    offset,
+                    len,
+                    owners: Arc::default(),
+                }));
             }
         }
         Ok((tensors, made))
