@@ -5,7 +5,7 @@
 //! that must be found, and comes slower than as many small pages do as long as the guest has some of those
 //! left. Measured on one such machine after a pause: 0.7 GB/s in huge pages, 2.7 in small ones; backed
 //! memory, 15 and 4. What is left of either changes from one moment to the next: so the first pages of each
-//! [`REGION`] of a large buffer are timed, and decide on the rest of it.
+//! 32 MiB of a large buffer are timed, and decide on the rest of it.
 
 use std::ops::Range;
 use std::sync::Mutex;

@@ -70,12 +70,15 @@ fn least(root: &Path) -> Option<AvailableMemory> {
     let address_space = address_space(&read("proc/self/limits"), &read("proc/self/status"));
     let address_space =
         address_space.map(|bytes| AvailableMemory { bytes, limit: MemoryLimit::AddressSpace });
-    let groups = hierarchies(&read("proc/self/cgroup"), &read("proc/self/mountinfo"));
-    let groups = groups.iter().flat_map(|hierarchy| {
-        let below = hierarchy.group.ancestors().take_while(|path| path.starts_with(&hierarchy.top));
-        below.filter_map(|path| left_of_group(root, path, hierarchy.version))
-    });
-    machine.into_iter().chain(address_space).chain(groups).min_by_key(|left| left.bytes)
+    let mut least = machine.into_iter().chain(address_space).min_by_key(|left| left.bytes);
+    for hierarchy in hierarchies(&read("proc/self/cgroup"), &read("proc/self/mountinfo")) {
+        let up = hierarchy.group.ancestors().take_while(|path| path.starts_with(&hierarchy.top));
+        for path in up {
+            let most = least.as_ref().map_or(u64::MAX, |least| least.bytes);
+            least = left_of_group(root, path, hierarchy.version, most).or(least);
+        }
+    }
+    least
 }
 
 /// The number of a line `NAME number kB`, in bytes.
@@ -156,8 +159,13 @@ fn unescaped(path: &str) -> String {
 }
 
 /// What a group has left: its limit, less what is in use and cannot be taken back. `None` without a
-/// limit.
-fn left_of_group(root: &Path, group: &Path, version: Version) -> Option<AvailableMemory> {
+/// limit, or where that is not less than `most`.
+fn left_of_group(
+    root: &Path,
+    group: &Path,
+    version: Version,
+    most: u64,
+) -> Option<AvailableMemory> {
     let folder = root.join(group.strip_prefix("/").unwrap_or(group));
     let read = |name: &str| fs::read_to_string(folder.join(name)).ok();
     let (limits, usage, fields) = match version {
@@ -174,8 +182,13 @@ fn left_of_group(root: &Path, group: &Path, version: Version) -> Option<Availabl
     };
     // `max` is no number.
     let number = |name: &&str| Some((read(name)?.trim().parse::<u64>().ok()?, group.join(name)));
-    let (limit, file) = limits.iter().filter_map(number).min()?;
+    let (limit, file) =
+        limits.iter().filter_map(number).min().filter(|(limit, _)| *limit < most)?;
     let usage: u64 = read(usage)?.trim().parse().ok()?;
+    // The system takes a millisecond to add up what could be taken back.
+    if limit.saturating_sub(usage) >= most {
+        return None;
+    }
     let stat = read("memory.stat").unwrap_or_default();
     let reclaimable = stat.lines().fold(0u64, |sum, line| {
         let field = line.split_once(' ').filter(|(name, _)| fields.contains(name));
@@ -183,7 +196,8 @@ fn left_of_group(root: &Path, group: &Path, version: Version) -> Option<Availabl
         sum.saturating_add(bytes)
     });
     let bytes = limit.saturating_sub(usage.saturating_sub(reclaimable));
-    Some(AvailableMemory { bytes, limit: MemoryLimit::ControlGroup(file) })
+    let limit = MemoryLimit::ControlGroup(file);
+    (bytes < most).then_some(AvailableMemory { bytes, limit })
 }
 
 #[cfg(test)]
