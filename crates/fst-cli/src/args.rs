@@ -62,12 +62,13 @@ pub(crate) enum Command {
 }
 
 impl Command {
-    /// Whether a script reads what this prints.
+    /// Whether a script reads what this prints, errors included. Those of one process of several would be as
+    /// many documents.
     pub(crate) fn json(&self) -> bool {
         match self {
-            Command::Load(args) => args.json,
+            Command::Load(args) => args.json && args.ranks.dist.is_none(),
             Command::Inspect(args) => args.json,
-            Command::Sum(args) => args.json,
+            Command::Sum(args) => args.json && args.dist.is_none(),
             Command::Synth(args) => args.json,
             Command::Plan(args) => args.json,
             Command::Doctor(args) => args.json,
