@@ -127,11 +127,9 @@ pub fn folder(names: &[u8]) {
     );
     for (at, name) in names.iter().enumerate() {
         let path = folder.path().join(name);
-        let file = one_file(&if Some(name.to_string_lossy()) == first {
-            "t".to_owned()
-        } else {
-            format!("t{at}")
-        });
+        let own = format!("t{at}");
+        let tensor = if Some(name.to_string_lossy()) == first { "t" } else { &own };
+        let file = file_of(&[tensor]);
         fs::write(path, if name.as_bytes().ends_with(b".json") { index.as_bytes() } else { &file })
             .expect("the temporary folder takes files");
     }
@@ -158,26 +156,22 @@ pub fn folder(names: &[u8]) {
     }
 }
 
-fn one_file(tensor: &str) -> Vec<u8> {
+/// A file of tensors of three bytes.
+fn file_of(names: &[&str]) -> Vec<u8> {
     let mut layout = Layout::new();
-    layout.tensor(tensor, Dtype::U8, &[3]).expect("a sound declaration");
+    for name in names {
+        layout.tensor(*name, Dtype::U8, &[3]).expect("a sound declaration");
+    }
     let mut writer = layout.write_to(Vec::new()).expect("a header");
-    writer.write_tensor(&[0; 3]).expect("declared bytes");
+    for _ in names {
+        writer.write_tensor(&[0; 3]).expect("declared bytes");
+    }
     writer.finish().expect("all bytes")
 }
 
 fn write_shards(folder: &Path) {
     fs::create_dir(folder.join("sub")).expect("a folder in it");
     for (file, names) in [("a", &["x", "y"][..]), ("sub/b", &["z"])] {
-        let mut layout = Layout::new();
-        for name in names {
-            layout.tensor(*name, Dtype::U8, &[3]).expect("a sound declaration");
-        }
-        let mut writer = layout.write_to(Vec::new()).expect("a header");
-        for _ in names {
-            writer.write_tensor(&[0; 3]).expect("declared bytes");
-        }
-        let bytes = writer.finish().expect("all bytes");
-        fs::write(folder.join(file), bytes).expect("a file in the folder");
+        fs::write(folder.join(file), file_of(names)).expect("a file in the folder");
     }
 }

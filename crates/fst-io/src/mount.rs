@@ -1,9 +1,10 @@
 //! Which file system a path lies on, as `/proc/self/mountinfo` tells (proc_pid_mountinfo(5)).
 
+use std::ffi::OsString;
 use std::fmt;
 use std::fs;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 /// The file system of a path.
@@ -114,7 +115,6 @@ impl FileSystem {
         let option = |option: &[u8]| option.starts_with(b"compress") && option != b"compress=no";
         let compressed =
             COMPRESSED.contains(&&*kind) || options.split(|byte| *byte == b',').any(option);
-        let mount_point = PathBuf::from(std::ffi::OsStr::from_bytes(&mount_point));
         Some((id, parent, Self { kind, mount_point, place, compressed }))
     }
 }
@@ -132,8 +132,9 @@ impl fmt::Display for FileSystem {
     }
 }
 
-/// A field as it was before the kernel wrote space, tab, line feed and backslash as `\040` and the like.
-fn unescaped(field: &[u8]) -> Vec<u8> {
+/// A path as it is, from how `/proc/self/mountinfo` writes it: space, tab, line feed and backslash as `\040`
+/// and the like.
+pub fn unescaped(field: &[u8]) -> PathBuf {
     let mut out = Vec::with_capacity(field.len());
     let mut rest = field;
     while let Some((&byte, after)) = rest.split_first() {
@@ -142,7 +143,7 @@ fn unescaped(field: &[u8]) -> Vec<u8> {
         out.push(code.unwrap_or(byte));
         rest = if code.is_some() { &after[3..] } else { after };
     }
-    out
+    PathBuf::from(OsString::from_vec(out))
 }
 
 #[cfg(test)]

@@ -4,6 +4,8 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use fst_io::mount::unescaped;
+
 use crate::error::{Error, Result};
 
 /// What bounds the memory of this process.
@@ -134,14 +136,14 @@ fn hierarchies(cgroup: &str, mountinfo: &str) -> Vec<Hierarchy> {
     let mounted = |line: &str| -> Option<Hierarchy> {
         let (mount, kind) = line.split_once(" - ")?;
         let mut mount = mount.split(' ').skip(3);
-        let (top, at) = (unescaped(mount.next()?), unescaped(mount.next()?));
+        let mut path = || Some(unescaped(mount.next()?.as_bytes()));
+        let (top, at) = (path()?, path()?);
         let mut kind = kind.split(' ');
         let version = match kind.next()? {
             "cgroup2" => Version::V2,
             "cgroup" if kind.nth(1)?.split(',').any(|option| option == "memory") => Version::V1,
             _ => return None,
         };
-        let at = PathBuf::from(at);
         // A group outside of what is mounted here is not visible; what is mounted is the limit then.
         let below = Path::new(place(version)?).strip_prefix(top).unwrap_or(Path::new(""));
         let inside = below.components().all(|part| matches!(part, std::path::Component::Normal(_)));
@@ -149,13 +151,6 @@ fn hierarchies(cgroup: &str, mountinfo: &str) -> Vec<Hierarchy> {
         Some(Hierarchy { version, group, top: at })
     };
     mountinfo.lines().filter_map(mounted).collect()
-}
-
-/// A path as it is, from how `mountinfo` writes it: blanks and backslashes as `\` and three octal
-/// digits.
-fn unescaped(path: &str) -> String {
-    let escapes = [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")];
-    escapes.iter().fold(path.to_owned(), |path, (escape, plain)| path.replace(escape, plain))
 }
 
 /// What a group has left: its limit, less what is in use and cannot be taken back. `None` without a

@@ -221,8 +221,8 @@ impl Selection {
             if !requested.insert(&*request.tensor) {
                 return Err(Error::RequestedTwice { tensor: request.tensor.clone() });
             }
-            slices.remove(&*request.tensor);
-            items.push(self.item(checkpoint, request)?);
+            let default = slices.remove(&*request.tensor);
+            items.push(self.item(checkpoint, request, default)?);
         }
         if self.requests.is_none() || !self.patterns.is_empty() {
             self.select(checkpoint, &mut slices, &requested, &mut items)?;
@@ -241,22 +241,33 @@ impl Selection {
         Ok(items)
     }
 
-    /// The item of one request.
-    pub(crate) fn item(&self, checkpoint: &Checkpoint, request: &Request) -> Result<Item> {
+    /// The item of one request, with this slice unless it says one.
+    fn item(
+        &self,
+        checkpoint: &Checkpoint,
+        request: &Request,
+        default: Option<Slice>,
+    ) -> Result<Item> {
         let info = find(checkpoint, &request.tensor)?;
-        let default = || {
-            let (_, dim, range) = self.slices.iter().find(|(name, ..)| *name == request.tensor)?;
-            Some((*dim, range))
-        };
-        let own = request.slice.as_ref().map(|(dim, range)| (*dim, range));
-        let part = own.or_else(default).map(|(dim, range)| slice(info, dim, range)).transpose()?;
+        let own = request.slice.as_ref();
+        let own = own.map(|(dim, range)| slice(info, *dim, range)).transpose()?;
         Ok(Item {
             info: info.clone(),
             name: request.name.as_deref().map(Into::into),
-            slice: part,
+            slice: own.or(default),
             part: None,
             dtype: target_dtype(info, request.dtype.or(self.dtype))?,
         })
+    }
+
+    /// The item of one request alone.
+    pub(crate) fn item_of(&self, checkpoint: &Checkpoint, request: &Request) -> Result<Item> {
+        let default = self.slices.iter().find(|(name, ..)| *name == request.tensor);
+        let default = default.filter(|_| request.slice.is_none());
+        let default = default
+            .map(|(name, dim, range)| slice(find(checkpoint, name)?, *dim, range))
+            .transpose()?;
+        self.item(checkpoint, request, default)
     }
 
     /// What this asks for, of one tensor only.

@@ -123,7 +123,7 @@ impl Reader {
     }
 
     fn item(&self, request: &Request) -> Result<Item> {
-        self.loader.selection.item(&self.checkpoint, request)
+        self.loader.selection.item_of(&self.checkpoint, request)
     }
 
     /// The file of an item.
