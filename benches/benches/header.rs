@@ -130,7 +130,7 @@ mod slice {
         bencher.bench_local(|| {
             let slices = checkpoint.tensors().iter().map(|tensor| {
                 let half = tensor.shape()[dim] / 2;
-                tensor.slice(dim, 0..half).unwrap().runs().count
+                tensor.slice(dim, 0..half).unwrap().runs()[0].count
             });
             slices.sum::<u64>()
         });
@@ -142,8 +142,8 @@ mod slice {
         bencher.bench_local(|| {
             let ends = checkpoint.tensors().iter().map(|tensor| {
                 let half = tensor.shape()[dim] / 2;
-                let runs = tensor.slice(dim, 0..half).unwrap().runs();
-                runs.iter().map(|run| black_box(run).end).max().unwrap_or(0)
+                let slice = tensor.slice(dim, 0..half).unwrap();
+                slice.ranges().map(|run| black_box(run).end).max().unwrap_or(0)
             });
             ends.max()
         });

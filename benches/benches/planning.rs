@@ -217,7 +217,7 @@ fn moe_671b_one_rank(bencher: divan::Bencher<'_, '_>, world: u32) {
         let view = plan.rank(world / 2);
         let mut bytes: u64 = view.direct_reads().map(|read| read.copies.len() as u64).sum();
         for round in view.rounds() {
-            for piece in (0..round.members().len()).flat_map(|member| round.unit(member)) {
+            for piece in (0..world).flat_map(|rank| round.unit(rank)) {
                 let part = view.geometry(piece.tensor);
                 bytes += part.map_or(0, |(_, geometry)| geometry.kept_in(&piece.range));
             }

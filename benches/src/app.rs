@@ -10,6 +10,7 @@ use clap::Parser;
 use crate::contender::CONTENDERS;
 use crate::data::make_room;
 use crate::machine::{Machine, now, revision};
+use crate::memory::FreeMemory;
 use crate::page_cache::CacheState;
 use crate::plot;
 use crate::report::Results;
@@ -41,9 +42,9 @@ pub struct Args {
     /// Check in the first round that every contender gives the same bytes (slow on large data).
     #[arg(long)]
     pub verify: bool,
-    /// Take free memory as it is found instead of touching and freeing some before each run.
-    #[arg(long)]
-    pub unsettled: bool,
+    /// What free memory is like before each run; idle takes a pause for each.
+    #[arg(long, value_enum, default_value_t = FreeMemory::Backed)]
+    pub free_memory: FreeMemory,
     /// List workloads and contenders.
     #[arg(long)]
     pub list: bool,
@@ -107,7 +108,7 @@ pub fn run(args: &Args, contender: &Path) -> Result<Option<Results>> {
         peers_venv: std::env::var_os("FST_PEERS_VENV")
             .map_or_else(|| package.join("peers/.venv"), PathBuf::from),
         peers_script: package.join("peers/load.py"),
-        settle: !args.unsettled,
+        free_memory: args.free_memory,
         time_limit: Duration::from_secs(600),
     };
     fs::create_dir_all(&data).with_context(|| format!("create {}", data.display()))?;
@@ -205,11 +206,12 @@ fn tell(run: &Run) {
         _ => String::new(),
     };
     eprintln!(
-        "  {:>2} {} {:<30} {what}  ({:.1}% resident before{}, others {:.0}% busy)",
+        "  {:>2} {} {:<30} {what}  ({:.1}% resident before{}{}, others {:.0}% busy)",
         run.round + 1,
         run.state.name(),
         run.label,
         run.resident_before * 100.0,
+        run.taken_back.map_or(String::new(), |share| format!(", {:.0}% taken back", share * 100.0)),
         if run.state_confirmed { "" } else { ": NOT COUNTED" },
         run.others_busy * 100.0,
     );

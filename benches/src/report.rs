@@ -215,6 +215,15 @@ impl Results {
                 state.name()
             );
         }
+        let taken: Vec<f64> = runs.iter().filter_map(|run| run.taken_back).collect();
+        if let Some(taken) = summary(&taken) {
+            let _ = write!(
+                out,
+                "Free memory was idle: the hypervisor had taken back {:.0} to {:.0}% of what a run needs. ",
+                taken.min * 100.0,
+                taken.max * 100.0
+            );
+        }
         if let Some(busy) = summary(&busy) {
             let _ = writeln!(
                 out,

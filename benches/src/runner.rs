@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::child::Measurement;
 use crate::contender::{Kind, Op, safetensors_files};
 use crate::machine::busy_seconds;
-use crate::memory;
+use crate::memory::{self, FreeMemory};
 use crate::page_cache::{self, CacheState, Part};
 use crate::workload::{Entry, Workload};
 
@@ -33,7 +33,13 @@ pub struct Run {
     pub op: Op,
     /// Fraction of the files in the page cache just before the run.
     pub resident_before: f64,
-    /// Whether that confirms the state. Runs without it are never counted.
+    /// What free memory was to be like.
+    #[serde(default)]
+    pub free_memory: FreeMemory,
+    /// Share of the memory that the run needs that the hypervisor took back before it, if it was to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub taken_back: Option<f64>,
+    /// Whether these confirm the state. Runs without it are never counted.
     pub state_confirmed: bool,
     /// The same fraction after the run.
     pub resident_after: f64,
@@ -62,8 +68,8 @@ pub struct Runner {
     pub peers_venv: PathBuf,
     /// `peers/load.py`.
     pub peers_script: PathBuf,
-    /// Whether memory is settled before each run ([`memory::settle`]).
-    pub settle: bool,
+    /// What free memory is like before each run.
+    pub free_memory: FreeMemory,
     /// A run longer than this is killed and counts as failed.
     pub time_limit: Duration,
 }
@@ -124,9 +130,14 @@ impl Runner {
         digest: bool,
     ) -> Result<Run> {
         let resident_before = page_cache::establish(parts, state)?;
+        let needed = memory::settle_for(workload.memory(entry));
+        let (settle, taken_back) = match self.free_memory {
+            FreeMemory::Backed => (needed, None),
+            FreeMemory::Idle => (0, Some(memory::idle(needed)?)),
+            FreeMemory::AsFound => (0, None),
+        };
         let busy_before = busy_seconds();
         let start = Instant::now();
-        let settle = if self.settle { memory::settle_for(workload.memory(entry)) } else { 0 };
         let result = self.start(entry, folder, settle, digest);
         let wall = start.elapsed().as_secs_f64();
         let busy = busy_before.zip(busy_seconds()).map_or(0.0, |(before, after)| after - before);
@@ -148,7 +159,10 @@ impl Runner {
             label: entry.label(),
             op: entry.op,
             resident_before,
-            state_confirmed: state.confirmed_by(resident_before),
+            free_memory: self.free_memory,
+            taken_back,
+            state_confirmed: state.confirmed_by(resident_before)
+                && taken_back.is_none_or(|share| share >= memory::TAKEN_BACK),
             resident_after: page_cache::resident_fraction(parts)?,
             others_busy: ((busy - own) / (wall * cores)).clamp(0.0, 1.0),
             measurement,
@@ -282,6 +296,8 @@ mod tests {
         let run = |label: &str, digest: Option<&str>, error: Option<&str>| Run {
             workload: "w".into(),
             state: CacheState::Cold,
+            free_memory: FreeMemory::default(),
+            taken_back: None,
             round: 0,
             label: label.into(),
             op: Op::Load,

@@ -210,6 +210,8 @@ mod tests {
             label: label.into(),
             op: Op::Load,
             resident_before: 0.0,
+            free_memory: Default::default(),
+            taken_back: None,
             state_confirmed: confirmed,
             resident_after: 0.0,
             others_busy: 0.0,

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use clap::Parser;
 use fst_benches::app::{self, Args};
+use fst_benches::memory;
 use fst_benches::report::Results;
 
 fn run(extra: &[&str]) -> (tempfile::TempDir, anyhow::Result<Option<Results>>) {
@@ -36,6 +37,26 @@ fn every_contender_gives_the_same_tensors() {
     let json = std::fs::read_to_string(folder.path().join("out/results.json")).unwrap();
     let read: Results = serde_json::from_str(&json).unwrap();
     assert_eq!(read.runs.len(), results.runs.len());
+}
+
+#[test]
+fn idle_memory_is_what_the_kernel_says_or_does_not_count() {
+    let args =
+        ["--free-memory", "idle", "--workload", "quick-llama", "--contender", "fst", "--warm"];
+    let (_folder, results) = run(&args);
+    if memory::returned_bytes().is_none() {
+        assert!(format!("{:#}", results.unwrap_err()).contains("reported_kib"));
+        return;
+    }
+    let results = results.unwrap().unwrap();
+    assert!(!results.runs.is_empty());
+    for run in &results.runs {
+        let share = run.taken_back.unwrap();
+        assert!((0.0..=1.0).contains(&share), "{share}");
+        assert!(!run.state_confirmed || share >= memory::TAKEN_BACK, "{share}");
+    }
+    let page = results.markdown();
+    assert!(page.contains("Free memory was idle"), "{page}");
 }
 
 #[test]

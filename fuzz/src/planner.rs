@@ -117,8 +117,8 @@ pub fn planner(bytes: &[u8]) {
         }
         // A plan of exabytes has many rounds.
         for round in view.rounds().take(50) {
-            for member in 0..round.members().len() {
-                let pieces = round.unit(member).take(50);
+            for rank in 0..plan.world() {
+                let pieces = round.unit(rank).take(50);
                 let bytes: u64 = pieces
                     .map(|piece| {
                         let tensor = &plan.tensors()[piece.tensor as usize];
@@ -126,7 +126,7 @@ pub fn planner(bytes: &[u8]) {
                         piece.range.end - piece.range.start
                     })
                     .sum();
-                assert!(bytes <= round.unit_bytes(member));
+                assert!(bytes <= round.unit_bytes(rank));
             }
         }
         assert!(view.staging_bytes() <= plan.staging_bytes());

@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+pub mod server;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

@@ -18,7 +18,7 @@ use dist_support::{
     local, official, synth, values,
 };
 use fst::dist::{Cause, Space, local_groups, local_groups_with};
-use fst::{Checkpoint, Device, Dtype, Engine, Error, Loader, Preset, Tensors};
+use fst::{Checkpoint, Device, Dtype, Engine, Error, Loader, Preset, Shard, Tensors};
 
 const MEMORY: u64 = 512 << 20;
 /// Staging memory of a rank: small, so that eight fit.
@@ -146,6 +146,31 @@ fn nothing_is_read_twice_and_nobody_receives_what_it_drops() {
     }
 }
 
+/// Streams are waited for in the end, and not after each of a rank's reads.
+#[test]
+fn reads_of_a_rank_are_not_drained() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.safetensors");
+    let names = ["a", "b", "c", "d"];
+    fst_tests::write(&path, &names.map(|name| (name, safetensors::Dtype::U8, vec![2, 16 << 20])));
+    let expected = Loader::new().load(&Checkpoint::open(&path).unwrap()).unwrap();
+    let sim = simulated(1);
+    let devices = devices(2, 1);
+    let loader = Loader::new().shard(|_| Shard::split(0)).staging(STAGING);
+    let results = load(in_process(&devices), &devices, &loader, &path);
+    // 64 MiB a rank, in reads of at most 16 MiB, through two streams each.
+    let waits = sim.calls("cuStreamSynchronize");
+    assert!(waits <= 10, "{waits} waits");
+    for (rank, tensors) in results.into_iter().enumerate() {
+        for tensor in &tensors.unwrap() {
+            let whole = expected.get(tensor.name()).unwrap();
+            let part = &whole.bytes().unwrap()[rank * (16 << 20)..][..16 << 20];
+            let copy = tensor.to_host().unwrap();
+            assert!(copy.bytes().unwrap() == part, "{rank}: {}", tensor.name());
+        }
+    }
+}
+
 #[test]
 fn pinned_memory_is_kept_for_later_loads_when_asked() {
     let folder = tempfile::tempdir().unwrap();
@@ -163,8 +188,11 @@ fn pinned_memory_is_kept_for_later_loads_when_asked() {
     let (once, left) = load(&Loader::new());
     assert!(once > 0 && left == 0, "given back by default");
     let keeping = Loader::new().keep_pinned(true);
-    assert_eq!(load(&keeping), (once * 2, once));
-    assert_eq!(load(&keeping), (once * 2, once), "used again");
+    // A load may be over before all of its rings is pinned: two, of four blocks each.
+    for _ in 0..3 {
+        let (pinned, kept) = load(&keeping);
+        assert!((1..=8).contains(&kept) && pinned == once + kept, "used again: {kept}");
+    }
     assert!(fst::gpu::release_kept() > 0);
     assert_eq!(sim.report().pinned_ranges, 0);
 }

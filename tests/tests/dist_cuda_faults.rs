@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use cuda_sim::{ERROR_ILLEGAL_ADDRESS, ERROR_OUT_OF_MEMORY, Guard, Sim};
 use dist_support::nccl::Nccl;
 use dist_support::{Join, LONG, load_in, local, synth};
-use fst::dist::local_groups_with;
+use fst::dist::{RankError, local_groups_with};
 use fst::{
     CancelToken, Checkpoint, Device, DeviceError, DistError, Dtype, Error, Loader, Preset, Shard,
     Topology,
@@ -243,7 +243,7 @@ fn too_little_memory_is_told_before_anything_is_read() {
     let folder = tempfile::tempdir().unwrap();
     model(folder.path());
     let open = || Checkpoint::open(folder.path()).unwrap();
-    let plan = loader().topology(Topology::one_node(WORLD)).plan(&open()).unwrap();
+    let plan = loader().topology(Topology::one_node(WORLD)).rank_plan(&open()).unwrap();
     let needed = plan.loads().iter().map(|load| load.kept).max().unwrap();
     let staging = plan.staging_bytes();
     assert!(staging > 0);
@@ -278,7 +278,7 @@ fn ranks_that_share_a_device_have_room_together_or_nothing_is_read() {
     let folder = tempfile::tempdir().unwrap();
     model(folder.path());
     let open = || Checkpoint::open(folder.path()).unwrap();
-    let plan = loader().topology(Topology::one_node(WORLD)).plan(&open()).unwrap();
+    let plan = loader().topology(Topology::one_node(WORLD)).rank_plan(&open()).unwrap();
     let kept: u64 = plan.loads().iter().map(|load| load.kept).sum();
     let rank = plan.loads().iter().map(|load| load.kept).max().unwrap() + plan.staging_bytes();
     // Two ranks more than fill the first device, though each alone has room.
@@ -301,10 +301,12 @@ fn ranks_that_share_a_device_have_room_together_or_nothing_is_read() {
             let error = result.unwrap_err();
             let text = error.to_string();
             assert!(text.contains("out of memory on cuda:0: "), "{text}");
-            let Error::Dist(DistError::Crowded { ranks, needed, free, largest, bytes, .. }) = error
-            else {
+            let Error::Dist(DistError::Rank(error)) = error else {
                 assert!(matches!(error, Error::Dist(DistError::Group(_))), "{text}");
                 continue;
+            };
+            let RankError::SharedDevice { ranks, needed, free, largest, bytes, .. } = *error else {
+                panic!("{text}");
             };
             told += 1;
             assert_eq!((&ranks[..], free), (crowded, memory));
@@ -389,6 +391,6 @@ fn groups_that_do_not_reach_a_device_are_refused_at_the_start() {
     let told = failures(nccl.join(&devices, LONG), &on_host, &loader(), gone);
     let words = "does not reach host; load to the group's device";
     assert!(told.iter().all(|error| error.contains(words)), "{told:?}");
-    let error = fst::dist::NcclStream::new(&Device::host()).unwrap_err().to_string();
+    let error = fst::dist::nccl_group(&Device::host()).unwrap_err().to_string();
     assert!(error.contains("needs a CUDA device, not host"), "{error}");
 }

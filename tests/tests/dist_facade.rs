@@ -206,7 +206,7 @@ fn a_rank_opens_only_the_files_that_it_reads() {
         3 => Shard::skip(),
         shard => Shard::keep_on(shard as u32),
     });
-    let plan = loader.clone().topology(Topology::one_node(4)).plan(&checkpoint).unwrap();
+    let plan = loader.clone().topology(Topology::one_node(4)).rank_plan(&checkpoint).unwrap();
     let path = |shard: u32| checkpoint.shards()[shard as usize].path().to_owned();
     let results = load(4, LONG, |_| loader.clone(), |_| checkpoint.clone());
     let mut opened = 0;
@@ -242,10 +242,10 @@ fn plans_can_be_looked_at_without_ranks() {
     synth(&path, "llama-2-7b", |recipe| recipe.layers(1).shrink(37));
     let checkpoint = Checkpoint::open(&path).unwrap();
     let loader = Loader::new().preset(Preset::llama());
-    let plan = loader.clone().topology(Topology::one_node(8)).plan(&checkpoint).unwrap();
+    let plan = loader.clone().topology(Topology::one_node(8)).rank_plan(&checkpoint).unwrap();
     assert_eq!(plan.world(), 8);
     assert_eq!(plan.checkpoint_bytes(), checkpoint.byte_len());
-    let error = loader.plan(&checkpoint).unwrap_err();
+    let error = loader.rank_plan(&checkpoint).unwrap_err();
     assert!(matches!(error, Error::Dist(DistError::NoGroup)), "{error}");
 }
 
@@ -263,7 +263,8 @@ fn requests_that_ranks_cannot_serve_are_refused() {
     let error = Loader::new().preset(Preset::gpt2()).load(&checkpoint).unwrap_err();
     assert!(matches!(dist(error), DistError::NoGroup));
     let loader = Loader::new().group(group());
-    assert!(matches!(dist(loader.stream(&checkpoint).unwrap_err()), DistError::LoadOnly { .. }));
+    let budget = loader.memory_budget(1 << 30);
+    assert!(matches!(dist(budget.stream(&checkpoint).unwrap_err()), DistError::LoadOnly { .. }));
     let sliced = Loader::new().group(group()).slice("wte.weight", 0, 0..1);
     assert!(matches!(dist(sliced.load(&checkpoint).unwrap_err()), DistError::Sliced { .. }));
     let world = Loader::new().group(group()).topology(Topology::one_node(2));

@@ -7,11 +7,10 @@ mod dist_support;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use dist_support::{Join, LONG, load, load_in, synth};
-use fst::dist::group::{Control, HostCopier, Op, Signs};
+use fst::dist::group::{Control, HostCopier, Occupancy, Op, Signs};
 use fst::dist::{GroupError, Space};
 use fst::{CancelToken, Checkpoint, DistError, Error, Group, Loader, LocalGroup, Preset, Shard};
 use safetensors::tensor::{Dtype, TensorView};
@@ -76,9 +75,9 @@ fn loads_at_once_through_one_group_never_get_each_others_bytes() {
         safetensors::serialize_to_file([("a", view)], None, &path).unwrap();
         open(&path)
     });
+    let start = Instant::now();
     for _ in 0..20 {
-        // A load that comes when another has ended waits for a rank that was refused.
-        let groups = LocalGroup::with(2, HostCopier, Duration::from_millis(500)).into_iter();
+        let groups = LocalGroup::with(2, HostCopier, LONG).into_iter();
         let groups: Vec<Arc<dyn Group>> = groups.map(|group| Arc::new(group) as _).collect();
         std::thread::scope(|scope| {
             for group in &groups {
@@ -94,6 +93,50 @@ fn loads_at_once_through_one_group_never_get_each_others_bytes() {
             }
         });
     }
+    // Nobody waits for a rank that has refused the load.
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+}
+
+/// A load that one rank refuses during another is refused by all, who may load again.
+#[test]
+fn a_load_that_one_rank_refuses_is_refused_by_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let [path, _] = two_copies(folder.path());
+    let start = Instant::now();
+    let groups = LocalGroup::with(2, HostCopier, LONG).into_iter();
+    let groups: Vec<Arc<dyn Group>> = groups.map(|group| Arc::new(group) as _).collect();
+    let on = |rank: usize| Loader::new().group(groups[rank].clone());
+    let (begun, begins) = std::sync::mpsc::channel();
+    let (go, goes) = std::sync::mpsc::channel::<()>();
+    let goes = std::sync::Mutex::new(goes);
+    std::thread::scope(|scope| {
+        let (path, on) = (&path, &on);
+        scope.spawn(move || {
+            let loader = on(0).shard(move |_| {
+                // The first time; then nobody listens any more.
+                if begun.send(()).is_ok() {
+                    let _ = goes.lock().unwrap().recv();
+                }
+                Shard::split(0)
+            });
+            loader.load(&open(path)).unwrap();
+        });
+        begins.recv().unwrap();
+        drop(begins);
+        let error = on(0).load(&open(path)).unwrap_err().to_string();
+        assert!(error.starts_with("rank 0 had another load"), "{error}");
+        drop(go);
+        on(1).shard(|_| Shard::split(0)).load(&open(path)).unwrap();
+        let error = on(1).load(&open(path)).unwrap_err().to_string();
+        assert!(error.starts_with("rank 0 had another load"), "{error}");
+    });
+    std::thread::scope(|scope| {
+        for rank in 0..2 {
+            let (path, on) = (&path, &on);
+            scope.spawn(move || on(rank).load(&open(path)).unwrap());
+        }
+    });
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
 }
 
 #[test]
@@ -180,8 +223,8 @@ impl Group for Shrinks {
         self.group.reaches(space)
     }
 
-    fn occupied(&self) -> &AtomicBool {
-        self.group.occupied()
+    fn occupancy(&self) -> &Occupancy {
+        self.group.occupancy()
     }
 
     fn exchange(&self, batch: Vec<Op<'_>>) -> Result<(), GroupError> {

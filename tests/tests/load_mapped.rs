@@ -42,7 +42,9 @@ fn mapped_tensors_are_what_the_official_crate_reads() {
         assert_eq!(report.engine.used, Engine::Mmap);
         assert_eq!(report.stage("map").unwrap().bytes, bytes);
         assert_eq!(report.stage("populate").unwrap().bytes, bytes);
-        assert!(report.resident_bytes.unwrap() >= bytes);
+        // Only Linux says what the page cache holds.
+        let is_known = cfg!(all(target_os = "linux", not(fst_portable)));
+        assert!(report.resident_bytes.map_or(!is_known, |resident| resident >= bytes));
         let view = tensors.get("big").unwrap().as_slice::<bf16>().unwrap();
         assert_eq!(view.len(), 1500 * 1001);
     }

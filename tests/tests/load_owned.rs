@@ -25,9 +25,9 @@ struct Congruent {
 
 impl Congruent {
     fn new(planned: &Planned) -> Self {
-        let len = planned.bytes as usize;
+        let len = planned.byte_len() as usize;
         let pages = vec![MaybeUninit::new(0xee); len + 8192];
-        let phase = planned.file_range.start as usize % 4096;
+        let phase = planned.contiguous().map_or(0, |range| range.start) as usize % 4096;
         let start = (phase + 4096 - pages.as_ptr() as usize % 4096) % 4096;
         Self { pages, start, len }
     }
@@ -59,9 +59,11 @@ fn each_tensor_comes_back_once_and_right() {
             let seen = Mutex::new(BTreeMap::new());
             let report = loader
                 .load_owned(&checkpoint, Congruent::new, |planned, mut filled| {
-                    let again =
-                        seen.lock().unwrap().insert(planned.name.clone(), filled.bytes().to_vec());
-                    assert!(again.is_none(), "{} came twice", planned.name);
+                    let again = seen
+                        .lock()
+                        .unwrap()
+                        .insert(planned.name().to_owned(), filled.bytes().to_vec());
+                    assert!(again.is_none(), "{} came twice", planned.name());
                 })
                 .unwrap();
             let seen = seen.into_inner().unwrap();
@@ -92,12 +94,12 @@ fn vectors_are_filled_behind_what_they_have() {
     let wanted = Loader::new().dtype(Dtype::F32).load(&checkpoint).unwrap();
     let seen = Mutex::new(BTreeMap::new());
     let allocate = |planned: &Planned| {
-        let mut vec = Vec::with_capacity(1 + planned.shape.iter().product::<usize>());
+        let mut vec = Vec::with_capacity(1 + planned.shape().iter().product::<usize>());
         vec.push(0.5f32);
         vec
     };
     let landed = |planned: &Planned, filled: Filled<Vec<f32>>| {
-        seen.lock().unwrap().insert(planned.name.clone(), filled.into_vec());
+        seen.lock().unwrap().insert(planned.name().to_owned(), filled.into_vec());
     };
     Loader::new().dtype(Dtype::F32).load_owned(&checkpoint, allocate, landed).unwrap();
     for (name, vec) in seen.into_inner().unwrap() {
@@ -128,13 +130,13 @@ fn memory_that_does_not_suit_is_refused_and_nothing_is_lost() {
     let load = |loader: &Loader, less: usize, landed: &(dyn Fn(&Planned) + Sync)| {
         let allocate = |planned: &Planned| {
             alive.fetch_add(1, Ordering::SeqCst);
-            Counted(Vec::with_capacity((planned.bytes as usize).saturating_sub(less)), &alive)
+            Counted(Vec::with_capacity((planned.byte_len() as usize).saturating_sub(less)), &alive)
         };
         loader.load_owned(&checkpoint, allocate, |planned, _| landed(planned))
     };
     let error = load(&Loader::new(), 100, &|_| panic!("read")).unwrap_err();
     assert!(matches!(&error, Error::DestinationLength { .. }), "{error}");
-    let allocate = |planned: &Planned| Vec::<i16>::with_capacity(planned.bytes as usize);
+    let allocate = |planned: &Planned| Vec::<i16>::with_capacity(planned.byte_len() as usize);
     let error = Loader::new().load_owned(&checkpoint, allocate, |_, _| {}).unwrap_err();
     assert!(matches!(error, Error::WrongDtype { .. }), "{error}");
 
@@ -146,7 +148,7 @@ fn memory_that_does_not_suit_is_refused_and_nothing_is_lost() {
     assert!(matches!(error, Error::Verify(_)), "{error}");
 
     let panicking = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        load(&Loader::new(), 0, &|planned| assert!(planned.bytes < 10_000, "too large for me"))
+        load(&Loader::new(), 0, &|planned| assert!(planned.byte_len() < 10_000, "too large for me"))
     }));
     assert!(panicking.is_err());
     load(&Loader::new(), 0, &|_| {}).unwrap();
@@ -186,7 +188,7 @@ fn a_model_larger_than_its_share_of_memory_passes_through() {
     let before = held("RssAnon:");
     let most = AtomicUsize::new(0);
     let allocate =
-        |planned: &Planned| Pages(memmap2::MmapMut::map_anon(planned.bytes as usize).unwrap());
+        |planned: &Planned| Pages(memmap2::MmapMut::map_anon(planned.byte_len() as usize).unwrap());
     Loader::new()
         .workers(2)
         .load_owned(&checkpoint, allocate, |_, filled| {

@@ -79,10 +79,10 @@ fn what_is_right_passes_every_way() {
             assert!(names.iter().all(|n| names.iter().filter(|m| n == *m).count() == 1));
         }
     }
-    // What `Checksum::of` says of loaded tensors is the same manifest, but for the order.
+    // What `Tensor::checksum` says of loaded tensors is the same manifest, but for the order.
     let tensors = Loader::new().load(&checkpoint).unwrap();
     for tensor in &tensors {
-        assert_eq!(manifest.get(tensor.name()), Some(&Checksum::of(tensor).unwrap()));
+        assert_eq!(manifest.get(tensor.name()), Some(&tensor.checksum().unwrap()));
     }
 }
 
@@ -165,7 +165,7 @@ fn sums_are_of_what_is_loaded() {
     let checkpoint = Checkpoint::open_all(&paths).unwrap();
     let loader = Loader::new().dtype(Dtype::F32).slice("huge", 1, 3..500);
     let tensors = loader.load(&checkpoint).unwrap();
-    let sums = tensors.iter().map(|t| Checksum::of(t).unwrap());
+    let sums = tensors.iter().map(|t| t.checksum().unwrap());
     let manifest = Manifest::new(sums).unwrap();
     loader.clone().verify(manifest.clone()).load(&checkpoint).unwrap();
     loader

@@ -5,7 +5,7 @@
 use std::fs;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use fst::{Checkpoint, Destination, Dtype, Error, Loader, Request};
+use fst::{Checkpoint, Destination, Dtype, Error, Loader, Request, SelectError};
 use fst_tests::{crowded_checkpoint, misaligned_checkpoint};
 
 #[test]
@@ -33,7 +33,7 @@ fn reads_of_any_size_are_those_of_a_load() {
                         let want = wanted.bytes().unwrap();
                         let planned = reader.planned(wanted.name()).unwrap();
                         assert_eq!(
-                            (planned.bytes as usize, &*planned.shape),
+                            (planned.byte_len() as usize, planned.shape()),
                             (want.len(), wanted.shape())
                         );
                         let mut bytes = vec![0xee; want.len()];
@@ -80,7 +80,7 @@ fn requests_cut_convert_and_are_checked() {
     let error = reader.read("t1", Destination::elements(&mut [0f32])).unwrap_err();
     assert!(matches!(&error, Error::WrongDtype { .. }), "{error}");
     let error = reader.tensor(Request::new("t1").slice(0, 0..9)).unwrap_err();
-    assert!(matches!(&error, Error::Slice { .. }), "{error}");
+    assert!(matches!(&error, Error::Select(SelectError::Slice(_))), "{error}");
 
     // A file that changes is noticed, also by one who has it open.
     let path = checkpoint.get("t2").unwrap().path().to_owned();

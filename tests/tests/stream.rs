@@ -9,7 +9,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use fst::{Checkpoint, Dtype, Error, Loader};
+use fst::{Checkpoint, Dtype, Error, Loader, SelectError};
 use safetensors::tensor::Dtype as OfficialDtype;
 
 use load_support::*;
@@ -74,7 +74,9 @@ fn malformed_patterns_are_told_from_those_that_match_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let checkpoint = two(dir.path());
     let refused = |pattern: &str| Loader::new().select(pattern).load(&checkpoint).unwrap_err();
-    assert!(matches!(refused("c*"), Error::NoMatch { pattern } if pattern == "c*"));
+    assert!(
+        matches!(refused("c*"), Error::Select(SelectError::NoMatch { pattern }) if pattern == "c*")
+    );
     let malformed = refused("{a,b").to_string();
     assert_eq!(malformed, "malformed pattern \"{a,b\": the { at byte 0 is never closed");
 }

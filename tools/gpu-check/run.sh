@@ -5,8 +5,10 @@
 #   run.sh OUT_DIR [--quick]
 #
 # Results go to OUT_DIR: runs.jsonl (a line of JSON for each run), tests.jsonl (for each test), targets.json, the
-# tests' logs, table.txt. The table is also the last thing printed. It ends within 8 minutes: each part has its own
-# limit, and one that fails or is cut off does not stop the rest. --quick does the same on a few megabytes.
+# tests' logs, table.txt. The table is also the last thing printed, and its file is made anew after each part, so that it
+# is there if the rest is cut off. It ends within 8 minutes: each part has its own limit, and one that fails, hangs or is
+# cut off does not stop the rest. What decides the design comes first: what the driver takes, loads from the page cache
+# beside the link's rate, sizes. --quick does the same on a few megabytes.
 #
 #   FST_CHECK_DATA    folder on the drive to read cold from [OUT_DIR/data]; 12 GB are written there and removed
 #   FST_CHECK_TMPFS   a tmpfs [/dev/shm]; left out where it has too little room
@@ -16,7 +18,7 @@
 #   FST_CHECK_SANITIZER  NVIDIA's compute-sanitizer [from the path or /usr/local/cuda]; left out where there is none
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
-[ $# -ge 1 ] || { sed -n '2,19s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,21s/^# \{0,1\}//p' "$0"; exit 2; }
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 quick=; [ "${2:-}" = --quick ] && quick=1
@@ -26,7 +28,7 @@ shm=${FST_CHECK_TMPFS:-/dev/shm}
 python=${FST_CHECK_PYTHON:-python3}
 torch_device=${FST_CHECK_TORCH_DEVICE:-cuda:0}
 tmpfs=$shm/fst-gpu-check.$$
-rm -f "$out"/runs.jsonl "$out"/tests.txt "$out"/tests.jsonl "$out"/targets.json "$out"/peers.log
+rm -f "$out"/runs.jsonl "$out"/tests.txt "$out"/tests.jsonl "$out"/targets.json "$out"/peers.log "$out"/probe.txt "$out"/table.txt
 mkdir -p "$data"
 data=$(cd "$data" && mktemp -d "$PWD/fst-gpu-check.XXXXXX")
 trap 'rm -rf "$tmpfs" "$data"' EXIT
@@ -36,8 +38,14 @@ cd "$out" || exit 2
 # A driver to use instead of the machine's: the simulated one, to try this script.
 driver=(); [ -n "${FST_CHECK_PRELOAD:-}" ] && driver=(LD_PRELOAD="$FST_CHECK_PRELOAD")
 
-# left MOST: seconds that a part may take. The table needs a few at the end.
-left() { local rest=$((total - 10 - SECONDS)); echo $((rest < $1 ? rest : $1)); }
+# left MOST: seconds that a part may take, 1 at least (timeout takes 0 for none). The table needs a few at the end.
+left() { local rest=$((total - 10 - SECONDS)); rest=$((rest < $1 ? rest : $1)); echo $((rest < 1 ? 1 : rest)); }
+
+# table: the summary of what there is by now.
+table() {
+    timeout -k 2 20 "$here/fst-gpu-check" table "$out" >"$out/table.new" 2>&1
+    mv "$out/table.new" "$out/table.txt"
+}
 
 # tell NAME VERDICT [SECONDS [COUNT]]: what came of a part, for people and as JSON.
 tell() {
@@ -61,6 +69,7 @@ part() {
     local skipped; skipped=$(grep -c 'SKIPPED: ' "$out/$name.log")
     [ "$skipped" -gt 0 ] && count="$count $skipped of the passed were skipped here"
     tell "$name" "$verdict" $((SECONDS - began)) "$count"
+    table
     return $status
 }
 
@@ -76,6 +85,7 @@ bench() {
         --rounds "$rounds" --seconds $((limit - 2)) "${with_peers[@]}" 2>&1 | tee "$out/$name.log"
     local status=${PIPESTATUS[0]}
     [ "$status" -eq 0 ] || tell "$name" "FAILED (status $status)"
+    table
 }
 
 # sums: the same bytes on the device as in host memory, through every engine.
@@ -127,6 +137,36 @@ synth() { timeout -k 5 "$(left "$1")" "$here/fst" synth "$2" "${@:3}" --no-progr
 cat "$out/machine.txt"
 timeout -k 5 30 env "${driver[@]}" "$here/fst" doctor >"$out/doctor.txt" 2>&1 || tell doctor "FAILED (status $?)"
 
+# What decides the design. Each line is there as soon as its question is answered.
+echo "probe (at most $(left 40) s)"
+timeout -k 5 "$(left 40)" env "${driver[@]}" "$here/fst-gpu-check" probe "$data" 2>&1 | tee "$out/probe.txt"
+# Without the code that we ship, and without what the driver keeps of earlier runs.
+timeout -k 5 "$(left 30)" env "${driver[@]}" CUDA_FORCE_PTX_JIT=1 CUDA_CACHE_DISABLE=1 \
+    "$here/fst-gpu-check" probe "$data" 2>&1 | grep '^kernel' | tee -a "$out/probe.txt"
+table
+
+rounds=3; [ -n "$quick" ] && rounds=1
+free_gb() { df --output=avail -B 1000000000 "$1" 2>/dev/null | tail -n 1 | tr -d ' '; }
+memory_gb=$(awk '/^MemAvailable/ {print int($2 / 1e6)}' /proc/meminfo)
+# 20 layers of Llama 2 7B in bf16 are 8.6 GB.
+layers=20; [ "$(free_gb "$data")" -lt 16 ] && layers=6
+[ "$memory_gb" -lt 40 ] && layers=6
+big=(--model llama-2-7b --dtype BF16 --layers $layers --shards 4)
+small=(--model qwen3-30b-a3b --shrink 8)
+gpt2=(--model gpt2)
+if [ -n "$quick" ]; then
+    big=(--model llama-2-7b --dtype BF16 --layers 1 --shrink 16 --shards 2)
+    small=(--model qwen3-30b-a3b --shrink 64 --layers 2)
+    gpt2=(--model gpt2 --layers 1 --shrink 4)
+fi
+room=; [ "$(free_gb "$shm")" -gt 14 ] && mkdir "$tmpfs" 2>/dev/null && room=$tmpfs
+with_peers=()
+[ -n "$room" ] && synth 40 "$tmpfs/big-tmpfs" "${big[@]}" && bench warm-tmpfs 40 warm $rounds "$tmpfs/big-tmpfs"
+synth 60 "$data/big-disk" "${big[@]}"
+bench warm-disk 40 warm $rounds "$data/big-disk"
+sweep_on=$data/big-disk; [ -n "$room" ] && sweep_on=$tmpfs/big-tmpfs
+bench sweep 45 sweep 1 "$sweep_on"
+
 # Peers are unpacked while the tests run.
 with_peers=()
 if [ -d "$here/wheels" ] && timeout -k 5 90 "$python" -c 'import torch' 2>/dev/null; then
@@ -176,31 +216,20 @@ FST_KERNEL_BENCH_MIB=${FST_KERNEL_BENCH_MIB:-${quick:+2}}
 [ -n "$FST_KERNEL_BENCH_MIB" ] && export FST_KERNEL_BENCH_MIB || unset FST_KERNEL_BENCH_MIB
 part kernel-speed 30 "$here/tests/kernels_on_device" --ignored --exact speed --nocapture
 
-# How fast is it? The most telling first.
-[ -n "${unpacking:-}" ] && wait "$unpacking"
-rounds=3; [ -n "$quick" ] && rounds=1
-free_gb() { df --output=avail -B 1000000000 "$1" 2>/dev/null | tail -n 1 | tr -d ' '; }
-memory_gb=$(awk '/^MemAvailable/ {print int($2 / 1e6)}' /proc/meminfo)
-# 20 layers of Llama 2 7B in bf16 are 8.6 GB.
-layers=20; [ "$(free_gb "$data")" -lt 16 ] && layers=6
-[ "$memory_gb" -lt 40 ] && layers=6
-big=(--model llama-2-7b --dtype BF16 --layers $layers --shards 4)
-small=(--model qwen3-30b-a3b --shrink 8)
-gpt2=(--model gpt2)
-if [ -n "$quick" ]; then
-    big=(--model llama-2-7b --dtype BF16 --layers 1 --shrink 16 --shards 2)
-    small=(--model qwen3-30b-a3b --shrink 64 --layers 2)
-    gpt2=(--model gpt2 --layers 1 --shrink 4)
+# Beside peers, and from storage.
+# They are left out rather than waited for.
+if [ -n "${unpacking:-}" ]; then
+    for ((waited = 0; waited < 60; waited++)); do
+        kill -0 "$unpacking" 2>/dev/null || break
+        sleep 1
+    done
 fi
-room=; [ "$(free_gb "$shm")" -gt 14 ] && mkdir "$tmpfs" 2>/dev/null && room=$tmpfs
-[ -n "$room" ] && synth 40 "$tmpfs/big-tmpfs" "${big[@]}"
-synth 60 "$data/big-disk" "${big[@]}"
-bench warm 120 warm $rounds "$tmpfs/big-tmpfs" "$data/big-disk"
-bench cold 70 cold $rounds "$data/big-disk"
+bench peers 90 warm $rounds "$tmpfs/big-tmpfs" "$data/big-disk"
+bench cold 60 cold $rounds "$data/big-disk"
 synth 25 "${room:-$data}/small" "${small[@]}"
-bench small 50 warm $rounds "${room:-$data}/small"
+bench small 45 warm $rounds "${room:-$data}/small"
 synth 10 "${room:-$data}/gpt2" "${gpt2[@]}"
-bench start 60 start $rounds "${room:-$data}/gpt2"
+bench start 50 start $rounds "${room:-$data}/gpt2"
 rm -rf "${room:-$data}/small" "${room:-$data}/gpt2"
 with_peers=()
 synth 20 "${room:-$data}/f8" "${big[@]/BF16/F8_E4M3}"
@@ -211,6 +240,6 @@ if [ -x "$sanitizer" ]; then
     part test-sanitizer 60 "$sanitizer" --tool memcheck --error-exitcode 9 "$here/tests/kernels_on_device" \
         --ignored --test-threads 1 --nocapture --skip speed
 fi
-bench sweep 60 sweep 1 "$data/big-disk"
 
-"$here/fst-gpu-check" table "$out" 2>&1 | tee "$out/table.txt"
+table
+cat "$out/table.txt"

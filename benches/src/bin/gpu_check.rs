@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 use fst_benches::gpu::peers::Environment;
 use fst_benches::gpu::record::Log;
-use fst_benches::gpu::{Part, parts, ranks, table};
+use fst_benches::gpu::{Part, parts, probe, ranks, table};
 
 /// Measures loads to CUDA device 0.
 #[derive(Debug, Parser)]
@@ -45,6 +45,11 @@ enum Command {
         #[arg(long, default_value = "cuda:0")]
         torch_device: String,
     },
+    /// Ask what decides how loads should go, in seconds
+    Probe {
+        /// A folder on the file system of the data
+        folder: PathBuf,
+    },
     /// Load one checkpoint, say when it is usable, and sum it
     Once {
         /// Folder of the checkpoint
@@ -65,6 +70,7 @@ enum Command {
 
 fn main() -> anyhow::Result<()> {
     match Args::parse().command {
+        Command::Probe { folder } => probe::run(&folder),
         Command::Once { path } => parts::once(&path),
         Command::Ranks { path } => ranks::check(&path),
         Command::Table { folder } => {

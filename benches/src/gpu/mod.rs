@@ -9,9 +9,11 @@
 //! Every run is a line of JSON ([`record::Record`]) written at once, so that a run that is cut off
 //! leaves what it had. [`table`] makes the summary of them.
 
+pub mod measure;
 pub mod ours;
 pub mod parts;
 pub mod peers;
+pub mod probe;
 pub mod ranks;
 pub mod raw;
 pub mod record;

@@ -11,7 +11,8 @@ use serde_json::json;
 use super::record::Record;
 use super::sum::DeviceSum;
 
-/// Loads the checkpoint in `path` and fills in what came of it. The clock runs from before the
+/// Loads the checkpoint in `path` and fills in what came of it. With `keep_pinned`, host memory that an
+/// earlier load pinned is there, and stays; without, none is. The clock runs from before the
 /// headers are read until [`Loader::load`] returns; the sum is made afterwards.
 ///
 /// # Errors
@@ -21,11 +22,17 @@ pub fn load(
     sum: &DeviceSum,
     path: &Path,
     dtype: Option<Dtype>,
+    keep_pinned: bool,
     record: &mut Record,
 ) -> Result<()> {
-    let mut loader = Loader::new().device(device.clone());
+    let mut loader = Loader::new().device(device.clone()).keep_pinned(keep_pinned);
     if let Some(dtype) = dtype {
         loader = loader.dtype(dtype);
+    }
+    if !keep_pinned {
+        fst::gpu::release_kept();
+    } else if fst::gpu::kept_bytes() == 0 {
+        loader.load(&Checkpoint::open(path)?)?;
     }
     let (seconds, tensors, host_bytes) = watching_memory(|| {
         let start = Instant::now();
@@ -53,6 +60,10 @@ pub fn load(
             "copy_calls": copy.copy_calls,
             "launches": copy.launches,
             "ring_waits": copy.ring_waits,
+            "first_block": copy.first_block,
+            "preparations": copy.preparations.iter().map(|part| {
+                (part.name.to_owned(), json!([part.began, part.seconds, part.ahead]))
+            }).collect::<serde_json::Map<_, _>>(),
         })
     });
     record.detail = json!({

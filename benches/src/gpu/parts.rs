@@ -95,6 +95,8 @@ struct Stage<'a> {
 
 enum Contender {
     Ours(Option<Dtype>),
+    /// With memory that an earlier load pinned.
+    Second,
     /// Large copies from pinned memory, nothing else.
     Link,
     /// Direct reads into pinned memory, nothing else.
@@ -107,6 +109,7 @@ impl Contender {
         match self {
             Self::Ours(None) => "fst".to_owned(),
             Self::Ours(Some(dtype)) => format!("fst to {dtype}"),
+            Self::Second => "fst, second load".to_owned(),
             Self::Link => "pinned copy (limit)".to_owned(),
             Self::Ceiling => "direct reads (limit)".to_owned(),
             Self::Peer(peer) => peer.name.to_owned(),
@@ -118,7 +121,7 @@ impl Stage<'_> {
     fn contenders(&self) -> Result<Vec<Contender>> {
         let mut all = vec![Contender::Ours(None)];
         match self.plan.part {
-            Part::Warm => all.push(Contender::Link),
+            Part::Warm => all.extend([Contender::Second, Contender::Link]),
             Part::Cold => all.push(Contender::Ceiling),
             _ => all.extend([Dtype::F32, Dtype::BF16].map(|to| Contender::Ours(Some(to)))),
         }
@@ -186,12 +189,15 @@ impl Stage<'_> {
     ) -> Result<()> {
         match contender {
             Contender::Ours(dtype) => {
-                ours::load(&self.device, &self.sum, source.path, *dtype, record)
+                ours::load(&self.device, &self.sum, source.path, *dtype, false, record)
+            }
+            Contender::Second => {
+                ours::load(&self.device, &self.sum, source.path, None, true, record)
             }
             Contender::Link => {
                 let bytes = source.bytes()?;
                 let at_once = usize::try_from(bytes.min(256 << 20))?;
-                let rate = fst::gpu::measure::pinned_rate(&self.cuda, at_once)?;
+                let rate = super::measure::pinned_rate(&self.cuda, at_once)?;
                 (record.bytes, record.seconds) = (bytes, bytes as f64 / rate);
                 record.confirmed = true;
                 Ok(())
@@ -217,8 +223,8 @@ impl Stage<'_> {
             blocks: (total / mib).max(2),
             ..usual
         };
-        all.extend([1, 2, 8, 16].map(|mib| blocks(mib, 256)));
-        all.extend([64, 128, 512].map(|total| blocks(4, total)));
+        all.extend([1, 4, 8].map(|mib| blocks(mib, 96)));
+        all.extend([32, 64, 128, 256].map(|total| blocks(2, total)));
         all.extend([1, 2, 8].map(|streams| Sizes { streams, ..usual }));
         for workers in [cores / 4, cores / 2, 2 * cores] {
             all.push(Sizes { workers: Some(workers.max(1)), ..usual });

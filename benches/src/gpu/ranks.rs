@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use fst::dist::{GroupError, local_groups, nccl_group};
-use fst::{Checkpoint, Checksum, Device, DistError, Error, Group, Loader, LocalGroup, Preset};
+use fst::{
+    Checkpoint, Checksum, Device, DistError, Error, Group, Loader, LocalGroup, Preset, Tensor,
+};
 
 /// Ranks that share the device.
 const WORLD: u32 = 4;
@@ -62,7 +64,7 @@ fn load(groups: Vec<LocalGroup>, loader: &Loader, checkpoint: &Checkpoint) -> Re
 
 fn load_one(group: Arc<dyn Group>, loader: &Loader, checkpoint: &Checkpoint) -> Result<Sums> {
     let tensors = loader.clone().group(group).load(checkpoint)?;
-    Ok(tensors.iter().map(Checksum::of).collect::<Result<_, _>>()?)
+    Ok(tensors.iter().map(Tensor::checksum).collect::<Result<_, _>>()?)
 }
 
 fn compare(found: &[Sums], expected: &[Sums]) -> Result<()> {

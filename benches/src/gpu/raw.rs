@@ -82,7 +82,7 @@ impl Whole {
     fn open(paths: &[PathBuf], block: usize) -> Result<Self> {
         let files = paths.iter().map(|path| Ok(SourceFile::open(path, None)?));
         let files: Vec<SourceFile> = files.collect::<Result<_>>()?;
-        let align = files.iter().map(SourceFile::align).max().unwrap_or(Limits::MIN_ALIGN);
+        let align = SourceFile::align_of(&files);
         let (mut starts, mut extents, mut bytes) = (Vec::new(), Vec::new(), 0u64);
         for (number, file) in (0..).zip(&files) {
             starts.push(bytes);
@@ -136,7 +136,10 @@ pub fn carry(
         let base = whole.starts.get(block.file as usize).ok_or_else(missing)?;
         let len = block.need;
         let destination = arena.range(base + block.offset, len)?;
-        Ok(Landing { ops: vec![CopyOp::Linear { source: 0, destination, len }], done: None })
+        Ok(Landing {
+            ops: vec![CopyOp::Linear { source: 0, destination, len }],
+            ..Landing::default()
+        })
     };
     // SAFETY: the pipeline keeps the arena, and each block has a range of its own in it.
     let sink = unsafe { PipelineSink::new(&pipeline, &route) };
@@ -171,7 +174,7 @@ pub fn mapped(device: &CudaDevice, path: &PathBuf, most: usize, threads: usize) 
     let pipeline = Sizes::default().pipeline(device)?;
     let owner: Arc<dyn std::any::Any + Send + Sync> = map;
     // SAFETY: `len` bytes of a mapping that `owner` keeps.
-    let rates = unsafe { fst::gpu::measure::cached_rates(&pipeline, start, len, &owner, threads) }?;
+    let rates = unsafe { super::measure::cached_rates(&pipeline, start, len, &owner, threads) }?;
     pipeline.flush()?;
     let direct = rates.direct.as_ref().map(|rate| rate / 1e9).map_err(ToString::to_string);
     Ok(json!({"threads": threads, "staged_gb_per_s": rates.staged / 1e9, "direct": direct}))

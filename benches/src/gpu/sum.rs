@@ -24,10 +24,10 @@ impl DeviceSum {
     /// A driver that does not take it.
     pub fn new(device: &CudaDevice) -> Result<Self> {
         let _current = device.make_current()?;
-        let ptx = Kernel::Checksum.ptx().context("there is no checksum kernel")?;
+        let image = Kernel::Checksum.fatbin().context("there is no checksum kernel")?;
         let name = Kernel::Checksum.entry().context("the checksum kernel has no name")?;
-        // SAFETY: a NUL-terminated image; a context is current.
-        let module = unsafe { result::module::load_data(ptx.as_ptr().cast()) }?;
+        // SAFETY: a whole fat binary; a context is current.
+        let module = unsafe { result::module::load_data(image.as_ptr().cast()) }?;
         // SAFETY: the module was just loaded.
         let entry = unsafe { result::module::get_function(module, name.to_owned()) }?;
         Ok(Self { device: device.clone(), module, entry })

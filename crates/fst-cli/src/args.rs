@@ -8,9 +8,11 @@ use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use fst::dist::group::DEFAULT_DEADLINE;
-use fst::{CachedCopy, Dtype, Engine, Pattern};
+use fst::{CachedCopy, Dtype, Engine, OpenOptions, Pattern};
 use fst_cli::models::MODELS;
 
+#[cfg(feature = "object-store")]
+use crate::cache::CacheArgs;
 use crate::device::DeviceArg;
 use crate::dtype::{parse_made, parse_target};
 use crate::failure::Failure;
@@ -89,6 +91,13 @@ pub(crate) struct Select {
     pub(crate) allow_missing: bool,
 }
 
+impl Select {
+    /// How a checkpoint is opened for headers alone.
+    pub(crate) fn options(&self) -> OpenOptions {
+        OpenOptions::new().allow_missing(self.allow_missing)
+    }
+}
+
 /// How to read and where to.
 #[derive(Debug, Args)]
 pub(crate) struct Reading {
@@ -101,15 +110,29 @@ pub(crate) struct Reading {
     pub(crate) engine: Engine,
     #[command(flatten)]
     pub(crate) select: Select,
+    #[cfg(feature = "object-store")]
+    #[command(flatten)]
+    cache: CacheArgs,
     /// Do not show progress; it is shown only on a terminal anyway
     #[arg(long)]
     pub(crate) no_progress: bool,
+    /// Seconds that reading may take, whatever it waits for [default: no bound]
+    #[arg(long, value_name = "SECONDS", value_parser = whole::<u32>(1..=u32::MAX.into()))]
+    pub(crate) timeout: Option<u32>,
     /// Load even if the system tells of less memory than the load fills
     #[arg(long)]
     pub(crate) no_memory_check: bool,
 }
 
 impl Reading {
+    /// How the checkpoint is opened.
+    pub(crate) fn options(&self) -> OpenOptions {
+        let options = self.select.options();
+        #[cfg(feature = "object-store")]
+        let options = self.cache.apply(options);
+        options
+    }
+
     /// The device asked for, by default the host.
     pub(crate) fn device(&self) -> DeviceArg {
         self.device.clone().unwrap_or_default()
@@ -193,8 +216,9 @@ pub(crate) struct Ranks {
 
 #[derive(Debug, Args)]
 pub(crate) struct LoadArgs {
-    /// A .safetensors file, an index.json, a folder that holds either, or the id ORG/NAME of a model in
-    /// the local cache of the Hugging Face hub
+    /// A .safetensors file, an index.json, a folder that holds either, a URL of one (s3://, gs://, az://,
+    /// https://, hf://ORG/NAME[@REVISION]), or the id ORG/NAME of a model in the local cache of the Hugging
+    /// Face hub
     #[arg(value_name = "PATH")]
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]
@@ -215,7 +239,8 @@ pub(crate) struct LoadArgs {
         conflicts_with_all = ["map", "world", "dist"]
     )]
     pub(crate) cached_copy: Option<CachedCopy>,
-    /// Load only START..END of dimension DIM of the tensor NAME; may be repeated
+    /// Load only START..END of dimension DIM of the tensor NAME; may be repeated, also for one tensor:
+    /// ranges of one dimension are joined in this order
     #[arg(
         long,
         value_name = "NAME:DIM:START..END",
@@ -265,8 +290,9 @@ pub(crate) struct LoadArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
-    /// A .safetensors file, an index.json, a folder that holds either, or the id ORG/NAME of a model in
-    /// the local cache of the Hugging Face hub
+    /// A .safetensors file, an index.json, a folder that holds either, a URL of one (s3://, gs://, az://,
+    /// https://, hf://ORG/NAME[@REVISION]), or the id ORG/NAME of a model in the local cache of the Hugging
+    /// Face hub
     #[arg(value_name = "PATH", required = true)]
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]
@@ -281,13 +307,15 @@ pub(crate) struct InspectArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct SumArgs {
-    /// A .safetensors file, an index.json, a folder that holds either, or the id ORG/NAME of a model in
-    /// the local cache of the Hugging Face hub
+    /// A .safetensors file, an index.json, a folder that holds either, a URL of one (s3://, gs://, az://,
+    /// https://, hf://ORG/NAME[@REVISION]), or the id ORG/NAME of a model in the local cache of the Hugging
+    /// Face hub
     #[arg(value_name = "PATH", required = true)]
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) reading: Reading,
-    /// Read only START..END of dimension DIM of the tensor NAME; may be repeated
+    /// Read only START..END of dimension DIM of the tensor NAME; may be repeated, also for one tensor:
+    /// ranges of one dimension are joined in this order
     #[arg(long, value_name = "NAME:DIM:START..END")]
     pub(crate) slice: Vec<SliceArg>,
     /// Convert tensors of a floating-point dtype to this one first, such as BF16 or F32
@@ -332,8 +360,9 @@ pub(crate) struct SumArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct PlanArgs {
-    /// A .safetensors file, an index.json, a folder that holds either, or the id ORG/NAME of a model in
-    /// the local cache of the Hugging Face hub
+    /// A .safetensors file, an index.json, a folder that holds either, a URL of one (s3://, gs://, az://,
+    /// https://, hf://ORG/NAME[@REVISION]), or the id ORG/NAME of a model in the local cache of the Hugging
+    /// Face hub
     #[arg(value_name = "PATH", required = true)]
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]

@@ -39,6 +39,25 @@ pub(crate) struct Figures {
     pub(crate) device_copy: Option<CopyFigures>,
     /// How fast fresh host memory came; null where nobody looked.
     pub(crate) first_touch: Option<TouchFigures>,
+    /// What requests came to; null where all files are local.
+    pub(crate) remote: Option<RemoteFigures>,
+}
+
+/// What requests for what is not local came to, from opening the checkpoint on; of ranks of one process, those
+/// of all of them.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct RemoteFigures {
+    pub(crate) endpoints: Vec<String>,
+    pub(crate) requests: u64,
+    pub(crate) retries: u64,
+    /// Answers that asked for patience.
+    pub(crate) throttled: u64,
+    pub(crate) received_bytes: u64,
+    /// Those of them that had come before.
+    pub(crate) repeated_bytes: u64,
+    /// Until a request was answered: half of them, and 99 of 100.
+    pub(crate) first_byte_p50_seconds: f64,
+    pub(crate) first_byte_p99_seconds: f64,
 }
 
 /// Rates of one thread's first touch of fresh memory.
@@ -48,6 +67,8 @@ pub(crate) struct TouchFigures {
     /// Null where small pages were not tried.
     pub(crate) small_gb_per_s: Option<f64>,
     pub(crate) takes_small: bool,
+    /// Whether few huge pages were free.
+    pub(crate) scarce: bool,
 }
 
 /// Which way bytes took to a device.
@@ -106,6 +127,17 @@ impl Figures {
                 huge_gb_per_s: touch.huge / 1e9,
                 small_gb_per_s: touch.small.map(|rate| rate / 1e9),
                 takes_small: touch.takes_small,
+                scarce: touch.scarce,
+            }),
+            remote: report.remote.as_ref().map(|remote| RemoteFigures {
+                endpoints: remote.endpoints.clone(),
+                requests: remote.requests,
+                retries: remote.retries,
+                throttled: remote.throttled,
+                received_bytes: remote.received_bytes,
+                repeated_bytes: remote.repeated_bytes,
+                first_byte_p50_seconds: remote.first_byte_p50.as_secs_f64(),
+                first_byte_p99_seconds: remote.first_byte_p99.as_secs_f64(),
             }),
         }
     }

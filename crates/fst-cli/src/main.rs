@@ -1,6 +1,8 @@
 //! The `fst` program: loads, inspects, sums and makes safetensors checkpoints.
 
 mod args;
+#[cfg(feature = "object-store")]
+mod cache;
 mod command;
 mod device;
 mod dtype;
@@ -41,6 +43,8 @@ fn main() -> ExitCode {
         Command::Completions { shell } => command::manual::completions(*shell),
         Command::Man { folder } => command::manual::pages(folder),
     };
+    #[cfg(feature = "object-store")]
+    cache::finish();
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => failure.report(cli.command.json()),

@@ -8,8 +8,8 @@ use std::time::Duration;
 use fst::dist::group::TcpControl;
 use fst::dist::{GroupError, NcclStream, TensorDesc, local_groups_with};
 use fst::{
-    Checkpoint, Device, DistError, Error, Group, LaunchEnv, Loader, LocalGroup, NcclGroup, Preset,
-    Tensors,
+    Checkpoint, Device, DeviceError, DistError, Error, Group, LaunchEnv, Loader, LocalGroup,
+    NcclGroup, Preset, Tensors,
 };
 use serde::{Deserialize, Serialize};
 
@@ -112,21 +112,14 @@ fn preset_asked(
     Ok(if rule.fused { preset.fused() } else { preset })
 }
 
-/// Loads by ranks, one thread each, of which rank `r` keeps its shards on `devices[r]`, and does `each`
-/// on the thread of the rank that kept the tensors. Of several errors it returns the cause of the others.
+/// Does `each` on a thread for each rank, of which rank `r` keeps its shards on `devices[r]`. Of several
+/// errors it returns the cause of the others.
 pub(crate) fn run<T: Send>(
     devices: &[Device],
     together: &Together,
-    loader: &Loader,
-    checkpoint: &Checkpoint,
-    each: impl Fn(u32, Tensors) -> Result<T, Error> + Sync,
+    each: impl Fn(Arc<dyn Group>, Device) -> Result<T, Error> + Sync,
 ) -> Result<Vec<T>, RankFailure> {
-    let rank = |group: LocalGroup, device: &Device| -> Result<T, Error> {
-        let group: Arc<dyn Group> = Arc::new(group);
-        let rank = group.rank();
-        let loader = loader.clone().device(device.clone()).group(group);
-        each(rank, loader.load(checkpoint)?)
-    };
+    let rank = |group: LocalGroup, device: &Device| each(Arc::new(group), device.clone());
     let groups = local_groups_with(devices, together.deadline()).map_err(RankFailure::Load)?;
     let results: Vec<Result<T, RankFailure>> = std::thread::scope(|scope| {
         let threads: Vec<_> = groups
@@ -264,8 +257,9 @@ pub(crate) fn load_here(
     let loader = loader.clone().preset(preset.clone());
     let devices = args.reading.device().of_ranks(world)?;
     let together = &args.ranks.together;
-    let ranks = run(&devices, together, &loader, checkpoint, |_, tensors| Ok(Rank::of(&tensors)))
-        .map_err(|failure| failure.of(paths, checkpoint))?;
+    let rank =
+        |group, device| Ok(Rank::of(&loader.clone().device(device).group(group).load(checkpoint)?));
+    let ranks = run(&devices, together, rank).map_err(|failure| failure.of(paths, checkpoint))?;
     print(args, paths, checkpoint, &preset, &ranks)
 }
 
@@ -332,7 +326,9 @@ fn launched(error: &GroupError) -> String {
 
 fn join_nccl(env: &LaunchEnv, device: &Device, deadline: Duration) -> Result<NcclGroup, Error> {
     // First, so that the others do not wait for a process that has no GPU.
-    let stream = NcclStream::new(device)?;
+    let not_cuda = || DistError::NotCuda { device: device.clone() };
+    let stream = NcclStream::new(device.as_cuda().ok_or_else(not_cuda)?);
+    let stream = stream.map_err(DeviceError::Cuda)?;
     let control = TcpControl::from_env(env, deadline).map_err(DistError::Group)?;
     Ok(NcclGroup::init(Box::new(control), Box::new(stream)).map_err(DistError::Group)?)
 }

@@ -4,7 +4,9 @@ use std::collections::HashSet;
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use fst::format::Selection;
 use fst::{CancelToken, Checkpoint, Error, Loader, Notice, OpenOptions, TensorInfo, VerifyError};
 
 use crate::args::{Reading, Select};
@@ -21,6 +23,9 @@ pub(crate) fn loader(reading: &Reading) -> Result<Loader, Failure> {
         .engine(reading.engine)
         .check_memory(!reading.no_memory_check)
         .cancel(cancel.clone());
+    if let Some(seconds) = reading.timeout {
+        loader = loader.timeout(Duration::from_secs(seconds.into()));
+    }
     loader = select(loader, &reading.select);
     interrupt::on_stop(move || cancel.cancel());
     Ok(loader)
@@ -32,15 +37,18 @@ pub(crate) fn select(loader: Loader, select: &Select) -> Loader {
 }
 
 /// Opens the checkpoint that `paths` name together.
-pub(crate) fn open(paths: &[PathBuf], select: &Select) -> Result<Checkpoint, Failure> {
+pub(crate) fn open(paths: &[PathBuf], options: &OpenOptions) -> Result<Checkpoint, Failure> {
     let paths = paths.iter().map(|path| hub::resolve(path)).collect::<Result<Vec<_>, _>>()?;
-    OpenOptions::new().allow_missing(select.allow_missing).open_all(&paths).map_err(Failure::of)
+    options.open_all(&paths).map_err(Failure::of)
 }
 
 /// Opens a checkpoint, and warns on standard error of what may not be meant: tensors that are left out,
 /// and a file that is taken in place of others.
-pub(crate) fn open_and_warn(paths: &[PathBuf], select: &Select) -> Result<Checkpoint, Failure> {
-    let checkpoint = open(paths, select)?;
+pub(crate) fn open_and_warn(
+    paths: &[PathBuf],
+    options: &OpenOptions,
+) -> Result<Checkpoint, Failure> {
+    let checkpoint = open(paths, options)?;
     for notice in checkpoint.notices() {
         if !matches!(notice, Notice::Unlisted { .. }) {
             text::warn(&notice.to_string());
@@ -56,7 +64,7 @@ pub(crate) fn spare<'p>(
     outputs: impl IntoIterator<Item = &'p Option<PathBuf>>,
 ) -> Result<(), Failure> {
     let place = |file: &Metadata| (file.dev(), file.ino());
-    let shards = checkpoint.shards().iter().map(|shard| place(shard.file_metadata()));
+    let shards = checkpoint.shards().iter().filter_map(|shard| shard.file_metadata().map(place));
     let given = paths.iter().filter_map(|path| Some(place(&path.metadata().ok()?)));
     let read: HashSet<(u64, u64)> = shards.chain(given).collect();
     for path in outputs.into_iter().flatten() {
@@ -74,24 +82,11 @@ pub(crate) fn spare<'p>(
 
 /// The tensors that match any of the patterns, or all where there are none. As with a load, each
 /// pattern must match some.
-pub(crate) fn selected<'c>(
-    checkpoint: &'c Checkpoint,
-    select: &Select,
-) -> Result<Vec<&'c TensorInfo>, Error> {
-    let mut matched = vec![select.patterns.is_empty(); checkpoint.tensors().len()];
-    for pattern in &select.patterns {
-        let mut any = false;
-        for (tensor, matched) in checkpoint.tensors().iter().zip(&mut matched) {
-            if pattern.matches(tensor.name()) {
-                (any, *matched) = (true, true);
-            }
-        }
-        if !any {
-            return Err(Error::NoMatch { pattern: pattern.to_string() });
-        }
-    }
-    let all = checkpoint.tensors().iter().zip(matched);
-    Ok(all.filter_map(|(tensor, matched)| matched.then_some(tensor)).collect())
+pub(crate) fn selected(checkpoint: &Checkpoint, select: &Select) -> Result<Vec<TensorInfo>, Error> {
+    let patterns = select.patterns.iter().map(|pattern| pattern.as_str());
+    let selection = patterns.fold(Selection::new(), Selection::select);
+    let planned = selection.resolve(checkpoint, &|_, _| false)?;
+    Ok(planned.iter().map(|one| one.source().clone()).collect())
 }
 
 /// Why a load of `checkpoint` failed. Errors about a file start with its path; the others are about

@@ -1,10 +1,33 @@
-//! What the exchange asks of a rank's memory and storage, and the answer for host memory.
+//! What the exchange asks of a rank's memory and storage, and the answers: for host memory and any reader, and
+//! for files read by fst-io into memory of the host or of a CUDA device.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
+mod attend;
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(feature = "cuda")]
+mod cuda_outputs;
+#[cfg(feature = "cuda")]
+mod devices;
+mod files;
+mod fingerprint;
+mod host;
+mod layout;
+mod room;
+mod shards;
+
 use std::any::Any;
 use std::fmt;
 
+use fst_io::HostBuffer;
+
 use crate::memory::Space;
+
+#[cfg(feature = "cuda")]
+pub use devices::{DeviceCopier, NcclStream};
+pub use files::RankFiles;
+pub use fingerprint::Fingerprint;
+pub use layout::Cast;
+pub use shards::{ArrivedShards, LoadTarget, OnShard, ShardLoad};
 
 /// The cause of a failed read, copy or allocation.
 pub type Cause = Box<dyn std::error::Error + Send + Sync>;
@@ -67,6 +90,44 @@ impl fmt::Debug for Staging {
     }
 }
 
+/// Bytes that were read and are still on their way to a rank's memory. Dropping it waits for them.
+#[must_use = "the bytes are there once this has been waited for"]
+pub struct Arriving<'b>(Option<Box<dyn FnOnce() -> Result<(), Cause> + Send + 'b>>);
+
+impl<'b> Arriving<'b> {
+    /// Bytes that are there.
+    pub fn done() -> Self {
+        Self(None)
+    }
+
+    /// Bytes that are there once `wait` has returned without error; after an error nothing writes to their
+    /// memory any more.
+    pub fn new(wait: impl FnOnce() -> Result<(), Cause> + Send + 'b) -> Self {
+        Self(Some(Box::new(wait)))
+    }
+
+    /// Waits until the bytes are there.
+    ///
+    /// # Errors
+    /// They do not come.
+    pub fn wait(mut self) -> Result<(), Cause> {
+        self.0.take().map_or(Ok(()), |wait| wait())
+    }
+}
+
+impl Drop for Arriving<'_> {
+    fn drop(&mut self) {
+        // Whoever drops it has no use for the bytes.
+        let _ = self.0.take().map(|wait| wait());
+    }
+}
+
+impl fmt::Debug for Arriving<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Arriving({})", if self.0.is_some() { "on the way" } else { "there" })
+    }
+}
+
 /// The memory that a rank loads into and the way there from storage.
 ///
 /// # Safety
@@ -91,6 +152,19 @@ pub unsafe trait Backend: Sync {
     /// # Safety
     /// The ranges' memory is writable and nobody else uses it meanwhile.
     unsafe fn read(&self, ranges: &[ReadAt]) -> Result<(), (usize, Cause)>;
+
+    /// As [`read`](Self::read), but returns once the next read may begin: the bytes have arrived when the
+    /// value that it gives has been waited for.
+    ///
+    /// # Errors
+    /// As for [`read`](Self::read).
+    ///
+    /// # Safety
+    /// As for [`read`](Self::read), until the value is waited for or dropped.
+    unsafe fn read_ahead<'b>(&'b self, ranges: &[ReadAt]) -> Result<Arriving<'b>, (usize, Cause)> {
+        // SAFETY: passed on from the caller.
+        unsafe { self.read(ranges) }.map(|()| Arriving::done())
+    }
 
     /// Makes every copy and returns when all are done.
     ///
@@ -154,12 +228,7 @@ unsafe impl<R: Reader> Backend for HostBackend<R> {
     }
 
     fn stage(&self, bytes: u64) -> Result<Staging, Cause> {
-        // Memory of a larger alignment is zeroed by the allocator byte by byte.
-        const PAGE: u64 = 4096;
-        let bytes = bytes.checked_add(PAGE).ok_or("the address space has no room for it")?;
-        let layout = Layout::array::<u8>(usize::try_from(bytes)?)?;
-        let pages = Pages::new(layout).ok_or("the address space has no room for it")?;
-        Ok(Staging::new((pages.addr as u64).next_multiple_of(PAGE), pages))
+        stage_host(bytes)
     }
 
     unsafe fn read(&self, ranges: &[ReadAt]) -> Result<(), (usize, Cause)> {
@@ -177,14 +246,8 @@ unsafe impl<R: Reader> Backend for HostBackend<R> {
     }
 
     unsafe fn copy(&self, copies: &[CopyAt]) -> Result<(), Cause> {
-        for copy in copies {
-            for n in 0..copy.count {
-                let src = (copy.src + n * copy.src_stride) as *const u8;
-                let dst = (copy.dst + n * copy.dst_stride) as *mut u8;
-                // SAFETY: initialised source and unshared, disjoint destination by contract.
-                unsafe { std::ptr::copy_nonoverlapping(src, dst, copy.len as usize) };
-            }
-        }
+        // SAFETY: by this function's contract.
+        unsafe { copy_host(copies) };
         Ok(())
     }
 
@@ -195,29 +258,23 @@ unsafe impl<R: Reader> Backend for HostBackend<R> {
     }
 }
 
-/// Zeroed pages: untouched ones cost no memory.
-struct Pages {
-    addr: *mut u8,
-    layout: Layout,
-}
-
-impl Pages {
-    /// `None` where there is no memory.
-    fn new(layout: Layout) -> Option<Self> {
-        // SAFETY: callers pass a layout of at least one byte.
-        let addr = unsafe { alloc_zeroed(layout) };
-        (!addr.is_null()).then_some(Self { addr, layout })
+/// Makes copies within host memory.
+///
+/// # Safety
+/// As for [`Backend::copy`].
+unsafe fn copy_host(copies: &[CopyAt]) {
+    for copy in copies {
+        for n in 0..copy.count {
+            let src = (copy.src + n * copy.src_stride) as *const u8;
+            let dst = (copy.dst + n * copy.dst_stride) as *mut u8;
+            // SAFETY: initialised source and unshared, disjoint destination by contract.
+            unsafe { std::ptr::copy_nonoverlapping(src, dst, copy.len as usize) };
+        }
     }
 }
 
-impl Drop for Pages {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout.
-        unsafe { dealloc(self.addr, self.layout) };
-    }
+/// Staging in host memory, zeroed, of which untouched pages cost none.
+fn stage_host(bytes: u64) -> Result<Staging, Cause> {
+    let buffer = HostBuffer::new(usize::try_from(bytes)?)?;
+    Ok(Staging::new(buffer.as_ptr().as_ptr() as u64, buffer))
 }
-
-// SAFETY: the pages are plain memory; whoever uses the address answers for how.
-unsafe impl Send for Pages {}
-// SAFETY: as above.
-unsafe impl Sync for Pages {}

@@ -4,6 +4,9 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use fst_gpu::LoadError;
+use fst_gpu::cast::CastType;
+
 use crate::memory::Space;
 
 /// A shard specification that does not fit its tensor.
@@ -248,11 +251,13 @@ pub enum GroupError {
         /// How that was noticed.
         cause: String,
     },
-    /// Another load has the group.
-    #[error("rank {rank} loads through this group already: use one group for each load at a time")]
+    /// Another load had the group when this one came, on this rank or on another.
+    #[error(
+        "rank {rank} had another load under way through this group: use one group for each load at a time"
+    )]
     #[non_exhaustive]
     Busy {
-        /// This rank.
+        /// The rank that refused the load.
         rank: u32,
     },
     /// A rank that was waited for was silent for as long as the deadline: it neither moved bytes nor told
@@ -566,4 +571,68 @@ pub enum ExchangeError {
         /// This rank.
         rank: u32,
     },
+}
+
+/// A rank's load of its shards out of files that failed on this rank.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RankError {
+    /// Reading or exchanging failed, on this rank or another.
+    #[error(transparent)]
+    Exchange(#[from] ExchangeError),
+    /// Memory could not be had, or a conversion in it failed. The largest piece is one of
+    /// [`RankPlan::outputs`](crate::RankPlan::outputs).
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// A conversion from elements of another size than the tensor's.
+    #[error("{output}, which has elements of {bits} bits, cannot be converted from {from:?}")]
+    #[non_exhaustive]
+    Cast {
+        /// The tensor, as it is kept.
+        output: String,
+        /// Bits of an element.
+        bits: u32,
+        /// What they were to be converted from.
+        from: CastType,
+    },
+    /// Ranks that share a device need more of its memory together than is free.
+    #[error(
+        "out of memory on cuda:{device}: {needed} bytes needed by ranks {} together, {free} free; the \
+         largest tensor is {largest:?} with {bytes} bytes",
+        .ranks.iter().map(u32::to_string).collect::<Vec<_>>().join(", ")
+    )]
+    #[non_exhaustive]
+    SharedDevice {
+        /// The device, by the number that it has for this rank.
+        device: usize,
+        /// The ranks on it.
+        ranks: Vec<u32>,
+        /// Bytes that they need together.
+        needed: u64,
+        /// Bytes free.
+        free: u64,
+        /// Name of the largest tensor that one of them keeps.
+        largest: String,
+        /// Its bytes.
+        bytes: u64,
+    },
+}
+
+impl From<GroupError> for RankError {
+    fn from(error: GroupError) -> Self {
+        Self::Exchange(error.into())
+    }
+}
+
+impl From<fst_io::Error> for RankError {
+    fn from(error: fst_io::Error) -> Self {
+        Self::Load(error.into())
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl From<fst_gpu::Error> for RankError {
+    fn from(error: fst_gpu::Error) -> Self {
+        Self::Load(error.into())
+    }
 }

@@ -6,12 +6,15 @@
 //! time. A part that is contiguous at both ends travels without a copy; strided parts are packed by
 //! the sender and unpacked by the receiver.
 
+mod landing;
 mod reading;
 mod trading;
 
+use std::collections::VecDeque;
 use std::sync::mpsc;
 use std::time::Duration;
 
+use landing::Landing;
 use reading::Reading;
 use trading::Trading;
 
@@ -88,12 +91,18 @@ pub unsafe fn load(
     backend: &dyn Backend,
     outputs: &[Region],
 ) -> Result<ExchangeReport, ExchangeError> {
-    let group = group.occupy().map_err(ExchangeError::Group)?;
+    let group = group.occupy()?;
     // SAFETY: by this function's contract.
-    unsafe { load_in(view, &group, backend, outputs) }
+    let report = unsafe { load_in(view, &group, backend, outputs, &|_| {}) }?;
+    group.end()?;
+    Ok(report)
 }
 
-/// As [`load`], for who has taken the group already, for a load that does more than exchange.
+/// As [`load`], for who has taken the group already, for a load that does more than exchange. Its
+/// [`end`](Occupied::end) says whether it has succeeded on the other ranks.
+///
+/// `on_landed` is called with the number of each output as soon as all of its bytes are there, and is not
+/// written to any more, from one of the exchange's threads.
 ///
 /// # Errors
 /// As for [`load`].
@@ -105,13 +114,12 @@ pub unsafe fn load_in(
     group: &Occupied<'_>,
     backend: &dyn Backend,
     outputs: &[Region],
+    on_landed: &(dyn Fn(usize) + Sync),
 ) -> Result<ExchangeReport, ExchangeError> {
     let group: &dyn Group = &**group;
     let result = check(view, group, backend.space(), outputs)
         .and_then(|()| agree(view, group))
-        .and_then(|()| run(view, group, backend, outputs))
-        // Done is when all are: a rank that fails late fails everybody.
-        .and_then(|report| group.barrier().map(|()| report).map_err(ExchangeError::Group));
+        .and_then(|()| run(view, group, backend, outputs, on_landed));
     if let Err(error) = &result
         && !matches!(error, ExchangeError::Group(_))
     {
@@ -163,6 +171,7 @@ fn run(
     group: &dyn Group,
     backend: &dyn Backend,
     outputs: &[Region],
+    on_landed: &(dyn Fn(usize) + Sync),
 ) -> Result<ExchangeReport, ExchangeError> {
     let rank = view.rank();
     for (output, region) in view.outputs().iter().zip(outputs) {
@@ -173,6 +182,7 @@ fn run(
             zeroed.map_err(|source| ExchangeError::Copy { rank, source })?;
         }
     }
+    let landing = Landing::new(view, outputs, on_landed);
     let buffers = view.plan().buffers();
     let read_bytes = buffers.read_bytes();
     let bytes = view.staging_bytes();
@@ -184,12 +194,15 @@ fn run(
         // The receiver lives until the thread ends: sending cannot fail yet.
         let _ = free.send(staging.addr() + index * buffers.block);
     }
-    let mut reading = Reading { view, group, backend, outputs, report: ExchangeReport::default() };
+    let landing = &landing;
+    let (report, own) = (ExchangeReport::default(), VecDeque::new());
+    let mut reading = Reading { view, group, backend, outputs, landing, report, own };
     let mut trading = Trading {
         view,
         group,
         backend,
         outputs,
+        landing,
         pack: staging.addr() + read_bytes,
         receive: staging.addr() + read_bytes + buffers.pack,
         report: ExchangeReport::default(),
@@ -223,6 +236,7 @@ fn run(
         // A failed read also ends the trading: the read is the cause to tell.
         let read = read?;
         traded?;
+        debug_assert!(landing.is_over(), "outputs lack bytes that nobody counted");
         Ok(ExchangeReport { read: read.read, read_bytes: read.read_bytes, ..trading.report })
     })
 }

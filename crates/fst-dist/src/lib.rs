@@ -67,7 +67,12 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! It does not open checkpoints, own tensors or know I/O engines: the facade `fst` brings these together.
+//! [`ShardLoad`] is a rank's load out of files, by fst-io, into memory of the host or of a CUDA device.
+//!
+//! It does not open checkpoints or own tensors: the facade `fst` brings these together.
+
+#[cfg(not(target_os = "linux"))]
+compile_error!("ranks are for Linux: depend on fst with `default-features = false`");
 
 mod backend;
 mod coverage;
@@ -75,6 +80,7 @@ mod error;
 mod exchange;
 pub mod group;
 mod load;
+mod measure;
 mod memory;
 mod partition;
 mod plan;
@@ -86,12 +92,18 @@ mod shard;
 mod tensor;
 mod topology;
 
-pub use backend::{Backend, Cause, CopyAt, HostBackend, ReadAt, ReadInto, Reader, Staging};
+pub use backend::{
+    ArrivedShards, Arriving, Backend, Cast, Cause, CopyAt, Fingerprint, HostBackend, LoadTarget,
+    OnShard, RankFiles, ReadAt, ReadInto, Reader, ShardLoad, Staging,
+};
+#[cfg(feature = "cuda")]
+pub use backend::{DeviceCopier, NcclStream};
 pub use coverage::Coverage;
-pub use error::{ExchangeError, GroupError, PlanError, ShardError};
+pub use error::{ExchangeError, GroupError, PlanError, RankError, ShardError};
 pub use exchange::{ExchangeReport, Region, load, load_host, load_in};
 pub use group::{Group, LocalGroup, Occupied};
 pub use load::{Prediction, RankLoad};
+pub use measure::CopyRate;
 pub use memory::{Dst, Space, Src};
 pub use partition::{Choice, Costs};
 pub use plan::{ClassPlan, DEFAULT_BUDGET, Digest, Plan, Planner};

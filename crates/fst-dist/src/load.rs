@@ -2,7 +2,7 @@
 
 use crate::partition::Choice;
 use crate::plan::Plan;
-use crate::schedule::{Piece, Team};
+use crate::schedule::Piece;
 
 /// Bytes that one rank moves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -102,34 +102,31 @@ impl Plan {
         }
         // What a rank reads itself it need not receive, but sends to the others.
         for line in &self.lines {
-            for team in &line.teams {
-                for (member, &rank) in team.members.iter().enumerate() {
-                    let segment = team.borders[member]..team.borders[member + 1];
-                    let load = &mut loads[rank as usize];
-                    load.read_once += segment.end - segment.start;
-                    for piece in line.pieces(segment) {
-                        let (own, all) = self.kept_of(&piece, rank, team);
-                        load.received -= own;
-                        load.sent += all - own;
-                    }
+            for (rank, load) in (0u32..).zip(&mut loads) {
+                let segment = line.segment(rank);
+                load.read_once += segment.end - segment.start;
+                for piece in line.pieces(segment) {
+                    let (own, all) = self.kept_of(&piece, rank);
+                    load.received -= own;
+                    load.sent += all - own;
                 }
             }
         }
         loads
     }
 
-    /// Bytes of a piece that `rank` keeps, and that all of its team keep together.
-    fn kept_of(&self, piece: &Piece, rank: u32, team: &Team) -> (u64, u64) {
+    /// Bytes of a piece that `rank` keeps, and that all ranks keep together.
+    fn kept_of(&self, piece: &Piece, rank: u32) -> (u64, u64) {
         let class = self.class(piece.tensor);
         let len = piece.range.end - piece.range.start;
         if class.resolved.is_replicated() {
-            return (len, len * team.members.len() as u64);
+            return (len, len * u64::from(self.world()));
         }
         if len == class.bytes {
             return (class.kept_by(rank), class.kept);
         }
         let kept = |rank: u32| self.geometry(piece.tensor, rank).kept_in(&piece.range);
-        (kept(rank), team.members.iter().map(|&member| kept(member)).sum())
+        (kept(rank), (0..self.world()).map(kept).sum())
     }
 
     /// Predicted seconds at the topology's rates.
@@ -186,8 +183,7 @@ impl Plan {
     }
 
     fn predict_loads(&self, loads: &[RankLoad]) -> Prediction {
-        let all: Vec<u32> = (0..self.world()).collect();
-        let near = self.topology.same_node(&all);
+        let near = self.topology.same_node();
         let links = self.topology.links();
         let storages = self.topology.storages();
         let mut by_storage = vec![(0u64, 0u64); storages.len()];

@@ -19,8 +19,6 @@ pub enum Choice {
     Scatter,
     /// Each byte is read by one rank of the world and goes to all.
     Broadcast,
-    /// Each byte is read once per storage and goes to all ranks that share this storage.
-    BroadcastByStorage,
 }
 
 /// Predicted seconds for one tensor, by choice, with all ranks equally busy; `None` where a choice is
@@ -32,8 +30,6 @@ pub struct Costs {
     pub direct: Option<f64>,
     /// Read once by the world, then scattered, or broadcast if all ranks keep all of it.
     pub once: Option<f64>,
-    /// Read once per storage and broadcast there.
-    pub once_by_storage: Option<f64>,
 }
 
 /// Ranks up to `end` (from the previous span's end) that keep equally much.
@@ -150,32 +146,19 @@ struct Model {
     world: f64,
     read_rate: f64,
     request_rate: f64,
-    storages: f64,
-    has_teams: bool,
-    /// Average share of a rank's peers that are on its node: in the world, in its storage's team.
+    /// Average share of a rank's peers that are on its node.
     near: f64,
-    near_team: f64,
-    team: f64,
     links: crate::topology::Links,
 }
 
 impl Model {
-    fn new(topology: &Topology, teams: &[Vec<u32>]) -> Self {
-        let all: Vec<u32> = (0..topology.world()).collect();
-        let mean = |list: &[f64]| list.iter().sum::<f64>() / list.len().max(1) as f64;
-        let first = teams.first().map_or(&all[..], |team| &team[..]);
-        let near_team = topology.same_node(first);
-        let near_team: Vec<f64> = first.iter().map(|&rank| near_team[rank as usize]).collect();
-        let readers = teams.iter().map(Vec::len).sum::<usize>();
+    fn new(topology: &Topology) -> Self {
+        let near = topology.same_node();
         Self {
             world: f64::from(topology.world()),
             read_rate: topology.read_rates().iter().sum(),
             request_rate: topology.storages().iter().map(|s| s.requests_per_s).sum(),
-            storages: teams.len() as f64,
-            has_teams: teams.len() > 1 && readers == all.len(),
-            near: mean(&topology.same_node(&all)),
-            near_team: mean(&near_team),
-            team: first.len() as f64,
+            near: near.iter().sum::<f64>() / near.len().max(1) as f64,
             links: topology.links(),
         }
     }
@@ -184,18 +167,18 @@ impl Model {
         (bytes as f64 / self.read_rate).max(requests as f64 / self.request_rate)
     }
 
-    /// Seconds to receive `bytes`, of which the share `near` comes from the same node.
-    fn receive(&self, bytes: f64, near: f64) -> f64 {
-        bytes * near / self.links.node_bytes_per_s
-            + bytes * (1.0 - near) / self.links.net_bytes_per_s
+    /// Seconds to receive `bytes`.
+    fn receive(&self, bytes: f64) -> f64 {
+        bytes * self.near / self.links.node_bytes_per_s
+            + bytes * (1.0 - self.near) / self.links.net_bytes_per_s
     }
 
-    /// Seconds to broadcast so that each of `members` ranks receives `bytes`: across nodes each
-    /// byte travels once per node, its ranks sharing the work.
-    fn broadcast(&self, bytes: f64, near: f64, members: f64) -> f64 {
-        let on_node = near * (members - 1.0) + 1.0;
+    /// Seconds to broadcast so that each rank receives `bytes`: across nodes each byte travels once per
+    /// node, its ranks sharing the work.
+    fn broadcast(&self, bytes: f64) -> f64 {
+        let on_node = self.near * (self.world - 1.0) + 1.0;
         bytes / self.links.node_bytes_per_s
-            + bytes * (1.0 - near) / on_node / self.links.net_bytes_per_s
+            + bytes * (1.0 - self.near) / on_node / self.links.net_bytes_per_s
     }
 
     fn price(&self, class: &Class, direct_open: bool) -> Costs {
@@ -203,34 +186,19 @@ impl Model {
         let (read, requests) = class.reads();
         let direct = direct_open.then(|| self.read(read, requests));
         let own = 1.0 - 1.0 / self.world;
-        let replicated = class.resolved.is_replicated();
-        let link = if replicated {
-            self.broadcast(class.bytes as f64 * own, self.near, self.world)
+        let link = if class.resolved.is_replicated() {
+            self.broadcast(class.bytes as f64 * own)
         } else {
-            self.receive(class.kept as f64 * own / self.world, self.near)
+            self.receive(class.kept as f64 * own / self.world)
         };
         let once = self.read(class.bytes, once_requests).max(link);
-        let once_by_storage = (replicated && self.has_teams).then(|| {
-            let read = class.bytes as f64 * self.storages / self.read_rate;
-            let bytes = class.bytes as f64 * (1.0 - 1.0 / self.team);
-            read.max(self.broadcast(bytes, self.near_team, self.team))
-        });
-        Costs { direct, once: (self.world > 1.0).then_some(once), once_by_storage }
+        Costs { direct, once: (self.world > 1.0).then_some(once) }
     }
 }
 
-/// What the ranks read, before it is laid out.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Quotas {
-    /// By rank: share of the tensors that the world reads once.
-    pub(crate) world: Vec<f64>,
-    /// By rank: share of what its storage's team reads once.
-    pub(crate) team: Vec<f64>,
-}
-
-/// Decides every class and spreads the reading; `teams` are the ranks of each storage.
-pub(crate) fn decide(classes: &mut [Class], topology: &Topology, teams: &[Vec<u32>]) -> Quotas {
-    let model = Model::new(topology, teams);
+/// Decides every class and spreads the reading: by rank, the share of what the world reads once.
+pub(crate) fn decide(classes: &mut [Class], topology: &Topology) -> Vec<f64> {
+    let model = Model::new(topology);
     let blind: Vec<u32> = (0u32..)
         .zip(topology.places())
         .filter_map(|(rank, place)| place.storage.is_none().then_some(rank))
@@ -243,7 +211,7 @@ pub(crate) fn decide(classes: &mut [Class], topology: &Topology, teams: &[Vec<u3
     let rates = topology.read_rates();
     // Classes were priced one by one; together other ways may suit some of them better. Searching from
     // the ends as well finds mixtures that no single step from the middle leads to.
-    let mut best = improve(classes, &rates, teams, &model);
+    let mut best = improve(classes, &rates, &model);
     let priced: Vec<Choice> = classes.iter().map(|class| class.choice).collect();
     let mut chosen = priced;
     let ends: [fn(&Class) -> Option<Choice>; 2] =
@@ -252,7 +220,7 @@ pub(crate) fn decide(classes: &mut [Class], topology: &Topology, teams: &[Vec<u3
         for class in classes.iter_mut() {
             class.choice = end(class).unwrap_or(Choice::Nothing);
         }
-        let time = improve(classes, &rates, teams, &model);
+        let time = improve(classes, &rates, &model);
         if time < best * 0.99 {
             best = time;
             chosen = classes.iter().map(|class| class.choice).collect();
@@ -261,14 +229,14 @@ pub(crate) fn decide(classes: &mut [Class], topology: &Topology, teams: &[Vec<u3
     for (class, choice) in classes.iter_mut().zip(chosen) {
         class.choice = choice;
     }
-    Balance::new(classes, &rates).quotas(teams)
+    Balance::new(classes, &rates).quotas()
 }
 
 /// Changes choices one at a time as long as that brings the finish forward; its predicted seconds.
-fn improve(classes: &mut [Class], rates: &[f64], teams: &[Vec<u32>], model: &Model) -> f64 {
+fn improve(classes: &mut [Class], rates: &[f64], model: &Model) -> f64 {
     let balance = Balance::new(classes, rates);
-    let best = balance.finish_time(teams, model);
-    let mut search = Search { balance, best, teams, model };
+    let best = balance.finish_time(model);
+    let mut search = Search { balance, best, model };
     let mut heavy: Vec<usize> = (0..classes.len()).collect();
     heavy.sort_by_key(|&index| (u64::MAX - classes[index].bytes * classes[index].tensors, index));
     heavy.truncate(32);
@@ -298,7 +266,6 @@ fn improve(classes: &mut [Class], rates: &[f64], teams: &[Vec<u32>], model: &Mod
 struct Search<'a> {
     balance: Balance<'a>,
     best: f64,
-    teams: &'a [Vec<u32>],
     model: &'a Model,
 }
 
@@ -312,7 +279,7 @@ impl Search<'_> {
         self.balance.add(class, -1.0);
         class.choice = choice;
         self.balance.add(class, 1.0);
-        let time = self.balance.finish_time(self.teams, self.model);
+        let time = self.balance.finish_time(self.model);
         if time < self.best * gain {
             self.best = time;
             return true;
@@ -324,15 +291,15 @@ impl Search<'_> {
     }
 }
 
-/// The choices that a class can take, the one that moves least first.
-fn open_choices(class: &Class) -> impl Iterator<Item = Choice> + use<> {
-    let ways = [
-        (class.costs.direct, Choice::Direct),
-        (class.costs.once_by_storage, Choice::BroadcastByStorage),
-        (class.costs.once, once(class)),
-    ];
+/// The choices that a class can take and their costs, the one that moves least first.
+fn open_ways(class: &Class) -> impl Iterator<Item = (f64, Choice)> + use<> {
+    let ways = [(class.costs.direct, Choice::Direct), (class.costs.once, once(class))];
     let kept = class.kept > 0;
-    ways.into_iter().filter(move |(cost, _)| kept && cost.is_some()).map(|(_, choice)| choice)
+    ways.into_iter().filter_map(move |(cost, choice)| Some((cost.filter(|_| kept)?, choice)))
+}
+
+fn open_choices(class: &Class) -> impl Iterator<Item = Choice> + use<> {
+    open_ways(class).map(|(_, choice)| choice)
 }
 
 fn once(class: &Class) -> Choice {
@@ -341,19 +308,9 @@ fn once(class: &Class) -> Choice {
 
 /// The cheapest choice; what moves least bytes unless another is 1% better.
 fn choose(class: &Class) -> Choice {
-    if class.kept == 0 {
-        return Choice::Nothing;
-    }
-    let ways = [
-        (class.costs.direct, Choice::Direct),
-        (class.costs.once_by_storage, Choice::BroadcastByStorage),
-        (class.costs.once, once(class)),
-    ];
-    let mut best = (f64::INFINITY, Choice::Direct);
-    for (seconds, choice) in ways {
-        if let Some(seconds) = seconds
-            && seconds < best.0 * 0.99
-        {
+    let mut best = (f64::INFINITY, if class.kept > 0 { Choice::Direct } else { Choice::Nothing });
+    for (seconds, choice) in open_ways(class) {
+        if seconds < best.0 * 0.99 {
             best = (seconds, choice);
         }
     }
@@ -366,15 +323,14 @@ struct Balance<'a> {
     /// Bytes each rank reads directly, and keeps of what is read once.
     direct: Vec<f64>,
     kept_once: Vec<f64>,
-    /// Bytes read once by the world, and by each storage's team.
+    /// Bytes read once.
     world: f64,
-    team: f64,
 }
 
 impl<'a> Balance<'a> {
     fn new(classes: &[Class], rates: &'a [f64]) -> Self {
         let zero = vec![0.0; rates.len() + 1];
-        let mut sums = Self { rates, direct: zero.clone(), kept_once: zero, world: 0.0, team: 0.0 };
+        let mut sums = Self { rates, direct: zero.clone(), kept_once: zero, world: 0.0 };
         // Differences first: a span costs two additions, however many ranks it has.
         for class in classes {
             let list = match class.choice {
@@ -404,11 +360,8 @@ impl<'a> Balance<'a> {
     }
 
     fn add_once(&mut self, class: &Class, sign: f64) {
-        let bytes = sign * (class.bytes * class.tensors) as f64;
-        match class.choice {
-            Choice::Scatter | Choice::Broadcast => self.world += bytes,
-            Choice::BroadcastByStorage => self.team += bytes,
-            Choice::Nothing | Choice::Direct => {}
+        if matches!(class.choice, Choice::Scatter | Choice::Broadcast) {
+            self.world += sign * (class.bytes * class.tensors) as f64;
         }
     }
 
@@ -450,43 +403,28 @@ impl<'a> Balance<'a> {
         open.max_by_key(|(index, class)| (bytes(class), usize::MAX - index)).map(|(index, _)| index)
     }
 
-    fn quotas(&self, teams: &[Vec<u32>]) -> Quotas {
-        let mut load = self.direct.clone();
-        let mut team = vec![0.0; load.len()];
-        for members in teams {
-            let shares = fill(members, &load, self.rates, self.team);
-            for (&rank, share) in members.iter().zip(shares) {
-                team[rank as usize] = share;
-                load[rank as usize] += share * self.team;
-            }
-        }
-        let all: Vec<u32> = (0..self.rates.len() as u32).collect();
-        Quotas { world: fill(&all, &load, self.rates, self.world), team }
+    fn quotas(&self) -> Vec<f64> {
+        fill(&self.direct, self.rates, self.world)
     }
 
     /// Predicted seconds of the whole, near enough to compare choices.
-    fn finish_time(&self, teams: &[Vec<u32>], model: &Model) -> f64 {
-        let quotas = self.quotas(teams);
+    fn finish_time(&self, model: &Model) -> f64 {
         let mut worst = 0.0f64;
-        for (rank, &rate) in self.rates.iter().enumerate() {
-            let read =
-                self.direct[rank] + quotas.world[rank] * self.world + quotas.team[rank] * self.team;
+        for ((rank, &rate), quota) in self.rates.iter().enumerate().zip(self.quotas()) {
             if rate > 0.0 {
-                worst = worst.max(read / rate);
+                worst = worst.max((self.direct[rank] + quota * self.world) / rate);
             }
-            let received = self.kept_once[rank] * (1.0 - quotas.world[rank]);
-            worst = worst.max(model.receive(received, model.near));
+            worst = worst.max(model.receive(self.kept_once[rank] * (1.0 - quota)));
         }
         worst
     }
 }
 
-/// Shares (adding up to one) of `bytes` for each member such that all finish reading together, as far
-/// as what they read already allows.
-fn fill(members: &[u32], load: &[f64], rates: &[f64], bytes: f64) -> Vec<f64> {
-    let rate = |rank: u32| rates[rank as usize];
-    let time = |rank: u32| load[rank as usize] / rate(rank);
-    let mut order: Vec<u32> = members.iter().copied().filter(|&rank| rate(rank) > 0.0).collect();
+/// Shares (adding up to one) of `bytes` for each rank such that all finish reading together, as far as
+/// what they read already allows.
+fn fill(load: &[f64], rates: &[f64], bytes: f64) -> Vec<f64> {
+    let time = |rank: usize| load[rank] / rates[rank];
+    let mut order: Vec<usize> = (0..rates.len()).filter(|&rank| rates[rank] > 0.0).collect();
     order.sort_by(|&a, &b| time(a).total_cmp(&time(b)).then(a.cmp(&b)));
     // Raise the level until the next rank joins or the bytes are placed.
     let (mut rates_below, mut placed, mut level) = (0.0, 0.0, 0.0);
@@ -500,23 +438,20 @@ fn fill(members: &[u32], load: &[f64], rates: &[f64], bytes: f64) -> Vec<f64> {
             placed += room;
         }
         level = start;
-        rates_below += rate(rank);
+        rates_below += rates[rank];
     }
     if rates_below > 0.0 {
         level += (bytes - placed) / rates_below;
     }
-    let quota = |&rank: &u32| match rate(rank) {
+    let quota = |rank: usize| match rates[rank] {
         rate if rate > 0.0 => ((level - time(rank)) * rate).max(0.0),
         _ => 0.0,
     };
-    let quotas: Vec<f64> = members.iter().map(quota).collect();
-    let total: f64 = quotas.iter().sum();
-    if total > 0.0 {
-        return quotas.iter().map(|quota| quota / total).collect();
-    }
-    // Nothing to place: any shares do, but they must add up.
-    let all: f64 = members.iter().map(|&rank| rate(rank)).sum();
-    members.iter().map(|&rank| rate(rank) / all).collect()
+    let quotas: Vec<f64> = (0..rates.len()).map(quota).collect();
+    // With nothing to place any shares do, but they must add up.
+    let shares = if quotas.iter().any(|&quota| quota > 0.0) { &quotas[..] } else { rates };
+    let total: f64 = shares.iter().sum();
+    shares.iter().map(|share| share / total).collect()
 }
 
 #[cfg(test)]
@@ -532,7 +467,7 @@ mod tests {
         let load = [10.0, 0.0, 4.0, 0.0];
         // The third rank reads at half the rate; the fourth not at all.
         let rates = [1.0, 1.0, 0.5, 0.0];
-        let shares = fill(&[0, 1, 2, 3], &load, &rates, 9.0);
+        let shares = fill(&load, &rates, 9.0);
         // Levels: rank 1 to 8 s takes 8, then ranks 1 and 2 share the last byte 2:1.
         let expect = [0.0, 8.0 + 2.0 / 3.0, 1.0 / 3.0, 0.0];
         for (share, expect) in shares.iter().zip(expect) {
@@ -541,8 +476,8 @@ mod tests {
     }
 
     /// Tries every choice of every class.
-    fn best_time(classes: &mut [Class], topology: &Topology, teams: &[Vec<u32>]) -> f64 {
-        let model = Model::new(topology, teams);
+    fn best_time(classes: &mut [Class], topology: &Topology) -> f64 {
+        let model = Model::new(topology);
         let rates = topology.read_rates();
         let open: Vec<Vec<Choice>> =
             classes.iter().map(|class| open_choices(class).collect()).collect();
@@ -553,7 +488,7 @@ mod tests {
                 class.choice = open[number % open.len()];
                 number /= open.len();
             }
-            best = best.min(Balance::new(classes, &rates).finish_time(teams, &model));
+            best = best.min(Balance::new(classes, &rates).finish_time(&model));
         }
         best
     }
@@ -587,13 +522,12 @@ mod tests {
                 class.tensors = tensors;
                 class
             }).collect();
-            let teams = topology.storage_teams();
-            decide(&mut classes, &topology, &teams);
+            decide(&mut classes, &topology);
             let rates = topology.read_rates();
             let found = Balance::new(&classes, &rates)
-                .finish_time(&teams, &Model::new(&topology, &teams));
+                .finish_time(&Model::new(&topology));
             let chosen: Vec<Choice> = classes.iter().map(|class| class.choice).collect();
-            let best = best_time(&mut classes, &topology, &teams);
+            let best = best_time(&mut classes, &topology);
             prop_assert!(found <= best * 1.3, "{found} against {best}: {chosen:?}");
         }
     }

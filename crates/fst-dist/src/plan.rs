@@ -12,7 +12,7 @@ use crate::load::RankLoad;
 use crate::partition::{self, Choice, Class, Costs};
 use crate::rank::RankPlan;
 use crate::resolved::Resolved;
-use crate::schedule::{Buffers, Line, LineKind, Team};
+use crate::schedule::{Buffers, Line, LineKind};
 use crate::shard::Shard;
 use crate::tensor::{Cut, Geometry, TensorDesc};
 use crate::topology::Topology;
@@ -97,8 +97,7 @@ impl Planner {
         }
         let mut classes = table.classes;
         let fused = fuse(&fusing, &tensors, &class_of, &classes)?;
-        let teams = self.topology.storage_teams();
-        let quotas = partition::decide(&mut classes, &self.topology, &teams);
+        let shares = partition::decide(&mut classes, &self.topology);
         let copies = |class: &Class| match class.choice {
             Choice::Scatter => class.resolved.copies(),
             _ => 0,
@@ -112,20 +111,11 @@ impl Planner {
             let tensor = &tensors[index as usize];
             (tensor.shard, tensor.file_range.start, index)
         });
-        let all: Vec<u32> = (0..world).collect();
-        let by_world = [(&all[..], quotas.world.clone())];
-        let share = |rank: &u32| quotas.team[*rank as usize];
-        let by_team: Vec<(&[u32], Vec<f64>)> =
-            teams.iter().map(|team| (&team[..], team.iter().map(share).collect())).collect();
-        let ways = [
-            (Choice::Broadcast, LineKind::Broadcast, &by_world[..]),
-            (Choice::BroadcastByStorage, LineKind::Broadcast, &by_team[..]),
-            (Choice::Scatter, LineKind::Scatter, &by_world[..]),
-        ];
         let choice = |index: u32| classes[class_of[index as usize] as usize].choice;
-        let lines = ways.map(|(way, kind, teams)| {
+        let ways = [(Choice::Broadcast, LineKind::Broadcast), (Choice::Scatter, LineKind::Scatter)];
+        let lines = ways.map(|(way, kind)| {
             let of_way = order.iter().copied().filter(|&index| choice(index) == way).collect();
-            Line::new(kind, of_way, &tensors, teams)
+            Line::new(kind, of_way, &tensors, &shares)
         });
         let lines: Vec<Line> = lines.into_iter().filter(|line| line.total() > 0).collect();
         let segment = lines.iter().map(Line::longest_segment).max().unwrap_or(0);
@@ -412,8 +402,8 @@ impl Plan {
     }
 
     /// Positions of one unit of one line.
-    pub(crate) fn unit(&self, line: &Line, team: &Team, member: usize, round: u64) -> Range<u64> {
-        line.unit(team, member, round, self.buffers.block, &self.tensors)
+    pub(crate) fn unit(&self, line: &Line, rank: u32, round: u64) -> Range<u64> {
+        line.unit(rank, round, self.buffers.block, &self.tensors)
     }
 
     fn make_digest(&self, fingerprint: &[u8], budget: u64) -> Digest {
@@ -444,11 +434,8 @@ impl Plan {
             fused.members.iter().for_each(|&member| hash.numbers([u64::from(member)]));
         }
         for line in &self.lines {
-            hash.numbers([line.kind as u64, line.teams.len() as u64]);
-            for team in &line.teams {
-                hash.numbers([team.members.len() as u64]);
-                team.borders.iter().for_each(|&border| hash.numbers([border]));
-            }
+            hash.numbers([line.kind as u64]);
+            line.borders.iter().for_each(|&border| hash.numbers([border]));
         }
         Digest(hash.0.finalize().into())
     }

@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use crate::partition::Choice;
 use crate::plan::Plan;
-use crate::schedule::{Line, LineKind, Piece, Team};
+use crate::schedule::{Line, LineKind, Piece};
 use crate::tensor::{Geometry, Strided};
 
 /// A tensor that a rank keeps.
@@ -171,40 +171,28 @@ impl<'a> RankPlan<'a> {
     pub fn shards(&self) -> BTreeSet<u32> {
         let shard = |tensor: u32| self.plan.tensors[tensor as usize].shard;
         let lines = self.plan.lines().iter();
-        let teams = lines.flat_map(|line| line.teams.iter().map(move |team| (line, team)));
-        let read = teams.flat_map(|(line, team)| {
-            let member = team.members.iter().position(|&member| member == self.rank);
-            let segment = member.map(|member| team.borders[member]..team.borders[member + 1]);
-            segment.into_iter().flat_map(|segment| line.pieces(segment))
-        });
+        let read = lines.flat_map(|line| line.pieces(line.segment(self.rank)));
         let direct = self.direct_reads().map(|read| shard(read.tensor));
         direct.chain(read.map(|piece| shard(piece.tensor))).collect()
     }
 
     /// The rounds of exchange that it takes part in, in order.
     pub fn rounds(&self) -> impl Iterator<Item = Round<'a>> + '_ {
-        let plan = self.plan;
-        let rank = self.rank;
-        plan.lines().iter().flat_map(move |line| {
-            let team = line.teams.iter().find_map(|team| {
-                let member = team.members.iter().position(|&member| member == rank)?;
-                Some((team, member))
-            });
-            team.into_iter().flat_map(move |(team, member)| {
-                let rounds = line.rounds(team, plan.buffers.block);
-                (0..rounds).map(move |round| Round { plan, line, team, member, round })
-            })
+        let (plan, rank) = (self.plan, self.rank);
+        let lines = plan.lines().iter().filter(move |_| rank < plan.world());
+        lines.flat_map(move |line| {
+            let rounds = line.rounds(plan.buffers.block);
+            (0..rounds).map(move |round| Round { plan, line, rank, round })
         })
     }
 }
 
-/// One round: each member of a team has read one unit, now they exchange these.
+/// One round: each rank has read one unit, now they exchange these.
 #[derive(Clone, Copy, Debug)]
 pub struct Round<'a> {
     plan: &'a Plan,
     line: &'a Line,
-    team: &'a Team,
-    member: usize,
+    rank: u32,
     round: u64,
 }
 
@@ -215,27 +203,21 @@ impl<'a> Round<'a> {
         self.line.kind
     }
 
-    /// The ranks that take part.
+    /// This rank.
     #[must_use]
-    pub fn members(&self) -> &'a [u32] {
-        &self.team.members
+    pub fn rank(&self) -> u32 {
+        self.rank
     }
 
-    /// This rank's place among the members.
-    #[must_use]
-    pub fn member(&self) -> usize {
-        self.member
+    /// What a rank reads in this round, in the order in which it lies in the block.
+    pub fn unit(&self, rank: u32) -> impl Iterator<Item = Piece> + 'a {
+        self.line.pieces(self.plan.unit(self.line, rank, self.round))
     }
 
-    /// What a member (by its place) reads in this round, in the order in which it lies in the block.
-    pub fn unit(&self, member: usize) -> impl Iterator<Item = Piece> + 'a {
-        self.line.pieces(self.plan.unit(self.line, self.team, member, self.round))
-    }
-
-    /// Bytes of a member's unit.
+    /// Bytes of a rank's unit.
     #[must_use]
-    pub fn unit_bytes(&self, member: usize) -> u64 {
-        let range = self.plan.unit(self.line, self.team, member, self.round);
+    pub fn unit_bytes(&self, rank: u32) -> u64 {
+        let range = self.plan.unit(self.line, rank, self.round);
         range.end - range.start
     }
 }

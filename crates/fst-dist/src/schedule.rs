@@ -32,30 +32,23 @@ pub struct Piece {
     pub range: Range<u64>,
 }
 
-/// Ranks that read a line together, with the borders of their segments.
-#[derive(Clone, Debug)]
-pub(crate) struct Team {
-    pub(crate) members: Vec<u32>,
-    /// One more than members: member `i` reads positions `borders[i]..borders[i + 1]`.
-    pub(crate) borders: Vec<u64>,
-}
-
 #[derive(Clone, Debug)]
 pub(crate) struct Line {
     pub(crate) kind: LineKind,
     tensors: Vec<u32>,
     /// One more than tensors: where each starts on the line.
     starts: Vec<u64>,
-    pub(crate) teams: Vec<Team>,
+    /// One more than ranks: rank `r` reads positions `borders[r]..borders[r + 1]`.
+    pub(crate) borders: Vec<u64>,
 }
 
 impl Line {
-    /// A line of `tensors` (in the order of the files), cut among each team's members by their shares.
+    /// A line of `tensors` (in the order of the files), cut among the ranks by their shares.
     pub(crate) fn new(
         kind: LineKind,
         tensors: Vec<u32>,
         table: &[TensorDesc],
-        teams: &[(&[u32], Vec<f64>)],
+        shares: &[f64],
     ) -> Self {
         let mut starts = Vec::with_capacity(tensors.len() + 1);
         let mut end = 0;
@@ -64,29 +57,26 @@ impl Line {
             end += table[tensor as usize].byte_len();
             starts.push(end);
         }
-        let mut line = Self { kind, tensors, starts, teams: Vec::new() };
-        line.teams =
-            teams.iter().map(|(members, shares)| line.team(members, shares, table)).collect();
-        line
-    }
-
-    fn team(&self, members: &[u32], shares: &[f64], table: &[TensorDesc]) -> Team {
-        let total = self.total();
-        let mut borders = Vec::with_capacity(members.len() + 1);
-        let mut sum = 0.0;
-        borders.push(0);
+        let mut line = Self { kind, tensors, starts, borders: vec![0] };
+        let (total, mut sum) = (line.total(), 0.0);
         for (index, share) in shares.iter().enumerate() {
             sum += share;
             let nominal =
                 if index + 1 == shares.len() { total } else { (sum * total as f64) as u64 };
-            let low = borders.last().copied().unwrap_or(0);
-            borders.push(self.aligned(nominal.min(total), table).max(low));
+            let low = line.borders[index];
+            line.borders.push(line.aligned(nominal.min(total), table).max(low));
         }
-        // A member without share must not get the rest that rounding leaves.
+        // A rank without share must not get the rest that rounding leaves.
         if let Some(last) = shares.iter().rposition(|&share| share > 0.0) {
-            borders[last + 1..].fill(total);
+            line.borders[last + 1..].fill(total);
         }
-        Team { members: members.to_vec(), borders }
+        line
+    }
+
+    /// The positions that a rank reads.
+    pub(crate) fn segment(&self, rank: u32) -> Range<u64> {
+        let border = |index: usize| self.borders.get(index).copied().unwrap_or(self.total());
+        border(rank as usize)..border(rank as usize + 1)
     }
 
     pub(crate) fn total(&self) -> u64 {
@@ -131,16 +121,15 @@ impl Line {
         })
     }
 
-    /// Positions of the `round`-th unit of the `member`-th of `team`; empty when it has no more.
+    /// Positions of the `round`-th unit of a rank; empty when it has no more.
     pub(crate) fn unit(
         &self,
-        team: &Team,
-        member: usize,
+        rank: u32,
         round: u64,
         block: u64,
         table: &[TensorDesc],
     ) -> Range<u64> {
-        let segment = team.borders[member]..team.borders[member + 1];
+        let segment = self.segment(rank);
         let step = step(block);
         let at = |round: u64| match segment.start.checked_add(round.saturating_mul(step)) {
             Some(pos) if pos < segment.end => self.aligned(pos, table).min(segment.end),
@@ -151,14 +140,12 @@ impl Line {
 
     /// Bytes of the longest segment.
     pub(crate) fn longest_segment(&self) -> u64 {
-        let borders = self.teams.iter().flat_map(|team| team.borders.windows(2));
-        borders.map(|pair| pair[1] - pair[0]).max().unwrap_or(0)
+        self.borders.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0)
     }
 
-    /// Rounds until every member of `team` has read its segment.
-    pub(crate) fn rounds(&self, team: &Team, block: u64) -> u64 {
-        let rounds = |pair: &[u64]| (pair[1] - pair[0]).div_ceil(step(block));
-        team.borders.windows(2).map(rounds).max().unwrap_or(0)
+    /// Rounds until every rank has read its segment.
+    pub(crate) fn rounds(&self, block: u64) -> u64 {
+        self.longest_segment().div_ceil(step(block))
     }
 }
 

@@ -123,6 +123,14 @@ impl Topology {
         &self.storages
     }
 
+    /// How many ranks are on the node of `rank`, itself included.
+    #[must_use]
+    pub fn neighbours(&self, rank: u32) -> u32 {
+        let node = |place: &Place| place.node;
+        let own = self.places.get(rank as usize).map(node);
+        self.places.iter().filter(|place| Some(node(place)) == own).count().max(1) as u32
+    }
+
     /// The links.
     #[must_use]
     pub fn links(&self) -> Links {
@@ -158,18 +166,6 @@ impl Topology {
         check("link latency", self.links.latency_s + f64::MIN_POSITIVE)
     }
 
-    /// Ranks by storage, leaving out ranks without one and storages without ranks.
-    pub(crate) fn storage_teams(&self) -> Vec<Vec<u32>> {
-        let mut teams = vec![Vec::new(); self.storages.len()];
-        for (rank, place) in (0u32..).zip(&self.places) {
-            if let Some(storage) = place.storage {
-                teams[storage as usize].push(rank);
-            }
-        }
-        teams.retain(|team| !team.is_empty());
-        teams
-    }
-
     /// For each rank the bytes per second that it reads while all others read too; zero without storage.
     pub(crate) fn read_rates(&self) -> Vec<f64> {
         let mut readers = vec![0u32; self.storages.len()];
@@ -186,18 +182,15 @@ impl Topology {
         self.places.iter().map(rate).collect()
     }
 
-    /// For each rank the share of the other `members` that is on its node.
-    pub(crate) fn same_node(&self, members: &[u32]) -> Vec<f64> {
+    /// For each rank the share of the others that is on its node.
+    pub(crate) fn same_node(&self) -> Vec<f64> {
         let mut counts = std::collections::HashMap::new();
-        for &rank in members {
-            *counts.entry(self.places[rank as usize].node).or_insert(0u32) += 1;
+        for place in &self.places {
+            *counts.entry(place.node).or_insert(0u32) += 1;
         }
-        let others = (members.len() as f64 - 1.0).max(1.0);
-        let share = |place: &Place| {
-            let near = counts.get(&place.node).copied().unwrap_or(0);
-            (f64::from(near) - 1.0).max(0.0) / others
-        };
-        self.places.iter().map(share).collect()
+        let others = (f64::from(self.world()) - 1.0).max(1.0);
+        let near = |place: &Place| counts.get(&place.node).copied().unwrap_or(0).saturating_sub(1);
+        self.places.iter().map(|place| f64::from(near(place)) / others).collect()
     }
 
     /// The gap between two wanted pieces that costs as much to read as a further request.

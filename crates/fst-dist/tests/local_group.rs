@@ -135,3 +135,26 @@ fn peers_outside_the_world_are_refused() {
         assert!(matches!(error, GroupError::Peer { .. }), "{error}");
     }
 }
+
+/// Loads refused on some ranks are refused on all, each as often as where that was most often.
+#[test]
+fn refused_loads_are_made_up_for() {
+    let busy = |group: &dyn Group| match group.occupy() {
+        Err(GroupError::Busy { rank, .. }) => rank,
+        other => panic!("{other:?}"),
+    };
+    // How often each rank refuses, and for each what it owes to the first that refused most.
+    for (refused, owed, most) in [([0, 2, 1], [2, 0, 1], 1), ([0, 0, 0], [0; 3], 0)] {
+        let ended = on_ranks(LocalGroup::host(3), |group| {
+            let (rank, group): (usize, &dyn Group) = (group.rank() as usize, &group);
+            for _ in 0..2 {
+                let occupied = group.occupy().unwrap();
+                (0..refused[rank]).for_each(|_| assert_eq!(busy(group), rank as u32));
+                occupied.end().unwrap();
+                (0..owed[rank]).for_each(|_| assert_eq!(busy(group), most));
+            }
+            drop(group.occupy().unwrap());
+        });
+        assert_eq!(ended, [Some(()); 3]);
+    }
+}

@@ -66,12 +66,12 @@ fn replay(plan: &Plan, rank: u32) -> Replay {
         load.kept += put(&mut outputs, &Piece { tensor, range: 0..end });
     }
     for round in view.rounds() {
-        for (member, &reader) in round.members().iter().enumerate() {
-            let unit: Vec<Piece> = round.unit(member).collect();
-            largest_unit = largest_unit.max(round.unit_bytes(member));
+        for reader in 0..plan.world() {
+            let unit: Vec<Piece> = round.unit(reader).collect();
+            largest_unit = largest_unit.max(round.unit_bytes(reader));
             assert_eq!(
                 unit.iter().map(|p| p.range.end - p.range.start).sum::<u64>(),
-                round.unit_bytes(member)
+                round.unit_bytes(reader)
             );
             for piece in &unit {
                 let kept = put(&mut outputs, piece);
@@ -84,7 +84,7 @@ fn replay(plan: &Plan, rank: u32) -> Replay {
                     continue;
                 }
                 load.read_once += len;
-                for &other in round.members() {
+                for other in 0..plan.world() {
                     if other != rank
                         && let Some((_, geometry)) = plan.rank(other).geometry(piece.tensor)
                     {
@@ -138,7 +138,7 @@ fn check(case: &Case) {
     let mut seen: HashMap<u32, u64> = HashMap::new();
     for rank in 0..world {
         for round in plan.rank(rank).rounds() {
-            for piece in round.unit(round.member()) {
+            for piece in round.unit(round.rank()) {
                 *seen.entry(piece.tensor).or_default() += piece.range.end - piece.range.start;
             }
         }

@@ -306,8 +306,10 @@ fn frames_that_are_not_due_end_the_group() {
     for (what, frames) in cases {
         let port = Port::new();
         let number = port.number();
+        let (joined, joins) = std::sync::mpsc::channel();
         let first = std::thread::spawn(move || {
             let control = TcpControl::join(0, 2, "127.0.0.1", number, LONG).unwrap();
+            joined.send(()).unwrap();
             while control.failure().is_none() {
                 std::thread::sleep(Duration::from_millis(1));
             }
@@ -320,6 +322,8 @@ fn frames_that_are_not_due_end_the_group() {
         };
         peer.write_all(b"fst-dist\x01\0\0\0\x02\0\0\0").unwrap();
         peer.write_all(&gather(8, 1)).unwrap();
+        // Or else it is the joining that they end.
+        joins.recv().unwrap();
         peer.write_all(&frames).unwrap();
         let error = first.join().unwrap();
         assert!(error.starts_with("rank 1 is lost: ") && error.contains(what), "{what}: {error}");

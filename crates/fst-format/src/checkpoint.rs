@@ -1,11 +1,10 @@
 //! Checkpoints: one table of all tensors over one or many files.
 
-use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::fmt;
+use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,10 +12,12 @@ use std::time::{Duration, Instant};
 use crate::folder::{self, Choice};
 use crate::index::{Index, MAX_INDEX_LEN};
 use crate::names::NameTable;
-use crate::reading::{self, AbandonOnDrop, HeaderReads};
-use crate::{Dtype, Error, Header, HeaderTensor, Metadata};
+use crate::reading;
+use crate::remote::{self, Cache, Object};
+use crate::{Dtype, Error, Header, HeaderTensor, Metadata, open};
 
-/// The tensors of a checkpoint and the files that hold them. Headers only: no file stays open.
+/// The tensors of a checkpoint and the files that hold them. Headers only: no file stays open but those that
+/// were [given](Checkpoint::from_files) open.
 ///
 /// A clone shares everything.
 #[derive(Clone)]
@@ -49,6 +50,7 @@ pub(crate) struct Inner {
 #[derive(Clone, Debug, Default)]
 pub struct OpenOptions {
     allow_missing: bool,
+    cache: Option<Cache>,
 }
 
 impl OpenOptions {
@@ -63,6 +65,18 @@ impl OpenOptions {
     #[must_use]
     pub fn allow_missing(mut self, allow: bool) -> Self {
         self.allow_missing = allow;
+        self
+    }
+
+    /// A local folder with copies of shards that are not local. Of each shard that is asked for by URL, its
+    /// first bytes are read to see which version it is; if the cache has that, the shard is the local file.
+    /// Others are copied there beside the loads of this checkpoint that read all of them and succeed, be it
+    /// one load or several; [`fst_object::Cache::wait`] waits for that. What a load does not read, as of a
+    /// selection, is not fetched for the cache.
+    #[cfg(feature = "object-store")]
+    #[must_use]
+    pub fn cache(mut self, cache: &Cache) -> Self {
+        self.cache = Some(cache.clone());
         self
     }
 
@@ -88,8 +102,36 @@ impl OpenOptions {
         let began = Instant::now();
         let mut indices = Vec::new();
         let mut notices = Vec::new();
-        let shards = read_shards(paths, &mut indices, &mut notices)?;
-        let mut checkpoint = Checkpoint::assemble(shards, &indices, self.allow_missing, notices)?;
+        let shards = read_shards(paths, self.cache.as_ref(), &mut indices, &mut notices)?;
+        self.assemble(shards, &indices, notices, began)
+    }
+
+    /// As [`Checkpoint::from_files`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Checkpoint::from_files`].
+    pub fn from_files<P: Into<PathBuf>>(
+        &self,
+        files: impl IntoIterator<Item = (P, File)>,
+    ) -> Result<Checkpoint, Error> {
+        let began = Instant::now();
+        let files = files.into_iter().map(|(name, file)| (name.into(), file));
+        let shards = reading::read_files(files)?;
+        if shards.is_empty() {
+            return Err(Error::NoPaths);
+        }
+        self.assemble(shards, &[], Vec::new(), began)
+    }
+
+    fn assemble(
+        &self,
+        shards: Vec<Shard>,
+        indices: &[IndexSource],
+        notices: Vec<Notice>,
+        began: Instant,
+    ) -> Result<Checkpoint, Error> {
+        let mut checkpoint = Checkpoint::assemble(shards, indices, self.allow_missing, notices)?;
         // Nobody shares a checkpoint that is not out yet.
         if let Some(inner) = Arc::get_mut(&mut checkpoint.inner) {
             inner.open_time = began.elapsed();
@@ -171,6 +213,12 @@ impl Checkpoint {
     /// of it in other shards are left out. Tensors in those shards that it does not list belong to
     /// the checkpoint, as transformers loads them too. [`Checkpoint::notices`] tells of both.
     ///
+    /// With the feature `object-store`, also a URL: `s3://`, `gs://` or `az://` with a bucket and a key,
+    /// `http(s)://`, or `hf://ORG/NAME[@REVISION]` of the Hugging Face hub, of a file, an index or a folder. A
+    /// folder of a web server, which lists nothing, is asked for `model.safetensors` and then for its index. A
+    /// revision of the hub (by default `main`; a slash in one is written `%2F`) is that commit which it is now.
+    /// With `HF_HUB_OFFLINE=1` it is looked for in the hub's cache only.
+    ///
     /// Headers are read, in parallel where there are several files; data is not.
     ///
     /// # Errors
@@ -192,6 +240,29 @@ impl Checkpoint {
         P: AsRef<Path>,
     {
         OpenOptions::new().open_all(paths)
+    }
+
+    /// Opens safetensors files that are open already, as one checkpoint: files without a name (`memfd_create(2)`),
+    /// removed ones, descriptors from another process. Each has a name, which errors and
+    /// [`Shard::path`] tell and nothing is opened by. They are read at positions of the reader's own, and stay
+    /// open as long as the checkpoint does.
+    ///
+    /// ```no_run
+    /// use std::fs::File;
+    /// use fst_format::Checkpoint;
+    ///
+    /// let checkpoint = Checkpoint::from_files([("weights", File::open("/dev/shm/weights")?)])?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Files that cannot be read, are no regular files or not sound, a tensor's name in two of them, and where
+    /// `files` is empty.
+    pub fn from_files<P: Into<PathBuf>>(
+        files: impl IntoIterator<Item = (P, File)>,
+    ) -> Result<Checkpoint, Error> {
+        OpenOptions::new().from_files(files)
     }
 
     fn assemble(
@@ -349,12 +420,39 @@ impl fmt::Debug for Checkpoint {
 #[derive(Clone)]
 pub struct Shard {
     pub(crate) path: PathBuf,
-    pub(crate) file_metadata: std::fs::Metadata,
+    pub(crate) origin: Origin,
     pub(crate) header: Arc<Header>,
+    /// Where it was given open.
+    pub(crate) file: Option<Arc<File>>,
+}
+
+/// Where a shard is, and what tells it from others of its name.
+#[derive(Clone, Debug)]
+pub(crate) enum Origin {
+    /// What the file system said of the open file whose header was parsed.
+    File(std::fs::Metadata),
+    Object(Object),
+}
+
+impl Origin {
+    /// Whether nothing was written between two looks at one file.
+    fn is_unchanged(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Origin::File(one), Origin::File(two)) => open::is_unchanged(one, two),
+            (Origin::Object(one), Origin::Object(two)) => one.is_same_version(two),
+            _ => false,
+        }
+    }
 }
 
 impl Shard {
-    /// Its path, as given or as the index leads to it; links are not resolved.
+    /// The file, if it was [given](Checkpoint::from_files) open: its path is a name only.
+    #[must_use]
+    pub fn file(&self) -> Option<&File> {
+        self.file.as_deref()
+    }
+
+    /// Its path or URL, as given or as the index leads to it; links are not resolved.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
@@ -364,7 +462,10 @@ impl Shard {
     #[expect(clippy::len_without_is_empty, reason = "a shard has at least eight bytes")]
     #[must_use]
     pub fn len(&self) -> u64 {
-        self.file_metadata.len()
+        match &self.origin {
+            Origin::File(metadata) => metadata.len(),
+            Origin::Object(object) => object.len(),
+        }
     }
 
     /// Offset in the file of the first tensor's first byte.
@@ -374,16 +475,34 @@ impl Shard {
     }
 
     /// What the file system said of the open file whose header was parsed. A loader that opens
-    /// the path again compares length and times to see that it got the same file.
+    /// the path again compares length and times to see that it got the same file. `None` of an object.
     #[must_use]
-    pub fn file_metadata(&self) -> &std::fs::Metadata {
-        &self.file_metadata
+    pub fn file_metadata(&self) -> Option<&std::fs::Metadata> {
+        match &self.origin {
+            Origin::File(metadata) => Some(metadata),
+            Origin::Object(_) => None,
+        }
+    }
+
+    /// The object that the shard is, if it is no local file.
+    #[cfg(feature = "object-store")]
+    #[must_use]
+    pub fn object(&self) -> Option<&Object> {
+        match &self.origin {
+            Origin::File(_) => None,
+            Origin::Object(object) => Some(object),
+        }
     }
 
     /// Whether both are one file, by whatever names.
     fn is_same_file(&self, other: &Shard) -> bool {
-        let place = |shard: &Shard| (shard.file_metadata.dev(), shard.file_metadata.ino());
-        place(self) == place(other)
+        match (&self.origin, &other.origin) {
+            (Origin::File(one), Origin::File(two)) => {
+                open::is_same((&self.path, one), (&other.path, two))
+            }
+            (Origin::Object(one), Origin::Object(two)) => one.is_same(two),
+            _ => false,
+        }
     }
 
     /// The file's own metadata.
@@ -463,6 +582,18 @@ impl TensorInfo {
         self.entry().file_range()
     }
 
+    /// Whether both are the same elements of the same file, by whatever paths, and nothing was written to it
+    /// between the times at which their headers were read: by device, inode, length and times, or by ETag or version.
+    #[must_use]
+    pub fn is_same_range(&self, other: &Self) -> bool {
+        let one = &self.files.shards[self.shard as usize];
+        let two = &other.files.shards[other.shard as usize];
+        one.is_same_file(two)
+            && one.origin.is_unchanged(&two.origin)
+            && self.file_range() == other.file_range()
+            && (self.dtype(), self.shape()) == (other.dtype(), other.shape())
+    }
+
     /// Number of its bytes.
     #[must_use]
     pub fn byte_len(&self) -> u64 {
@@ -490,12 +621,8 @@ impl fmt::Debug for TensorInfo {
     }
 }
 
-/// A file to open, and the index that named it.
-struct Source {
-    /// Its number among the files that are read.
-    number: usize,
-    index: Option<NamedBy>,
-}
+/// Files to open, in order, each with what named it if an index did.
+type Sources = (Vec<PathBuf>, Vec<Option<NamedBy>>);
 
 /// Where in the indices and their files a source comes from.
 struct NamedBy {
@@ -578,51 +705,51 @@ impl IndexSource {
 /// file is returned.
 fn read_shards<P: AsRef<Path>>(
     paths: impl IntoIterator<Item = P>,
+    cache: Option<&Cache>,
     indices: &mut Vec<IndexSource>,
     notices: &mut Vec<Notice>,
 ) -> Result<Vec<Shard>, Error> {
-    let reads = HeaderReads::new();
-    let sources = std::thread::scope(|scope| {
-        // The scope waits for its threads, whatever becomes of this closure.
-        let _abandon = AbandonOnDrop(&reads);
-        let mut sources = Vec::new();
-        for path in paths {
-            let path = path.as_ref();
-            add_sources(path, &reads, || reads.help(scope), &mut sources, indices, notices)?;
+    let mut sources = Sources::default();
+    for path in paths {
+        add_sources(path.as_ref(), &mut sources, indices, notices)?;
+    }
+    let (files, named_by) = sources;
+    if files.is_empty() {
+        return Err(Error::NoPaths);
+    }
+    reading::read_headers(&files, cache).map_err(|(file, error)| match (error, &named_by[file]) {
+        (Error::Open { path, source }, Some(by)) if source.kind() == io::ErrorKind::NotFound => {
+            let IndexSource { path: index, index: Index { files, .. }, .. } = &indices[by.index];
+            let tensor = files[by.file].1.clone();
+            Error::MissingShard { index: index.clone(), shard: path, tensor }
         }
-        if sources.is_empty() {
-            return Err(Error::NoPaths);
+        (error, Some(by)) if remote::is_missing(&error) => {
+            let IndexSource { path: index, index: Index { files, .. }, .. } = &indices[by.index];
+            let (name, tensor) = files[by.file].clone();
+            let shard = index.with_file_name(name);
+            Error::MissingShard { index: index.clone(), shard, tensor }
         }
-        reads.finish(scope);
-        Ok(sources)
-    })?;
-    let shard = |source: Source| {
-        reads.result(source.number).map_err(|error| match (error, source.index) {
-            (Error::Open { path, source: cause }, Some(by))
-                if cause.kind() == io::ErrorKind::NotFound =>
-            {
-                let IndexSource { path: index, index: Index { files, .. }, .. } =
-                    &indices[by.index];
-                let tensor = files[by.file].1.clone();
-                Error::MissingShard { index: index.clone(), shard: path, tensor }
-            }
-            (error, _) => error,
-        })
-    };
-    sources.into_iter().map(shard).collect()
+        (error, _) => error,
+    })
 }
 
-/// Adds the files that `path` stands for, and has their headers read.
+/// Adds the files that `path` stands for.
 fn add_sources(
     path: &Path,
-    reads: &HeaderReads,
-    help: impl Fn(),
-    sources: &mut Vec<Source>,
+    (files, named_by): &mut Sources,
     indices: &mut Vec<IndexSource>,
     notices: &mut Vec<Notice>,
 ) -> Result<(), Error> {
-    let stat = std::fs::metadata(path).map_err(|source| reading::open_error(path, source))?;
-    let choice = if stat.is_dir() {
+    let offline = remote::offline(path)?;
+    let path = offline.as_deref().unwrap_or(path);
+    let stat = match reading::is_url(path) {
+        true => None,
+        false => Some(std::fs::metadata(path).map_err(|source| reading::open_error(path, source))?),
+    };
+    let is_dir = stat.as_ref().is_some_and(std::fs::Metadata::is_dir);
+    let choice = if stat.is_none() {
+        remote::choose(path)?
+    } else if is_dir {
         folder::choose(path)?
     } else if path.file_name().is_some_and(|name| folder::is_index(&name.to_string_lossy())) {
         Choice::Index(path.to_owned())
@@ -630,41 +757,36 @@ fn add_sources(
         Choice::Files(vec![path.to_owned()])
     };
     match choice {
-        Choice::Files(files) => {
-            if stat.is_dir()
-                && let [file] = &files[..]
+        Choice::Files(chosen) => {
+            if is_dir
+                && let [file] = &chosen[..]
                 && let index = file.with_extension("safetensors.index.json")
                 && index.is_file()
             {
                 notices.push(Notice::BesideIndex { file: file.clone(), index });
             }
-            sources.extend(
-                files.into_iter().map(|path| Source { number: reads.add(path), index: None }),
-            );
+            files.extend(chosen);
         }
         Choice::Index(path) => {
-            let folder = path.parent().map_or(Cow::Owned(PathBuf::new()), Cow::Borrowed);
-            // Read from here on, while the rest of the index is.
-            let mut begun = BTreeMap::new();
-            let index = Index::parse(read_index(&path)?, &path, |file| {
-                begun.entry(file.to_owned()).or_insert_with(|| {
-                    let number = reads.add(folder.join(file));
-                    help();
-                    number
-                });
-            })?;
-            let first_shard = sources.len();
-            sources.extend(index.files.iter().enumerate().map(|(file, (name, _))| {
-                let number = begun.remove(name).unwrap_or_else(|| reads.add(folder.join(name)));
-                Source { number, index: Some(NamedBy { index: indices.len(), file }) }
-            }));
+            let index = Index::parse(read_index(&path)?, &path)?;
+            let folder = path.parent().unwrap_or(Path::new(""));
+            let first_shard = files.len();
+            for (file, (name, _)) in index.files.iter().enumerate() {
+                files.push(folder.join(name));
+                named_by.resize_with(files.len() - 1, || None);
+                named_by.push(Some(NamedBy { index: indices.len(), file }));
+            }
             indices.push(IndexSource { path, index, first_shard });
         }
     }
+    named_by.resize_with(files.len(), || None);
     Ok(())
 }
 
 fn read_index(path: &Path) -> Result<Vec<u8>, Error> {
+    if reading::is_url(path) {
+        return remote::read_index(path);
+    }
     let (file, metadata) = reading::open_file(path)?;
     let len = metadata.len();
     if len > MAX_INDEX_LEN {

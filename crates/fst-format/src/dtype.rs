@@ -105,6 +105,16 @@ dtypes! {
 }
 
 impl Dtype {
+    /// Whether its elements are floating-point numbers.
+    #[must_use]
+    pub const fn is_float(self) -> bool {
+        use Dtype::{
+            BF16, F4, F6E2M3, F6E3M2, F8E4M3, F8E4M3Fnuz, F8E5M2, F8E5M2Fnuz, F8E8M0, F16, F32, F64,
+        };
+        matches!(self, F4 | F6E2M3 | F6E3M2 | F8E4M3 | F8E4M3Fnuz | F8E5M2 | F8E5M2Fnuz | F8E8M0)
+            || matches!(self, F16 | BF16 | F32 | F64)
+    }
+
     /// Bytes of a tensor of this shape.
     ///
     /// The product is taken from the left, as the official parser takes it: `[0, huge, huge]` is

@@ -259,6 +259,19 @@ impl std::error::Error for JsonError {}
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// An object, or a file of a web server, could not be read.
+    #[cfg(feature = "object-store")]
+    #[error(transparent)]
+    Object(#[from] fst_object::Error),
+    /// A URL was given, and this build reads local files only.
+    #[error(
+        "{}: URLs are read with the feature `object-store`, which this build lacks",
+        url.display()
+    )]
+    NoObjectStore {
+        /// The URL.
+        url: PathBuf,
+    },
     /// A file or folder could not be opened or looked at.
     #[error("{}: cannot open: {source}", path.display())]
     Open {

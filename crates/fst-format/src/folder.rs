@@ -53,6 +53,19 @@ fn choose_in(folder: &Path) -> Result<Choice, Error> {
     choose_among(folder, names(folder)?)
 }
 
+/// As [`choose`], of a folder that holds files of these names, sorted, and that is not local.
+#[cfg(feature = "object-store")]
+pub(crate) fn choose_by_names(folder: &Path, names: Vec<OsString>) -> Result<Choice, Error> {
+    let has = |name: &str| names.iter().any(|of| of == name);
+    if has("model.safetensors") {
+        return Ok(Choice::Files(vec![folder.join("model.safetensors")]));
+    }
+    if has("model.safetensors.index.json") {
+        return Ok(Choice::Index(folder.join("model.safetensors.index.json")));
+    }
+    choose_among(folder, names)
+}
+
 /// Names in a folder, sorted.
 fn names(folder: &Path) -> Result<Vec<OsString>, Error> {
     let open_error = |source| Error::Open { path: folder.to_owned(), source };

@@ -4,6 +4,10 @@
 use std::env;
 use std::ffi::OsString;
 use std::fs;
+#[cfg(feature = "object-store")]
+use std::io;
+#[cfg(feature = "object-store")]
+use std::path::Component;
 use std::path::{Path, PathBuf};
 
 /// What the hub recorded of a file when it was downloaded.
@@ -59,6 +63,32 @@ pub fn folder(cache: &Path, id: &str) -> Option<PathBuf> {
         None if sound(id) => Some(cache.join(format!("models--{id}"))),
         _ => None,
     }
+}
+
+/// Whether the hub's own tools would use the network: not with `HF_HUB_OFFLINE`.
+#[cfg(feature = "object-store")]
+pub(crate) fn is_offline() -> bool {
+    let value = env::var("HF_HUB_OFFLINE").unwrap_or_default();
+    ["1", "ON", "YES", "TRUE"].contains(&&*value.to_ascii_uppercase())
+}
+
+/// What `ORG/NAME[@REVISION][/PATH]` stands for in the cache; errors are about `url`.
+#[cfg(feature = "object-store")]
+pub(crate) fn cached(text: &str, url: &Path) -> Result<PathBuf, crate::Error> {
+    let missing = || {
+        let what = "HF_HUB_OFFLINE is set, and the hub's cache does not have it";
+        let source = io::Error::new(io::ErrorKind::NotFound, what);
+        crate::Error::Open { path: url.to_owned(), source }
+    };
+    let (org, name, revision, path) = fst_object::hub_parts(text);
+    let inside = |path: &Path| path.components().all(|part| matches!(part, Component::Normal(_)));
+    let repository = cache().and_then(|cache| folder(&cache, &format!("{org}/{name}")));
+    let repository = repository.ok_or_else(missing)?;
+    let named = fs::read_to_string(repository.join("refs").join(&revision));
+    let snapshot = named.as_ref().map_or(&*revision, |commit| commit.trim());
+    let there = repository.join("snapshots").join(snapshot).join(path);
+    let sound = [&*revision, snapshot, path].iter().all(|part| inside(Path::new(part)));
+    if sound && there.exists() { Ok(there) } else { Err(missing()) }
 }
 
 /// What the hub recorded of the file at `path`: the name of the blob that it links to, in the cache; or

@@ -14,7 +14,6 @@ use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visi
 
 use crate::Error;
 use crate::error::JsonError;
-use crate::scan::Scanner;
 
 /// Longest index that is read, in bytes; that of a 671B mixture of experts has 8 MB.
 pub(crate) const MAX_INDEX_LEN: u64 = 200_000_000;
@@ -26,8 +25,8 @@ type Files = Vec<(PathBuf, String)>;
 #[derive(Debug)]
 pub(crate) struct Index {
     pub(crate) files: Files,
-    /// What holds the tensors' names: the index itself where that is plain, for tens of thousands of
-    /// strings of their own would take longer to make than to look up.
+    /// The names of all tensors, for tens of thousands of strings of their own would take longer to make
+    /// than to look up.
     names: String,
     /// The tensors, in the order of the text, with their places in `files`.
     tensors: Vec<Named>,
@@ -56,52 +55,41 @@ impl Index {
         self.tensors.iter().map(|tensor| (tensor.name(&self.names), tensor.file as usize))
     }
 
-    /// Parses the contents of the index at `path`, which is used for messages only. `found` is told of
-    /// files on the way; what it hears may be less than all, and more than in the end belongs.
-    pub(crate) fn parse(
-        bytes: Vec<u8>,
-        path: &Path,
-        found: impl FnMut(&Path),
-    ) -> Result<Index, Error> {
+    /// Parses the contents of the index at `path`, which is used for messages only.
+    pub(crate) fn parse(bytes: Vec<u8>, path: &Path) -> Result<Index, Error> {
         let text = String::from_utf8(bytes).map_err(|error| Error::IndexNotUtf8 {
             index: path.to_owned(),
             offset: error.utf8_error().valid_up_to() as u64,
         })?;
         // A byte order mark is no part of the text.
-        let text = text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text);
-        let text = with_json_numbers(text);
-        let (names, mut tensors, files) = match plain_map(&text, found) {
-            Some((tensors, entries)) => (None, tensors, entries),
-            None => {
-                let mut map = WeightMap::default();
-                let mut json = serde_json::Deserializer::from_str(&text);
-                let read = json.deserialize_map(TopLevel(&mut map)).and_then(|()| json.end());
-                read.map_err(|error| {
-                    let source = JsonError::new(error);
-                    let offset = source.offset_in(&text);
-                    Error::IndexJson { index: path.to_owned(), offset, source }
-                })?;
-                (Some(map.names), map.tensors, map.files.entries)
-            }
-        };
-        let (files, places) = resolve(names.as_ref().unwrap_or(&text), &tensors, &files, path)?;
+        let text = with_json_numbers(text.strip_prefix('\u{feff}').unwrap_or(&text));
+        let mut map = WeightMap::default();
+        let mut json = serde_json::Deserializer::from_str(&text);
+        let read = json.deserialize_map(TopLevel(&mut map)).and_then(|()| json.end());
+        read.map_err(|error| {
+            let source = JsonError::new(error);
+            let offset = source.offset_in(&text);
+            Error::IndexJson { index: path.to_owned(), offset, source }
+        })?;
+        let WeightMap { names, mut tensors, files } = map;
+        let (files, places) = resolve(&names, &tensors, &files.entries, path)?;
         for tensor in &mut tensors {
             tensor.file = places[tensor.file as usize];
         }
-        Ok(Index { files, names: names.unwrap_or(text), tensors })
+        Ok(Index { files, names, tensors })
     }
 }
 
 /// The text with a number for each `NaN` and `Infinity` outside of strings, which Python writes though JSON
 /// has none. Nothing else moves.
-fn with_json_numbers(text: String) -> String {
+fn with_json_numbers(text: &str) -> Cow<'_, str> {
     const NUMBERS: [(&str, &str); 2] = [("NaN", "0  "), ("Infinity", "0       ")];
     if !NUMBERS.iter().any(|(word, _)| text.contains(word)) {
-        return text;
+        return Cow::Borrowed(text);
     }
     let mut json = String::with_capacity(text.len());
     // Every other part is within quotes; an escaped quote ends none.
-    let (mut in_string, mut rest) = (false, &*text);
+    let (mut in_string, mut rest) = (false, text);
     while !rest.is_empty() {
         let mut escaped = false;
         let quote = rest.bytes().position(|byte| {
@@ -116,49 +104,7 @@ fn with_json_numbers(text: String) -> String {
         }
         (in_string, rest) = (!in_string, after);
     }
-    json
-}
-
-/// Reads a map of plain strings; `None` for any other index, be it sound or not. The names are those
-/// of the text. Tells of each file that it finds.
-fn plain_map(text: &str, mut found: impl FnMut(&Path)) -> Option<(Vec<Named>, Vec<Cow<'_, str>>)> {
-    // An entry of a large model has some 80 bytes.
-    let mut tensors = Vec::with_capacity(text.len() / 70);
-    let mut files = FileEntries::default();
-    let mut scanner = Scanner::new(text);
-    let mut seen = false;
-    scanner.expect(b'{')?;
-    let mut more_keys = !scanner.take(b'}');
-    while more_keys {
-        let key = scanner.string()?;
-        scanner.expect(b':')?;
-        if scanner.text(key) == WEIGHT_MAP {
-            if std::mem::replace(&mut seen, true) {
-                return None;
-            }
-            scanner.expect(b'{')?;
-            let mut more = !scanner.take(b'}');
-            while more {
-                let name = scanner.string()?;
-                scanner.expect(b':')?;
-                let file = scanner.string()?;
-                let entry = scanner.text(file);
-                let known = files.entries.len();
-                let file = files.place(Cow::Borrowed(entry));
-                if file as usize == known {
-                    found(&plain_path(entry)?);
-                }
-                let (start, len) = (name.start as u32, name.len() as u32);
-                tensors.push(Named { start, len, file });
-                more = scanner.another(b'}')?;
-            }
-        } else {
-            scanner.value::<IgnoredAny>()?;
-        }
-        more_keys = scanner.another(b'}')?;
-    }
-    scanner.end()?;
-    seen.then_some((tensors, files.entries))
+    Cow::Owned(json)
 }
 
 /// The key of the map.
@@ -371,22 +317,19 @@ mod tests {
     #[test]
     fn numbers_that_json_lacks_do_no_harm() {
         let text = r#"{"a": [NaN, -Infinity], "N\"aN NaN": "Infinity\\", "b": NaN}"#;
-        let json = with_json_numbers(text.to_owned());
+        let json = with_json_numbers(text);
         assert_eq!(json, r#"{"a": [0  , -0       ], "N\"aN NaN": "Infinity\\", "b": 0  }"#);
         let json = br#"{"metadata": {"total_size": NaN}, "weight_map": {"NaN": "b"}}"#;
-        let index = Index::parse(json.to_vec(), Path::new("i"), |_| ()).unwrap();
+        let index = Index::parse(json.to_vec(), Path::new("i")).unwrap();
         assert_eq!(index.tensors().collect::<Vec<_>>(), [("NaN", 0)]);
     }
 
     #[test]
     fn files_are_sorted_and_counted_once() {
         let json = br#"{"weight_map": {"x": "b", "y": "./a", "z": "b", "w": "a"}, "other": [1]}"#;
-        // With an escape it takes the long way.
         let escaped = br#"{"weight_map": {"\u0078": "b", "y": ".\/a", "z": "b", "w": "a"}}"#;
-        assert!(plain_map(str::from_utf8(json).unwrap(), |_| ()).is_some());
-        assert!(plain_map(str::from_utf8(escaped).unwrap(), |_| ()).is_none());
         for json in [&json[..], escaped] {
-            let index = Index::parse(json.to_vec(), Path::new("i"), |_| ()).unwrap();
+            let index = Index::parse(json.to_vec(), Path::new("i")).unwrap();
             assert_eq!(index.files, [("a".into(), "y".to_owned()), ("b".into(), "x".to_owned())]);
             let tensors: Vec<_> = index.tensors().collect();
             assert_eq!(tensors, [("x", 1), ("y", 0), ("z", 1), ("w", 0)]);

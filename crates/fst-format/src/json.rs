@@ -5,8 +5,6 @@
 //! be an object or an array of its three fields, unknown fields are skipped but must be valid, a
 //! dtype may be `"F32"` or `{"F32": null}`) but writes straight into flat buffers: one string of
 //! all names, one list of all dimensions, one record per tensor.
-//!
-//! Headers as libraries write them take a shorter way still, [`parse_plain`]: a third of the time.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -15,7 +13,6 @@ use std::ops::Range;
 use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 
 use crate::error::JsonError;
-use crate::scan::Scanner;
 use crate::{Dtype, HeaderError, Metadata};
 
 /// One tensor's entry. The ranges index the buffers in [`Entries`].
@@ -72,82 +69,6 @@ fn text_range(start: u32, len: u32) -> Range<usize> {
 
 /// Reads `text`, the whole header, which starts at `offset` of the file.
 pub(crate) fn parse(text: &str, offset: u64) -> Result<Entries, HeaderError> {
-    match parse_plain(text) {
-        Some(entries) => Ok(entries),
-        None => parse_any(text, offset),
-    }
-}
-
-/// Reads a header of plain entries, objects with each of the three fields once; `None` for any
-/// other, be it sound or not.
-fn parse_plain(text: &str) -> Option<Entries> {
-    let mut entries = Entries::with_room_for(text);
-    let mut scanner = Scanner::new(text);
-    let mut has_metadata = false;
-    scanner.expect(b'{')?;
-    let mut more = !scanner.take(b'}');
-    while more {
-        let name = scanner.string()?;
-        let name = scanner.text(name);
-        scanner.expect(b':')?;
-        if name == METADATA {
-            if std::mem::replace(&mut has_metadata, true) {
-                return None;
-            }
-            entries.metadata = scanner.value::<Option<_>>()?.unwrap_or_default();
-        } else {
-            let entry = plain_entry(&mut scanner, &mut entries.dims)?;
-            let name_start = entries.names.len() as u32;
-            entries.names.push_str(name);
-            entries.tensors.push(Entry { name_start, name_len: name.len() as u32, ..entry });
-        }
-        more = scanner.another(b'}')?;
-    }
-    scanner.end()?;
-    Some(entries)
-}
-
-/// The value of a tensor; its name is for the caller to fill in.
-fn plain_entry(scanner: &mut Scanner<'_>, dims: &mut Vec<usize>) -> Option<Entry> {
-    let (mut dtype, mut shape, mut offsets) = (None, None, None);
-    scanner.expect(b'{')?;
-    for field in 0..3 {
-        if field > 0 {
-            scanner.expect(b',')?;
-        }
-        if dtype.is_none() && scanner.take_text("\"dtype\"") {
-            scanner.expect(b':')?;
-            let name = scanner.string()?;
-            dtype = Some(Dtype::from_name(scanner.text(name))?);
-        } else if shape.is_none() && scanner.take_text("\"shape\"") {
-            scanner.expect(b':')?;
-            scanner.expect(b'[')?;
-            let start = dims.len();
-            let mut more = !scanner.take(b']');
-            while more {
-                dims.push(scanner.number()?.try_into().ok()?);
-                more = scanner.another(b']')?;
-            }
-            shape = Some((start as u32, (dims.len() - start) as u32));
-        } else if offsets.is_none() && scanner.take_text("\"data_offsets\"") {
-            scanner.expect(b':')?;
-            scanner.expect(b'[')?;
-            let begin = scanner.number()?;
-            scanner.expect(b',')?;
-            offsets = Some((begin, scanner.number()?));
-            scanner.expect(b']')?;
-        } else {
-            return None;
-        }
-    }
-    scanner.expect(b'}')?;
-    let ((dims_start, dims_len), (begin, end)) = (shape?, offsets?);
-    let (name_start, name_len) = (0, 0);
-    Some(Entry { begin, end, name_start, name_len, dims_start, dims_len, dtype: dtype? })
-}
-
-/// Reads any header, and says what is wrong with one that is not sound.
-fn parse_any(text: &str, offset: u64) -> Result<Entries, HeaderError> {
     let mut state = State {
         entries: Entries::with_room_for(text),
         name: 0..0,
@@ -494,77 +415,5 @@ impl<'de> Visitor<'de> for Skipped {
             map.next_value_seed(Skipped)?;
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    type Seen<'e> = (&'e str, &'e [usize], &'e Metadata, Vec<[u64; 7]>);
-
-    fn seen(entries: &Entries) -> Seen<'_> {
-        let numbers = |e: &Entry| {
-            let name = [u64::from(e.name_start), u64::from(e.name_len)];
-            let dims = [u64::from(e.dims_start), u64::from(e.dims_len)];
-            [e.begin, e.end, name[0], name[1], dims[0], dims[1], e.dtype as u64]
-        };
-        let tensors = entries.tensors.iter().map(numbers).collect();
-        (&entries.names, &entries.dims, &entries.metadata, tensors)
-    }
-
-    const PLAIN: [&str; 6] = [
-        "{}",
-        r#"{"__metadata__":null}  "#,
-        r#"{"__metadata__":{"format":"pt","a\"\u00e9":"\n"},"a.b":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}}"#,
-        r#"{"s":{"data_offsets":[0,2],"dtype":"BF16","shape":[]},"t":{"shape":[0],"dtype":"F8_E4M3","data_offsets":[2,2]}}   "#,
-        "\n{ \"a\" : { \"dtype\" : \"I64\" , \"shape\" : [ 1 , 2 ] ,\t\"data_offsets\" : [ 0 , 16 ] } , \"é\":{\"dtype\":\"U8\",\"shape\":[10],\"data_offsets\":[16,26]} }\r\n",
-        r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#,
-    ];
-
-    #[test]
-    fn plain_headers_are_taken_the_short_way() {
-        for text in PLAIN {
-            let plain = parse_plain(text).unwrap();
-            assert_eq!(seen(&plain), seen(&parse_any(text, 8).ok().unwrap()), "{text}");
-        }
-    }
-
-    /// Bytes are exchanged, put in, doubled and left out at random; what the short way still takes, the
-    /// long way must take as the same.
-    #[test]
-    fn the_short_way_takes_nothing_that_means_something_else() {
-        let mut random = 0x9E37_79B9_7F4A_7C15u64;
-        let mut below = move |n: usize| {
-            random ^= random << 13;
-            random ^= random >> 7;
-            random ^= random << 17;
-            (random % n as u64) as usize
-        };
-        let bytes = br#"{}[]",:\0129-+.eE tn_ x"#;
-        let mut taken = 0;
-        for round in 0..if cfg!(miri) { 200 } else { 200_000 } {
-            let mut text = PLAIN[round % PLAIN.len()].as_bytes().to_vec();
-            for _ in 0..=below(2) {
-                let (at, byte) = (below(text.len()), bytes[below(bytes.len())]);
-                match below(4) {
-                    0 => text[at] = byte,
-                    1 => text.insert(at, byte),
-                    2 => drop(text.remove(at)),
-                    _ => {
-                        let part = text[at..(at + 1 + below(20)).min(text.len())].to_vec();
-                        let to = below(text.len());
-                        text.splice(to..to, part);
-                    }
-                }
-            }
-            let Ok(text) = String::from_utf8(text) else { continue };
-            if let Some(plain) = parse_plain(&text) {
-                let any = parse_any(&text, 8).unwrap_or_else(|error| panic!("{text}: {error}"));
-                assert_eq!(seen(&plain), seen(&any), "{text}");
-                taken += 1;
-            }
-        }
-        assert!(taken > 20, "{taken}");
     }
 }

@@ -1,11 +1,11 @@
-//! The safetensors format: dtypes, header parsing and validation, sharded checkpoints, slices as
-//! byte runs, and writing files.
+//! The safetensors format: dtypes, header parsing and validation, sharded checkpoints, selection of
+//! tensors and of parts of them as byte runs, and writing files.
 //!
 //! A safetensors file is the length of its header (eight bytes, little-endian), the header (JSON),
 //! and the tensors' bytes one after another. Large models are several such files and an index.
 //!
 //! ```text
-//! paths --Checkpoint::open--> Checkpoint: shards, tensors --TensorInfo::slice--> Slice: byte runs
+//! paths --Checkpoint::open--> Checkpoint: shards, tensors --Selection::resolve--> Planned: byte runs
 //!            |  reads 8 bytes + header of each file
 //!            v
 //!         HeaderDecoder: "these bytes, please" ... Header (exists only if sound)
@@ -28,7 +28,8 @@
 //! bytes and the rule; nothing in here panics on input or follows an index out of its folder.
 //!
 //! This crate does not load tensors: it reads headers, and knows nothing of I/O engines or devices.
-//! Its public types contain types of `bytemuck` and `half` ([`element`]) and of no other crate.
+//! Its public types contain types of `bytemuck` and `half` ([`element`]), and with the feature `object-store` of
+//! `fst-object`, and of no other crate.
 #![forbid(unsafe_code)]
 
 mod checkpoint;
@@ -41,11 +42,20 @@ mod header;
 pub mod hub;
 mod index;
 mod json;
+#[cfg(feature = "manifest")]
+mod manifest;
 mod metadata;
 mod names;
+#[cfg_attr(any(not(target_os = "linux"), fst_portable), path = "portable/open.rs")]
+mod open;
 mod overlay;
+mod pattern;
+mod planned;
 mod reading;
-mod scan;
+#[cfg_attr(not(feature = "object-store"), path = "no_remote.rs")]
+mod remote;
+mod request;
+mod select;
 mod slice;
 mod sniff;
 mod writer;
@@ -55,9 +65,19 @@ pub use decoder::{Decoded, HeaderDecoder};
 pub use dtype::{Dtype, UnknownDtype};
 pub use element::Element;
 pub use error::{Error, HeaderError, JsonError, SizeError};
+#[cfg(feature = "object-store")]
+pub use fst_object as object;
 pub use header::{Header, HeaderTensor, MAX_HEADER_LEN};
+#[cfg(feature = "manifest")]
+pub use manifest::{
+    Checksum, Digest, Manifest, ManifestError, ManifestFileError, NotADigest, VerifyError,
+};
 pub use metadata::Metadata;
-pub use slice::{Runs, RunsIter, Slice, SliceError};
+pub use pattern::{Pattern, PatternError};
+pub use planned::Planned;
+pub use request::Request;
+pub use select::{Converts, SelectError, Selection};
+pub use slice::{Cut, Runs, Slice, SliceError};
 pub use writer::{
     DEFAULT_DATA_ALIGNMENT, Layout, WriteError, Writer, shard_file_name, write_index,
 };

@@ -1,8 +1,5 @@
 //! What a file is that is no safetensors file, by its first bytes.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-
 use crate::HeaderError;
 
 /// Longest start of a file that is looked at, in bytes.
@@ -22,9 +19,12 @@ const FORMATS: &[(&[u8], &str)] = &[
     (b"\x93NUMPY", "a NumPy array"),
 ];
 
-/// The format of a file whose header is refused for `error`; `None` where it may be a damaged
-/// safetensors file.
-pub(crate) fn format_of(file: &File, error: &HeaderError) -> Option<&'static str> {
+/// The format of a file whose header is refused for `error`; `read` gives its first bytes. `None` where it may be
+/// a damaged safetensors file.
+pub(crate) fn format_of(
+    error: &HeaderError,
+    read: impl FnOnce(&mut [u8]) -> Option<usize>,
+) -> Option<&'static str> {
     // Others are about a header that was understood.
     if !matches!(
         error,
@@ -37,8 +37,8 @@ pub(crate) fn format_of(file: &File, error: &HeaderError) -> Option<&'static str
         return None;
     }
     let mut start = [0; LOOKED_AT];
-    let len = file.read_at(&mut start, 0).ok()?;
-    by_start(&start[..len])
+    let len = read(&mut start)?;
+    by_start(start.get(..len)?)
 }
 
 fn by_start(start: &[u8]) -> Option<&'static str> {

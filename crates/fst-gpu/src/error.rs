@@ -3,10 +3,15 @@
 
 use std::fmt;
 
+use crate::cufile::GdsError;
+
 /// An error of this crate.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// The program was built without CUDA.
+    #[error("built without CUDA: the feature `cuda` of fst is off")]
+    FeatureOff,
     /// No CUDA driver library could be opened.
     #[error("no NVIDIA driver: looked for {}; {reason}", looked_for.join(", "))]
     NoDriver {
@@ -130,6 +135,7 @@ pub enum Error {
     },
     /// There is no such kernel, or it does not do what was asked of it here.
     #[error("no kernel for this: {kernel:?}")]
+    #[cfg(feature = "cuda")]
     NoKernel {
         /// The kernel asked for.
         kernel: crate::kernel::Kernel,
@@ -153,30 +159,56 @@ pub enum Error {
     },
 }
 
-impl Error {
-    /// What cudarc's own calls on a device answered.
-    pub fn of_cudarc(error: cudarc::driver::DriverError, device: usize) -> Self {
-        Self::Driver { call: "a call of cudarc's", device, code: crate::sys::code(error.0) }
-    }
-}
-
 /// The result of this crate's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a load to a device failed. Pieces are named by their place in the list that the load was given.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LoadError {
+    /// Reading, or whoever takes what was read.
+    #[error(transparent)]
+    Io(#[from] fst_io::Error),
+    /// The device.
+    #[error(transparent)]
+    Cuda(#[from] Error),
+    /// GPUDirect Storage.
+    #[error(transparent)]
+    Gds(Box<GdsError>),
+    /// The pieces do not fit into the device's memory.
+    #[error("{source}; the largest piece is number {largest}")]
+    TooLarge {
+        /// Bytes needed and free.
+        source: Error,
+        /// The largest piece.
+        largest: usize,
+    },
+    /// Host memory has no room for what passes through it on the way.
+    #[error(transparent)]
+    Memory(#[from] fst_io::available::Shortage),
+}
+
+impl From<GdsError> for LoadError {
+    fn from(error: GdsError) -> Self {
+        match error {
+            GdsError::Cancelled => Self::Io(fst_io::Error::Cancelled),
+            GdsError::Consumer(error) => Self::Io(fst_io::Error::Sink(error)),
+            GdsError::Source(error) => Self::Io(error),
+            other => Self::Gds(Box::new(other)),
+        }
+    }
+}
 
 /// A `CUresult` as the integer that the driver gave, with the driver's own name for it.
 ///
 /// Newer drivers return codes that no binding knows: they are kept as they are.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Code {
-    number: u32,
-    name: String,
+    pub(crate) number: u32,
+    pub(crate) name: String,
 }
 
 impl Code {
-    pub(crate) fn new(number: u32, name: String) -> Self {
-        Self { number, name }
-    }
-
     /// The integer.
     pub fn number(&self) -> u32 {
         self.number
@@ -205,14 +237,6 @@ pub struct CudaVersion {
     pub major: u32,
     /// After the dot.
     pub minor: u32,
-}
-
-impl CudaVersion {
-    /// From the driver's encoding, 1000 x major + 10 x minor.
-    pub(crate) fn from_encoded(encoded: i32) -> Self {
-        let encoded = encoded.max(0) as u32;
-        Self { major: encoded / 1000, minor: encoded % 1000 / 10 }
-    }
 }
 
 impl fmt::Display for CudaVersion {

@@ -1,13 +1,19 @@
-//! CUDA devices, device arenas, the pinned ring and copy pipeline, and cast and gather kernels.
+//! What blocks of files become, on the host and on CUDA devices: cuts, casts, and memory that is filled.
 //!
-//! This crate knows nothing of file formats or ranks. The driver is opened at run time; its
+//! This crate knows nothing of file formats, tensors or ranks. The driver is opened at run time; its
 //! absence is an error value, never a panic or a link failure.
+//!
+//! A [`Piece`] says which bytes of a file are wanted and what they are converted to. What [`load`] makes
+//! plans the reads for many, carries them out, and delivers the memory of each when it is complete; a [`BorrowedLoad`] fills memory that is there. To a device, blocks go by a [`Pipeline`]:
 //!
 //! ```text
 //! reader threads --fill--> pinned blocks --async copies, several streams--> device arena
 //!        ^                      |                                              |
 //!        +---- ring of blocks <-+ (event behind the copies is complete)        +-> kernels
 //! ```
+//!
+//! All that needs CUDA is behind the feature `cuda`, which is on by default. Without it, the device's names
+//! that a program can hardly do without stay, and [`CudaDevice::open`] is an error that says so.
 //!
 //! ```no_run
 //! use fst_gpu::{CopyOp, CudaDevice, DeviceArena, Pipeline, PipelineOptions};
@@ -26,34 +32,33 @@
 //! # }
 //! ```
 
-pub mod buffer;
-mod cached;
+#[cfg(all(feature = "cuda", not(target_os = "linux")))]
+compile_error!(
+    "the feature `cuda` is for Linux: depend on the crate with `default-features = false`"
+);
+
 pub mod cast;
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(not(feature = "cuda"))]
+#[path = "absent.rs"]
+mod cuda;
 pub mod cufile;
-mod device;
+mod device_copy;
 pub mod dlpack;
 mod error;
-pub mod kernel;
-pub mod measure;
-mod modules;
-mod pipeline;
-mod sink;
-mod stream;
-mod sys;
-mod transfer;
-mod view;
+mod host;
+mod load;
+mod memory;
+mod piece;
+mod small;
+mod transform;
 
-pub use buffer::device::{DEVICE_ALIGN, DeviceArena};
-pub use buffer::pinned::{
-    Afterwards, PinnedBlock, PinnedRing, RingOptions, kept_bytes, release_kept,
-};
-pub use buffer::registered::{HostAccess, RegisteredHost};
-pub use cached::{CachedOptions, CachedStats, copy_cached};
-pub use device::{CudaDevice, CurrentContext, DeviceMemory};
-pub use error::{Code, CudaVersion, Error, Result};
-pub use pipeline::{CopyOp, Done, Pipeline, PipelineOptions, PipelineStats};
-pub use sink::{Admit, Landing, PipelineSink, Route};
-pub use stream::{Event, Stream};
-pub use sys::{DRIVER_LIBRARIES, LEAST_CUDA};
-pub use transfer::{Transfer, Transfers};
-pub use view::ArenaView;
+pub use cuda::*;
+pub use device_copy::{CachedCopy, DeviceCopy, DeviceOptions, Preparation};
+pub use error::{Code, CudaVersion, Error, LoadError, Result};
+pub use host::{BorrowedLoad, HostLoad};
+pub use load::{ArenaOptions, Deliver, Filled, PieceLoad, load};
+pub use memory::OnFilled;
+pub use piece::{HOST_ALIGN, Piece, PieceError, Runs};
+pub use small::SMALL_PIECE;

@@ -1,4 +1,4 @@
-//! The kernels on a real device, from the PTX that we ship, against host casts and the reference,
+//! The kernels on a real device, from the fat binaries that we ship, against host casts and the reference,
 //! and their speed against the device's own copies. Ignored where there may be no device:
 //!
 //!     cargo test --release -p fst-gpu --test kernels_on_device -- --ignored --nocapture --test-threads 1
@@ -9,14 +9,15 @@
 
 #[allow(dead_code)] // Its other half is for the tests of host casts.
 mod golden;
+mod reference;
 
 use std::ffi::c_void;
 use std::time::Instant;
 
 use cudarc::driver::{result, sys};
 use fst_gpu::cast::{CastType, cast};
-use fst_gpu::kernel::reference::{self, Rows};
 use fst_gpu::kernel::{ChecksumJob, Kernel, Launch, PIECE_BYTES, StridedJob, kernels};
+use reference::Rows;
 
 const GUARD: u8 = 0x5A;
 
@@ -40,8 +41,8 @@ impl Device {
     }
 
     fn function(&self, kernel: Kernel) -> Function {
-        let ptx = kernel.ptx().unwrap();
-        let module = unsafe { result::module::load_data(ptx.as_ptr().cast()) }.unwrap();
+        let image = kernel.fatbin().unwrap();
+        let module = unsafe { result::module::load_data(image.as_ptr().cast()) }.unwrap();
         let entry = kernel.entry().unwrap().to_owned();
         Function { module, entry: unsafe { result::module::get_function(module, entry) }.unwrap() }
     }
@@ -196,9 +197,9 @@ fn any_shape_and_alignment_matches_the_reference() {
                 let content = numbers(rows * shape.src_pitch + 1);
                 let mut result = vec![0; rows * cols * to];
                 match pair {
-                    None => reference::gather(&content, &mut result, shape).unwrap(),
+                    None => reference::gather(&content, &mut result, shape),
                     Some((from, to)) => {
-                        reference::gather_cast(&content, from, &mut result, to, shape).unwrap();
+                        reference::gather_cast(&content, from, &mut result, to, shape);
                     }
                 }
                 source.resize(source.len().next_multiple_of(64) + src_shift, 0);

@@ -83,10 +83,15 @@ fn prepare_cache(file: &SourceFile, warm: bool) {
         std::io::copy(&mut from, &mut std::io::sink()).unwrap();
         assert!(resident() >= whole / 100 * 99, "{} of {whole} bytes cached", resident());
     } else {
-        file.buffered().sync_all().unwrap();
+        file.buffered().unwrap().sync_all().unwrap();
         // SAFETY: advice on an open file touches no memory of this process.
         unsafe {
-            libc::posix_fadvise(file.buffered().as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED)
+            libc::posix_fadvise(
+                file.buffered().unwrap().as_raw_fd(),
+                0,
+                0,
+                libc::POSIX_FADV_DONTNEED,
+            )
         };
         assert!(resident() <= whole / 100, "{} of {whole} bytes still cached", resident());
     }

@@ -36,8 +36,9 @@ impl ArenaMemory for HostBuffer {
 pub type OnArena<'a, M = HostBuffer> =
     &'a (dyn Fn(usize, <M as ArenaMemory>::Full) -> Result<(), SinkError> + Send + Sync);
 
-/// Makes an arena of a length in bytes, which keeps its part of the budget as long as it lives.
-type Make<'a, M> = Box<dyn Fn(u64, Option<Lease>) -> Result<M, SinkError> + Send + Sync + 'a>;
+/// Makes the arena of an index, of a length in bytes, which keeps its part of the budget as long as it lives.
+type Make<'a, M> =
+    Box<dyn Fn(usize, u64, Option<Lease>) -> Result<M, SinkError> + Send + Sync + 'a>;
 
 /// An arena does not fit into the memory budget.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -49,16 +50,23 @@ pub struct OverBudget {
     pub budget: u64,
 }
 
-/// A row of arenas. They are reserved in order, each when it or a later one is first needed, and
-/// handed to their taker once everything that was announced for them has been
-/// [filled](Self::fill) in.
+/// A row of arenas. They are reserved in order, each when it or a later one is first needed, or before their
+/// turn if they are [preferred](Self::prefer), and handed to their taker once everything that was announced for
+/// them has been [filled](Self::fill) in.
 pub struct Arenas<'a, M: ArenaMemory = HostBuffer> {
     arenas: Vec<Arena<M>>,
-    /// How many arenas, from the first, have been reserved.
-    reserved: Mutex<usize>,
+    reserved: Mutex<Reserved>,
     budget: Option<&'a Budget>,
     make: Make<'a, M>,
     on_full: OnArena<'a, M>,
+}
+
+/// Which arenas have been reserved.
+struct Reserved {
+    /// How many, from the first.
+    first: usize,
+    /// Each, be it before its turn.
+    each: Vec<bool>,
 }
 
 struct Arena<M> {
@@ -82,15 +90,37 @@ impl<'a> Arenas<'a> {
         budget: Option<&'a Budget>,
         on_full: OnArena<'a>,
     ) -> Self {
-        let make = |bytes, lease| {
-            let too_much = |_| Error::Memory { bytes, source: io::ErrorKind::OutOfMemory.into() };
-            let len = usize::try_from(bytes).map_err(too_much)?;
-            Ok(match lease {
-                Some(lease) => HostBuffer::leased(len, lease)?,
-                None => HostBuffer::new(len)?,
-            })
-        };
-        Self::with(arenas, budget, make, on_full)
+        Self::with(arenas, budget, Self::make(0), on_full)
+    }
+
+    /// Has the process keep the memory when nobody has it any more, as [`HostBuffer::kept`] does, where there
+    /// is no budget to [say so](Budget::keeping).
+    #[must_use]
+    pub fn keeping(self, most: u64) -> Self {
+        Self { make: Box::new(Self::make(most)), ..self }
+    }
+
+    fn make(
+        keep: u64,
+    ) -> impl Fn(usize, u64, Option<Lease>) -> Result<HostBuffer, SinkError> + Send + Sync + 'a
+    {
+        move |_, bytes, lease| Ok(HostBuffer::of_arena(bytes, lease, keep)?)
+    }
+}
+
+impl HostBuffer {
+    /// Memory of an arena: [leased](Self::leased) within a budget, else [kept](Self::kept).
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new).
+    pub fn of_arena(bytes: u64, lease: Option<Lease>, keep: u64) -> Result<Self, Error> {
+        let too_much = |_| Error::Memory { bytes, source: io::ErrorKind::OutOfMemory.into() };
+        let len = usize::try_from(bytes).map_err(too_much)?;
+        match lease {
+            Some(lease) => Self::leased(len, lease),
+            None => Self::kept(len, keep),
+        }
     }
 }
 
@@ -101,18 +131,14 @@ impl<'a, M: ArenaMemory> Arenas<'a, M> {
     pub fn with(
         arenas: impl IntoIterator<Item = (u64, u64)>,
         budget: Option<&'a Budget>,
-        make: impl Fn(u64, Option<Lease>) -> Result<M, SinkError> + Send + Sync + 'a,
+        make: impl Fn(usize, u64, Option<Lease>) -> Result<M, SinkError> + Send + Sync + 'a,
         on_full: OnArena<'a, M>,
     ) -> Self {
         let arena =
             |(len, missing)| Arena { len, missing: AtomicU64::new(missing), buffer: None.into() };
-        Self {
-            arenas: arenas.into_iter().map(arena).collect(),
-            reserved: Mutex::new(0),
-            budget,
-            make: Box::new(make),
-            on_full,
-        }
+        let arenas: Vec<_> = arenas.into_iter().map(arena).collect();
+        let reserved = Reserved { first: 0, each: vec![false; arenas.len()] };
+        Self { arenas, reserved: Mutex::new(reserved), budget, make: Box::new(make), on_full }
     }
 
     /// The arena, reserved now if it was not yet. `Ok(None)` when the budget has no room now, or,
@@ -132,13 +158,18 @@ impl<'a, M: ArenaMemory> Arenas<'a, M> {
             let mut reserved = self.reserved.lock().unwrap_or_else(|e| e.into_inner());
             // In order, whatever the order of the requests: were a later arena to take the last of
             // the budget, whoever waits for the tensors in order would wait for ever.
-            while *reserved <= index {
-                let Some(arena) = self.arenas.get(*reserved) else { return Ok(None) };
-                let Some(buffer) = self.reserve(arena.len)? else { break };
-                *arena.buffer.lock().unwrap_or_else(|e| e.into_inner()) = Some(Arc::new(buffer));
-                *reserved += 1;
+            while reserved.first <= index {
+                let next = reserved.first;
+                if next >= self.arenas.len() {
+                    return Ok(None);
+                }
+                if !reserved.each[next] && !self.reserve(next, false)? {
+                    break;
+                }
+                reserved.each[next] = true;
+                reserved.first += 1;
             }
-            if *reserved > index {
+            if reserved.first > index {
                 return Ok(self.existing(index));
             }
             // Nobody waits for the budget with the lock held: others need it to find arenas that
@@ -168,19 +199,39 @@ impl<'a, M: ArenaMemory> Arenas<'a, M> {
         self.arenas.get(index)?.buffer.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
-    /// Memory for an arena, or `None` when the budget has no room for it now.
-    fn reserve(&self, bytes: u64) -> Result<Option<M>, SinkError> {
+    /// Reserves an arena before its turn, if the budget has room; whether it is reserved. An arena takes its memory
+    /// as a whole, so that nothing keeps it from being filled then, and it cannot keep others waiting
+    /// for ever.
+    ///
+    /// # Errors
+    ///
+    /// As for [`get`](Self::get).
+    pub fn prefer(&self, index: usize) -> Result<bool, SinkError> {
+        let mut reserved = self.reserved.lock().unwrap_or_else(|e| e.into_inner());
+        let Some(before) = reserved.each.get(index).copied() else { return Ok(false) };
+        reserved.each[index] = before || self.reserve(index, true)?;
+        Ok(reserved.each[index])
+    }
+
+    /// Makes an arena, wanted or in its turn; `false` when the budget has no room for it now.
+    fn reserve(&self, index: usize, wanted: bool) -> Result<bool, SinkError> {
+        let Some(arena) = self.arenas.get(index) else { return Ok(false) };
+        let bytes = arena.len;
         let lease = match self.budget {
             None => None,
             Some(budget) if bytes > budget.limit() => {
                 return Err(OverBudget { bytes, budget: budget.limit() }.into());
             }
-            Some(budget) => match budget.take(bytes) {
-                None => return Ok(None),
-                lease => lease,
-            },
+            Some(budget) => {
+                match if wanted { budget.take(bytes) } else { budget.take_ahead(bytes) } {
+                    None => return Ok(false),
+                    lease => lease,
+                }
+            }
         };
-        (self.make)(bytes, lease).map(Some)
+        let buffer = (self.make)(index, bytes, lease)?;
+        *arena.buffer.lock().unwrap_or_else(|e| e.into_inner()) = Some(Arc::new(buffer));
+        Ok(true)
     }
 
     /// Counts `amount` as filled in; the last of it hands the arena over. The caller's writes

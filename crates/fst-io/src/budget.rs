@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
+use crate::kept;
 use crate::reuse::Reuse;
 use crate::sys::Anonymous;
 
@@ -18,6 +19,8 @@ pub struct Budget(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     limit: u64,
+    /// Bytes that the process keeps at most when the budget has no use for them any more.
+    keep: u64,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -25,6 +28,8 @@ struct Inner {
 #[derive(Debug, Default)]
 struct State {
     used: u64,
+    /// The most that may be in use for something to be read that nobody asked for.
+    ahead: u64,
     peak: u64,
     waiting: usize,
     generation: u64,
@@ -42,14 +47,27 @@ pub struct Lease {
 
 impl Lease {
     /// Memory for a buffer of `len` bytes (whole pages) that this lease counts: what another buffer of the
-    /// budget left, if there is such. `None`: it takes a new mapping, and [adds](Self::add) it.
-    pub(crate) fn reused(&self, len: usize) -> Option<Arc<Anonymous>> {
+    /// budget left, or the process keeps, if there is such, and how many from its start are backed. `None`: it
+    /// takes a new mapping, and [adds](Self::add) it.
+    pub(crate) fn reused(&self, len: usize) -> Option<(Arc<Anonymous>, usize)> {
         let mut state = self.budget.state();
-        let map = state.reuse.take(len);
+        let mut found = state.reuse.take(len);
+        if found.is_none()
+            && self.keeps()
+            && let Some((region, backed)) = kept::take_out(len)
+        {
+            found = Some((region.map().clone(), backed));
+            state.reuse.follow([region]);
+        }
         // This lease is counted already, and its memory may not exceed what is left.
         let most = self.budget.limit().saturating_sub(state.used);
         state.reuse.trim(most);
-        map
+        found
+    }
+
+    /// Whether the process keeps the memory in the end.
+    pub(crate) fn keeps(&self) -> bool {
+        self.budget.0.keep > 0
     }
 
     /// Keeps the memory of a buffer of `len` bytes for others when it is gone.
@@ -57,6 +75,8 @@ impl Lease {
         let mut state = self.budget.state();
         if !state.closed {
             state.reuse.add(map.clone(), len);
+        } else if self.keeps() {
+            kept::add(map, len);
         }
     }
 
@@ -69,7 +89,9 @@ impl Lease {
         self.budget.change(|state| {
             // SAFETY: passed on from the caller.
             let back = unsafe {
-                state.reuse.retire(map, pages.clone())
+                Anonymous::DISCARDS
+                    && (state.reuse.retire(map, pages.clone())
+                        || self.keeps() && kept::retire(map, pages.clone(), self.budget.0.keep))
                     || map.discard(pages.start, pages.len()).is_ok()
             };
             let bytes = pages.len() as u64;
@@ -83,16 +105,25 @@ impl Lease {
     }
 
     /// The buffer that has this memory is gone.
-    pub(crate) fn leave(&self, map: &Arc<Anonymous>) {
-        self.budget.state().reuse.leave(map);
+    pub(crate) fn leave(&self, map: &Arc<Anonymous>, filled: bool) {
+        self.budget.state().reuse.leave(map, filled || !self.keeps());
+        if self.keeps() {
+            kept::leave(map, filled, self.budget.0.keep);
+        }
     }
 }
 
 impl Budget {
     /// A budget of `limit` bytes, all free.
     pub fn new(limit: u64) -> Self {
-        let state = Mutex::default();
-        Self(Arc::new(Inner { limit, state, changed: Condvar::new() }))
+        Self::keeping(limit, 0)
+    }
+
+    /// As [`new`](Self::new); once the budget is closed, the process [keeps](crate::kept_bytes) the memory that
+    /// its buffers leave, at most `keep` bytes, and what it kept before is used first.
+    pub fn keeping(limit: u64, keep: u64) -> Self {
+        let state = Mutex::new(State { ahead: limit, ..State::default() });
+        Self(Arc::new(Inner { limit, keep, state, changed: Condvar::new() }))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -122,9 +153,24 @@ impl Budget {
     /// Takes `bytes`. `None` when there are too few now, or when the budget was
     /// [closed](Self::close).
     pub fn take(&self, bytes: u64) -> Option<Lease> {
+        self.take_within(bytes, |_| self.0.limit)
+    }
+
+    /// As [`take`](Self::take), for what is read [ahead](Self::set_ahead) of anybody's asking.
+    pub fn take_ahead(&self, bytes: u64) -> Option<Lease> {
+        self.take_within(bytes, |state| state.ahead)
+    }
+
+    /// Leaves what of the budget is beyond `bytes` to those who ask for something. All of it is for everybody
+    /// unless this says otherwise.
+    pub fn set_ahead(&self, bytes: u64) {
+        self.change(|state| std::mem::replace(&mut state.ahead, bytes) != bytes);
+    }
+
+    fn take_within(&self, bytes: u64, most: impl FnOnce(&State) -> u64) -> Option<Lease> {
         let mut taken = false;
         self.change(|state| {
-            let most = self.0.limit.checked_sub(bytes);
+            let most = most(state).checked_sub(bytes);
             taken = !state.closed && most.is_some_and(|most| state.used <= most);
             if taken {
                 state.used += bytes;
@@ -186,8 +232,13 @@ impl Budget {
 
     /// Refuses all further requests, those that wait included, and keeps no memory for them.
     pub fn close(&self) {
+        let keep = self.0.keep;
         self.change(|state| {
             state.closed = true;
+            match keep {
+                0 => state.reuse.trim(0),
+                _ => kept::follow(state.reuse.end(), keep),
+            }
             state.reuse.end();
             true
         });

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use crate::budget::Lease;
 use crate::error::Error;
+use crate::kept;
 use crate::sys::{self, Anonymous};
 use crate::touch;
 
@@ -29,9 +30,52 @@ pub struct HostBuffer {
     prepared: Box<[AtomicBool]>,
     /// Whether some of its pages were chosen to be small.
     small_pages: AtomicBool,
+    /// Bytes from the start that had memory behind them before.
+    backed: usize,
+    /// Whether its writers are done with all of it.
+    filled: AtomicBool,
     /// Declared behind the mapping, so that the bytes are back in the budget only once the memory
     /// is back with the system.
-    lease: Option<Lease>,
+    owner: Owner,
+}
+
+/// Where a buffer's memory comes from first, and who has it afterwards.
+#[derive(Debug)]
+enum Owner {
+    System,
+    Budget(Lease),
+    /// The process, which keeps as many bytes at most.
+    Process(u64),
+}
+
+impl Owner {
+    /// Memory of `len` bytes (whole pages) that is there, and how many from its start are backed.
+    fn reused(&self, len: usize) -> Option<(Arc<Anonymous>, usize)> {
+        match self {
+            Self::System => None,
+            Self::Budget(lease) => lease.reused(len),
+            Self::Process(_) => kept::take(len),
+        }
+    }
+
+    /// A new mapping of `len` bytes or more, at a multiple of `align`.
+    fn fresh(&self, len: usize, align: usize) -> io::Result<Arc<Anonymous>> {
+        let keeps = match self {
+            Self::System => false,
+            Self::Budget(lease) => lease.keeps(),
+            Self::Process(_) => true,
+        };
+        // Address space costs nothing, and the next buffer may be a little longer.
+        let longer = len.checked_next_power_of_two().filter(|longer| keeps && *longer > len);
+        let map = longer.and_then(|longer| Anonymous::new(longer, align).ok());
+        let map = Arc::new(map.map_or_else(|| Anonymous::new(len, align), Ok)?);
+        match self {
+            Self::System => {}
+            Self::Budget(lease) => lease.add(&map, len),
+            Self::Process(_) => kept::add(&map, len),
+        }
+        Ok(map)
+    }
 }
 
 impl HostBuffer {
@@ -41,7 +85,7 @@ impl HostBuffer {
     ///
     /// [`Error::Memory`] when the address space or a limit does not allow it.
     pub fn new(len: usize) -> Result<Self, Error> {
-        Self::with(len, None)
+        Self::with(len, Owner::System)
     }
 
     /// Reserves `len` bytes that count against a budget as long as they live. They hold anything: memory
@@ -51,46 +95,53 @@ impl HostBuffer {
     ///
     /// As for [`new`](Self::new).
     pub fn leased(len: usize, lease: Lease) -> Result<Self, Error> {
-        Self::with(len, Some(lease))
+        Self::with(len, Owner::Budget(lease))
     }
 
-    fn with(len: usize, lease: Option<Lease>) -> Result<Self, Error> {
+    /// Reserves `len` bytes that stay with the process when the buffer and its [pieces](Piece) are gone, as
+    /// long as no more than `most` bytes do ([`kept_bytes`](crate::kept_bytes)). They hold anything: what was
+    /// kept before is used first.
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new).
+    pub fn kept(len: usize, most: u64) -> Result<Self, Error> {
+        Self::with(len, if most > 0 { Owner::Process(most) } else { Owner::System })
+    }
+
+    fn with(len: usize, owner: Owner) -> Result<Self, Error> {
+        let mut buffer = Self {
+            map: None,
+            len,
+            prepared: Box::default(),
+            small_pages: false.into(),
+            backed: 0,
+            filled: false.into(),
+            owner,
+        };
         if len == 0 {
-            return Ok(Self {
-                map: None,
-                len,
-                prepared: Box::default(),
-                small_pages: false.into(),
-                lease,
-            });
+            return Ok(buffer);
         }
         let fail = |source| Error::Memory { bytes: len as u64, source };
         let page = sys::page_size();
         let padded = len
             .checked_next_multiple_of(page)
             .ok_or_else(|| fail(io::ErrorKind::OutOfMemory.into()))?;
-        if let Some(map) = lease.as_ref().and_then(|lease| lease.reused(padded)) {
-            return Ok(Self {
-                map: Some(map),
-                len,
-                prepared: Box::default(),
-                small_pages: false.into(),
-                lease,
-            });
+        if let Some((map, backed)) = buffer.owner.reused(padded) {
+            (buffer.map, buffer.backed) = (Some(map), backed);
+            return Ok(buffer);
         }
         let huge = padded >= HUGE_PAGE;
-        let map = Anonymous::new(padded, if huge { HUGE_PAGE } else { page }).map_err(fail)?;
+        let align = if huge { HUGE_PAGE } else { page };
+        let map = buffer.owner.fresh(padded, align).map_err(fail)?;
         if huge {
             // Without huge pages (disabled, or an old kernel) the load is slower and still right.
-            let _ = map.advise(0, padded, libc::MADV_HUGEPAGE);
+            let _ = map.advise(0, map.len(), sys::MADV_HUGEPAGE);
+            let regions = len.div_ceil(touch::REGION);
+            buffer.prepared = (0..regions).map(|_| AtomicBool::new(false)).collect();
         }
-        let regions = if huge { len.div_ceil(touch::REGION) } else { 0 };
-        let prepared = (0..regions).map(|_| AtomicBool::new(false)).collect();
-        let map = Arc::new(map);
-        if let Some(lease) = &lease {
-            lease.add(&map, padded);
-        }
-        Ok(Self { map: Some(map), len, prepared, small_pages: false.into(), lease })
+        buffer.map = Some(map);
+        Ok(buffer)
     }
 
     /// Length in bytes.
@@ -163,15 +214,20 @@ impl HostBuffer {
         }
     }
 
+    /// Whether a part of the buffer had memory behind it from the start.
+    pub fn is_backed(&self, offset: usize, len: usize) -> bool {
+        offset.checked_add(len).is_some_and(|end| end <= self.backed)
+    }
+
     /// Backs a part of the buffer with memory now, as first writes would. Best effort: the range
     /// is widened to whole pages, and a refusal leaves the faults to the writers.
     pub fn populate(&self, offset: usize, len: usize) {
         if let Some(map) = &self.map {
             let page = sys::page_size();
-            let start = offset / page * page;
             let end = offset.saturating_add(len).min(self.len).next_multiple_of(page);
+            let start = offset.max(self.backed) / page * page;
             if start < end {
-                let _ = map.advise(start, end - start, libc::MADV_POPULATE_WRITE);
+                let _ = map.advise(start, end - start, sys::MADV_POPULATE_WRITE);
             }
         }
     }
@@ -179,8 +235,12 @@ impl HostBuffer {
 
 impl Drop for HostBuffer {
     fn drop(&mut self) {
-        if let (Some(map), Some(lease)) = (&self.map, &self.lease) {
-            lease.leave(map);
+        let Some(map) = &self.map else { return };
+        let filled = self.filled.load(Relaxed);
+        match &self.owner {
+            Owner::System => {}
+            Owner::Budget(lease) => lease.leave(map, filled),
+            Owner::Process(most) => kept::leave(map, filled, *most),
         }
     }
 }
@@ -197,9 +257,10 @@ impl SharedBuffer {
     /// Nobody writes to the buffer from here on, whoever else may hold a reference to it; but for the
     /// only owner of a range of it, if no slice of these bytes is made any more, by [`Deref`] included.
     pub unsafe fn new(buffer: Arc<HostBuffer>) -> Self {
+        buffer.filled.store(true, Relaxed);
         if let Some(map) = buffer.map.as_ref().filter(|_| buffer.small_pages.load(Relaxed)) {
             // Its memory is there: the system may join small pages in its own time.
-            let _ = map.advise(0, map.len(), libc::MADV_HUGEPAGE);
+            let _ = map.advise(0, map.len(), sys::MADV_HUGEPAGE);
         }
         Self(buffer)
     }
@@ -227,7 +288,9 @@ impl SharedBuffer {
             len: 0,
             prepared: Box::default(),
             small_pages: false.into(),
-            lease: None,
+            backed: 0,
+            filled: true.into(),
+            owner: Owner::System,
         }))
     }
 
@@ -258,8 +321,8 @@ impl Deref for SharedBuffer {
     }
 }
 
-/// Bytes of a [`SharedBuffer`] that go back to the system, or to the budget that they are of, as soon as nobody
-/// holds them, whoever holds others: the pages wholly inside. Clones share them.
+/// Bytes of a [`SharedBuffer`] that go back to the system, or to the budget or the kept memory that they are of,
+/// as soon as nobody holds them, whoever holds others: the pages wholly inside. Clones share them.
 #[derive(Debug, Clone)]
 pub struct Piece(Arc<Held>);
 
@@ -286,6 +349,13 @@ impl Piece {
     /// Whether this is the only one of its bytes.
     pub fn is_owned(&mut self) -> bool {
         Arc::get_mut(&mut self.0).is_some()
+    }
+
+    /// Its bytes for writing, if this is the only one of them.
+    pub fn get_mut(&mut self) -> Option<&mut [u8]> {
+        let held = Arc::get_mut(&mut self.0)?;
+        // SAFETY: these bytes are read through this piece only, which nobody shares.
+        unsafe { held.buffer.0.slice_mut(held.range.clone()) }
     }
 
     /// Where it starts; `None` when the buffer is empty.
@@ -317,10 +387,17 @@ impl Drop for Held {
         }
         // SAFETY: these bytes were read through this piece only, by the contract of `piece`.
         unsafe {
-            match &buffer.lease {
-                Some(lease) => lease.retire(map, start..end),
+            let kept = match &buffer.owner {
+                Owner::System => false,
+                Owner::Budget(lease) => {
+                    lease.retire(map, start..end);
+                    true
+                }
+                Owner::Process(most) => kept::retire(map, start..end, *most),
+            };
+            if !kept {
                 // What the system does not take goes with the buffer.
-                None => drop(map.discard(start, end - start)),
+                let _ = map.discard(start, end - start);
             }
         }
     }

@@ -139,4 +139,7 @@ pub enum Change {
     /// Its name leads to another file now.
     #[error("another file took its name")]
     Replaced,
+    /// The ETag, the version or the time of an object is another.
+    #[error("another version of the object took its place")]
+    Version,
 }

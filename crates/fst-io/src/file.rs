@@ -2,16 +2,16 @@
 //! shared within the process, watched for change.
 
 use std::collections::BTreeMap;
-use std::fs::{File, Metadata, OpenOptions};
+use std::fs::{File, Metadata};
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::mem::MaybeUninit;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use crate::error::{Change, Error};
 use crate::plan::Limits;
+use crate::source::{Source, Unfilled};
 use crate::sys::{self, DioAlign};
 
 /// Whether a file can be read around the page cache, and if not, why.
@@ -48,17 +48,26 @@ impl std::fmt::Display for DirectIo {
     }
 }
 
-/// A file to read from. A clone is the same open file.
+/// A file to read from: a local one, or one that is read [by range](Source). A clone is the same open file.
 ///
-/// The descriptor for direct reads is opened when it is first asked for.
+/// The descriptor for direct reads of a local file is opened when it is first asked for.
 #[derive(Debug, Clone)]
-pub struct SourceFile {
-    opened: Arc<Opened>,
+pub struct SourceFile(Inner);
+
+#[derive(Debug, Clone)]
+enum Inner {
+    Local(Arc<Opened>),
+    Remote(Arc<dyn Source>),
 }
+
+/// How many sources that are not local are asked at once whether they changed.
+const MAX_VERIFIERS: usize = 64;
 
 #[derive(Debug)]
 struct Opened {
     path: PathBuf,
+    /// Whether the path leads to the file.
+    named: bool,
     buffered: File,
     /// Alignments of memory and offset that direct reads need, where they may be possible.
     aligns: Option<(u64, u64)>,
@@ -81,46 +90,97 @@ impl SourceFile {
     ///
     /// [`Error::Open`], [`Error::TooManyFiles`], or [`Error::Changed`].
     pub fn open(path: &Path, expected: Option<&Metadata>) -> Result<Self, Error> {
-        let Some(expected) = expected else { return Self::open_as_found(path) };
+        let Some(expected) = expected else {
+            return Ok(Self(Inner::Local(Self::open_as_found(path)?)));
+        };
         let expected = Identity::of(expected);
         if let Some(opened) = shared::get(path)
             && expected.change(&opened.expected).is_none()
             // The path still leads there.
             && std::fs::metadata(path).is_ok_and(|now| opened.serves(&Identity::of(&now)))
         {
-            return Ok(Self { opened });
+            return Ok(Self(Inner::Local(opened)));
         }
-        let file = match Self::open_as_found(path) {
+        let opened = match Self::open_as_found(path) {
             Err(Error::Open { source, .. }) if is_no_file(&source) => {
                 Err(Error::Changed { path: path.to_owned(), change: Change::Replaced })
             }
             opened => opened,
         }?;
-        match expected.change(&file.opened.expected) {
+        match expected.change(&opened.expected) {
             Some(change) => Err(Error::Changed { path: path.to_owned(), change }),
-            None => Ok(Self { opened: shared::offer(file.opened) }),
+            None => Ok(Self(Inner::Local(shared::offer(opened)))),
         }
     }
 
-    fn open_as_found(path: &Path) -> Result<Self, Error> {
+    fn open_as_found(path: &Path) -> Result<Arc<Opened>, Error> {
         let (buffered, found) =
-            open_regular(path).map_err(|source| match source.raw_os_error() {
-                Some(libc::EMFILE) => {
-                    Error::TooManyFiles { path: path.to_owned(), limit: sys::descriptor_limit() }
-                }
-                _ => Error::Open { path: path.to_owned(), source },
+            sys::open_regular(path).map_err(|source| match sys::descriptors_used_up(&source) {
+                Some(limit) => Error::TooManyFiles { path: path.to_owned(), limit },
+                None => Error::Open { path: path.to_owned(), source },
             })?;
-        Ok(Self { opened: Arc::new(Opened::new(path, buffered, &found)) })
+        Ok(Arc::new(Opened::new(path, buffered, &found)))
     }
 
-    /// The path that it was opened by.
+    /// A file that is read from `source`, by the engine [`Object`](crate::Engine::Object).
+    pub fn remote(source: Arc<dyn Source>) -> Self {
+        Self(Inner::Remote(source))
+    }
+
+    /// A file that is open already, by a name that is for errors and leads nowhere. Its descriptor is
+    /// duplicated; its position is not used.
+    ///
+    /// `expected` is as for [`open`](Self::open). That file must not change its status while it is read, as by
+    /// being renamed: nothing tells that from a write whose time was set back.
+    ///
+    /// # Errors
+    ///
+    /// As for [`open`](Self::open).
+    pub fn of(file: &File, name: &Path, expected: &Metadata) -> Result<Self, Error> {
+        let fail = |source| Error::Open { path: name.to_owned(), source };
+        let buffered = file.try_clone().map_err(fail)?;
+        let found = buffered.metadata().map_err(fail)?;
+        if !found.is_file() {
+            return Err(fail(no_file()));
+        }
+        sys::set_blocking(&buffered).map_err(fail)?;
+        if let Some(change) = Identity::of(expected).change(&Identity::of(&found)) {
+            return Err(Error::Changed { path: name.to_owned(), change });
+        }
+        let mut opened = Opened::new(name, buffered, &found);
+        opened.named = false;
+        Ok(Self(Inner::Local(Arc::new(opened))))
+    }
+
+    fn local(&self) -> Option<&Opened> {
+        match &self.0 {
+            Inner::Local(opened) => Some(opened),
+            Inner::Remote(_) => None,
+        }
+    }
+
+    /// Where its bytes come from, if it is no local file.
+    pub fn source(&self) -> Option<&dyn Source> {
+        match &self.0 {
+            Inner::Local(_) => None,
+            Inner::Remote(source) => Some(&**source),
+        }
+    }
+
+    /// The path that it was opened by, or its name, or that of its source.
     pub fn path(&self) -> &Path {
-        &self.opened.path
+        match &self.0 {
+            Inner::Local(opened) => &opened.path,
+            Inner::Remote(source) => source.path(),
+        }
     }
 
     /// Length in bytes when it was opened.
     pub fn len(&self) -> u64 {
-        self.opened.len
+        match &self.0 {
+            Inner::Local(opened) => opened.len,
+            Inner::Remote(source) => source.len(),
+        }
     }
 
     /// Whether the file held no byte when it was opened.
@@ -128,9 +188,49 @@ impl SourceFile {
         self.len() == 0
     }
 
-    /// The file, read through the page cache.
-    pub fn buffered(&self) -> &File {
-        &self.opened.buffered
+    /// The file, read through the page cache, if it is a local one.
+    pub fn buffered(&self) -> Option<&File> {
+        self.local().map(|opened| &opened.buffered)
+    }
+
+    /// Fills `bytes` from `offset` on, on the calling thread.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Read`], [`Error::EarlyEnd`], and those of [`Source::read`].
+    pub fn read_exact_at(&self, mut bytes: &mut [u8], offset: u64) -> Result<(), Error> {
+        let path = || self.path().to_owned();
+        let end = offset + bytes.len() as u64;
+        let file = match &self.0 {
+            Inner::Local(opened) => &opened.buffered,
+            Inner::Remote(source) => {
+                // SAFETY: only initialised bytes are written through it.
+                let memory = unsafe { &mut *(std::ptr::from_mut(bytes) as *mut [MaybeUninit<u8>]) };
+                let mut into = Unfilled::new(memory, &|| false);
+                source.read(offset, &mut into)?;
+                return match into.missing() {
+                    0 => Ok(()),
+                    missing => Err(Error::EarlyEnd {
+                        path: path(),
+                        end: end - missing as u64,
+                        needed: end,
+                    }),
+                };
+            }
+        };
+        while !bytes.is_empty() {
+            let at = end - bytes.len() as u64;
+            match sys::read_at(file, bytes, at) {
+                Ok(0) => return Err(Error::EarlyEnd { path: path(), end: at, needed: end }),
+                Ok(read) => bytes = &mut bytes[read..],
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(source) => {
+                    let len = bytes.len() as u64;
+                    return Err(Error::Read { path: path(), offset: at, len, source });
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The file opened with `O_DIRECT`, unless that is not to be had.
@@ -138,59 +238,93 @@ impl SourceFile {
     /// The last quarter of the descriptors that the process may have is left to others: files that
     /// would need one of these are read through the page cache.
     pub fn direct(&self) -> Option<&File> {
-        if self.opened.direct_off.load(Relaxed) { None } else { self.opened.direct().0.as_ref() }
+        let opened = self.local()?;
+        if opened.direct_off.load(Relaxed) { None } else { opened.direct().0.as_ref() }
     }
 
     /// The file opened with `O_DIRECT`, if it was asked for before.
+    #[cfg_attr(any(not(target_os = "linux"), fst_portable), allow(dead_code))] // for io_uring
     pub(crate) fn direct_if_open(&self) -> Option<&File> {
-        self.opened.direct.get()?.0.as_ref()
+        self.local()?.direct.get()?.0.as_ref()
     }
 
     /// Whether direct reads are possible, as far as is known; opens nothing.
     pub fn may_be_direct(&self) -> bool {
-        let opened = &self.opened;
-        !opened.direct_off.load(Relaxed)
-            && opened.direct.get().map_or(opened.aligns.is_some(), |(file, _)| file.is_some())
+        self.local().is_some_and(|opened| {
+            !opened.direct_off.load(Relaxed)
+                && opened.direct.get().map_or(opened.aligns.is_some(), |(file, _)| file.is_some())
+        })
     }
 
     /// Whether and why direct reads are (not) used. Opens the file for them.
     pub fn direct_io(&self) -> &DirectIo {
-        &self.opened.direct().1
+        self.local().map_or(&DirectIo::Unsupported, |opened| &opened.direct().1)
     }
 
     /// Alignment, in bytes, that blocks of this file must have, for memory and offset alike.
     pub fn align(&self) -> u64 {
-        let (memory, offset) = self.opened.aligns.unwrap_or_default();
+        let (memory, offset) = self.aligns().unwrap_or_default();
         memory.max(offset).max(Limits::MIN_ALIGN)
+    }
+
+    fn aligns(&self) -> Option<(u64, u64)> {
+        self.local()?.aligns
+    }
+
+    /// The [alignment](Self::align) that suits all of `files`.
+    pub fn align_of(files: &[Self]) -> u64 {
+        files.iter().map(Self::align).max().unwrap_or(Limits::MIN_ALIGN)
+    }
+
+    /// The alignment, the blocks and the gaps that suit all of `files`.
+    pub fn limits_of(files: &[Self]) -> Limits {
+        let all = Limits { align: Self::align_of(files), ..Limits::default() };
+        files.iter().filter_map(Self::source).map(Source::limits).fold(all, |all, one| Limits {
+            block: all.block.max(one.block),
+            gap: all.gap.max(one.gap),
+            ..all
+        })
     }
 
     /// Alignment, in bytes, that direct reads of this file demand of memory: no more than
     /// [`align`](Self::align), and where the system tells, often far less.
     pub fn memory_align(&self) -> u64 {
-        self.opened.aligns.map_or(Limits::MIN_ALIGN, |(memory, _)| memory)
+        self.aligns().map_or(Limits::MIN_ALIGN, |(memory, _)| memory)
     }
 
-    /// Bytes of the file in the page cache.
+    /// Bytes of the file in the page cache, of a long file by samples; none of what is no local file.
     ///
     /// # Errors
     ///
     /// The system's error where it cannot tell.
     pub fn resident_bytes(&self) -> io::Result<u64> {
-        crate::residency::resident_bytes(self.buffered(), 0, self.len())
+        let len = self.len();
+        self.buffered().map_or(Ok(0), |file| crate::residency::resident_estimate(file, len))
+    }
+
+    /// Bytes of `offset..offset + len` in the page cache.
+    ///
+    /// # Errors
+    ///
+    /// As for [`resident_bytes`](Self::resident_bytes).
+    pub fn resident_bytes_of(&self, offset: u64, len: u64) -> io::Result<u64> {
+        self.buffered().map_or(Ok(0), |file| crate::residency::resident_bytes(file, offset, len))
     }
 
     /// A source of a length, and with a descriptor for direct reads, of the test's own choice.
     #[cfg(test)]
     pub(crate) fn faked(path: &Path, direct: Option<File>, len: u64) -> io::Result<Self> {
-        let (buffered, found) = open_regular(path)?;
+        let (buffered, found) = sys::open_regular(path)?;
         let mut opened = Opened::new(path, buffered, &found);
         (opened.aligns, opened.len) = (None, len);
         opened.direct = OnceLock::from((direct, DirectIo::NotTried));
-        Ok(Self { opened: Arc::new(opened) })
+        Ok(Self(Inner::Local(Arc::new(opened))))
     }
 
     pub(crate) fn refuse_direct(&self) {
-        self.opened.direct_off.store(true, Relaxed);
+        if let Some(opened) = self.local() {
+            opened.direct_off.store(true, Relaxed);
+        }
     }
 
     /// Checks that the file is still what it was when it was opened, by its handle, and that its path
@@ -207,32 +341,80 @@ impl SourceFile {
     ///
     /// [`Error::Changed`], or [`Error::Open`] when the system cannot tell of the open file.
     pub fn verify_unchanged(&self) -> Result<(), Error> {
+        let opened = match &self.0 {
+            Inner::Local(opened) => opened,
+            Inner::Remote(source) => return source.verify_unchanged(),
+        };
         let path = || self.path().to_owned();
-        let now = self.buffered().metadata();
+        let now = opened.buffered.metadata();
         let now = now.map_err(|source| Error::Open { path: path(), source })?;
-        let by_name = std::fs::metadata(self.path()).ok();
-        let by_name = by_name.as_ref().map(Identity::of);
-        match self.opened.expected.change_of_open(&Identity::of(&now), by_name.as_ref()) {
+        let (expected, now) = (opened.expected, Identity::of(&now));
+        let change = if opened.named {
+            let by_name = std::fs::metadata(self.path()).ok();
+            expected.change_of_open(&now, by_name.as_ref().map(Identity::of).as_ref())
+        } else {
+            expected.change(&now)
+        };
+        match change {
             Some(change) => Err(Error::Changed { path: path(), change }),
             None => Ok(()),
         }
     }
 
+    /// [`verify_unchanged`](Self::verify_unchanged) of each of `files`; of those that are not local at the same
+    /// time.
+    ///
+    /// # Errors
+    ///
+    /// As for [`verify_unchanged`](Self::verify_unchanged): that of the first file which has one.
+    pub fn verify_all<'a>(files: impl Iterator<Item = &'a Self>) -> Result<(), Error> {
+        let (local, remote): (Vec<_>, Vec<_>) = files.partition(|file| file.local().is_some());
+        local.into_iter().try_for_each(Self::verify_unchanged)?;
+        let verify = |files: &[&Self]| files.iter().try_for_each(|file| file.verify_unchanged());
+        let share = remote.len().div_ceil(MAX_VERIFIERS).max(1);
+        std::thread::scope(|scope| {
+            let mut shares = remote.chunks(share);
+            let own = shares.next().unwrap_or_default();
+            let others: Vec<_> = shares
+                .map(|files| {
+                    let thread = std::thread::Builder::new().name("fst-verify".to_owned());
+                    (files, thread.spawn_scoped(scope, move || verify(files)))
+                })
+                .collect();
+            others.into_iter().fold(verify(own), |all, (files, thread)| {
+                all.and_then(|()| match thread.map(|thread| thread.join()) {
+                    Ok(Ok(verified)) => verified,
+                    Ok(Err(panic)) => std::panic::resume_unwind(panic),
+                    // No thread was to be had.
+                    Err(_) => verify(files),
+                })
+            })
+        })
+    }
+
     /// As [`verify_unchanged`](Self::verify_unchanged), but does not look what the path leads to, where the
-    /// handle shows no change: for those who read from the handle again and again.
+    /// handle shows no change: for those who read from the handle again and again. What is no local file is
+    /// compared at each read.
     ///
     /// # Errors
     ///
     /// As for [`verify_unchanged`](Self::verify_unchanged).
     pub fn verify_handle(&self) -> Result<(), Error> {
-        match self.buffered().metadata() {
-            Ok(now) if self.opened.expected.change(&Identity::of(&now)).is_none() => Ok(()),
+        let Some(opened) = self.local() else { return Ok(()) };
+        match opened.buffered.metadata() {
+            Ok(now) if opened.expected.change(&Identity::of(&now)).is_none() => Ok(()),
             _ => self.verify_unchanged(),
         }
     }
 
-    pub(crate) fn expected(&self) -> Identity {
-        self.opened.expected
+    /// Whether its path leads to it.
+    pub(crate) fn is_named(&self) -> bool {
+        self.local().is_none_or(|opened| opened.named)
+    }
+
+    /// What the file was when it was opened, if it is a local one.
+    pub(crate) fn expected(&self) -> Option<Identity> {
+        Some(self.local()?.expected)
     }
 }
 
@@ -251,6 +433,7 @@ impl Opened {
         };
         Self {
             path: path.to_owned(),
+            named: true,
             buffered,
             aligns,
             direct: OnceLock::new(),
@@ -265,9 +448,9 @@ impl Opened {
             let Some((memory_align, offset_align)) = self.aligns else {
                 return (None, DirectIo::Unsupported);
             };
-            match open_direct(&self.buffered) {
+            match sys::open_direct(&self.buffered) {
                 Ok(file) => (Some(file), DirectIo::Available { memory_align, offset_align }),
-                Err(e) => (None, DirectIo::Refused(e.raw_os_error().unwrap_or(libc::EINVAL))),
+                Err(e) => (None, DirectIo::Refused(e.raw_os_error().unwrap_or_default())),
             }
         })
     }
@@ -337,7 +520,9 @@ pub(crate) struct Identity {
 }
 
 impl Identity {
+    #[cfg(unix)]
     pub(crate) fn of(file: &Metadata) -> Self {
+        use std::os::unix::fs::MetadataExt;
         Self {
             place: (file.dev(), file.ino()),
             len: file.len(),
@@ -345,6 +530,27 @@ impl Identity {
             status: (file.ctime(), file.ctime_nsec()),
             links: file.nlink(),
             rights: (file.mode(), file.uid(), file.gid()),
+        }
+    }
+
+    /// By the standard library alone: the time of creation stands for device and inode, and a write whose time
+    /// was set back is not seen. Not run on Linux.
+    #[cfg(not(unix))]
+    pub(crate) fn of(file: &Metadata) -> Self {
+        use std::time::SystemTime;
+        let since = |time: io::Result<SystemTime>| {
+            let time = time.ok()?.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+            Some((time.as_secs(), time.subsec_nanos()))
+        };
+        let created = since(file.created()).unwrap_or_default();
+        let modified = since(file.modified()).unwrap_or_default();
+        Self {
+            place: (created.0, created.1.into()),
+            len: file.len(),
+            modified: (modified.0 as i64, modified.1.into()),
+            status: (0, 0),
+            links: 1,
+            rights: (0, 0, 0),
         }
     }
 
@@ -386,64 +592,21 @@ impl Identity {
     }
 }
 
-/// Opens a regular file; what else the path leads to is an error.
-///
-/// A check of the name before opening would say nothing of what is opened then. So what it leads to is
-/// opened without waiting (a named pipe would otherwise wait for a writer, perhaps for ever), and
-/// looked at by its handle.
-fn open_regular(path: &Path) -> io::Result<(File, Metadata)> {
-    let open = |flags| OpenOptions::new().read(true).custom_flags(flags).open(path);
-    let file = match open(libc::O_NONBLOCK) {
-        Ok(file) => file,
-        // Another process holds a lease on the file, which is waited for, but only if it is a file.
-        Err(error) if error.raw_os_error() == Some(libc::EWOULDBLOCK) => {
-            let place = open(libc::O_PATH)?;
-            if !place.metadata()?.is_file() {
-                return Err(no_file());
-            }
-            File::open(sys::path_of(&place))?
-        }
-        // Sockets cannot be opened, nor can devices without a driver.
-        Err(error) if matches!(error.raw_os_error(), Some(libc::ENXIO | libc::ENODEV)) => {
-            return Err(no_file());
-        }
-        Err(error) => return Err(error),
-    };
-    let metadata = file.metadata()?;
-    if !metadata.is_file() {
-        return Err(no_file());
-    }
-    // io_uring fails a read that would wait, where the file system cannot say so and the flag is set.
-    sys::set_blocking(&file)?;
-    Ok((file, metadata))
-}
-
-fn no_file() -> io::Error {
+/// What opening something else than a regular file comes to.
+pub(crate) fn no_file() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, "not a regular file")
 }
 
-fn is_no_file(error: &io::Error) -> bool {
+pub(crate) fn is_no_file(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::InvalidInput && error.raw_os_error().is_none()
-}
-
-/// Opens a file that is open once more, to be read around the page cache.
-fn open_direct(buffered: &File) -> io::Result<File> {
-    // Through the handle: the name may lead elsewhere by now.
-    let same = sys::path_of(buffered);
-    let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(same)?;
-    // The system takes the lowest number that is free.
-    let limit = sys::descriptor_limit();
-    if direct.as_raw_fd() as u64 >= limit - limit / 4 {
-        return Err(io::Error::from_raw_os_error(libc::EMFILE));
-    }
-    Ok(direct)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs;
+    use std::fs::{self, OpenOptions};
     use std::io::Write;
+    use std::os::unix::fs::MetadataExt;
 
     #[test]
     fn change_is_noticed_in_length_content_and_name() {
@@ -535,7 +698,7 @@ mod tests {
             std::thread::sleep(std::time::Duration::from_millis(20));
             act(&path);
             file.verify_unchanged().unwrap_or_else(|error| panic!("{number}: {error}"));
-            file.expected().check_name(&path).unwrap();
+            file.expected().unwrap().check_name(&path).unwrap();
         }
     }
 
@@ -579,7 +742,10 @@ mod tests {
         fs::write(&path, [1; 100]).unwrap();
         let header = fs::metadata(&path).unwrap();
         let open = || SourceFile::open(&path, Some(&header)).unwrap();
-        let shares = |a: &SourceFile, b: &SourceFile| Arc::ptr_eq(&a.opened, &b.opened);
+        fn opened(file: &SourceFile) -> &Opened {
+            file.local().unwrap()
+        }
+        let shares = |a: &SourceFile, b: &SourceFile| std::ptr::eq(opened(a), opened(b));
         let first = open();
         assert!(shares(&first, &open()));
         assert!(first.direct_if_open().is_none(), "nobody asked for it");
@@ -595,25 +761,7 @@ mod tests {
         let second = SourceFile::open(&path, Some(&fs::metadata(&path).unwrap())).unwrap();
         assert!(!shares(&first, &second));
         drop(first);
-        assert!(shared::get(&path).is_some_and(|opened| Arc::ptr_eq(&opened, &second.opened)));
-    }
-
-    #[test]
-    fn handles_wait_and_lead_to_the_file_whatever_its_name() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("a");
-        fs::write(&path, [1; 100]).unwrap();
-        let (file, _) = open_regular(&path).unwrap();
-        // SAFETY: no memory is involved.
-        let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
-        assert_eq!(flags & libc::O_NONBLOCK, 0);
-        fs::rename(&path, dir.path().join("b")).unwrap();
-        fs::write(&path, [2; 5]).unwrap();
-        assert_eq!(fs::read(sys::path_of(&file)).unwrap(), [1; 100]);
-        assert!(is_no_file(&open_regular(dir.path()).unwrap_err()));
-        let socket = dir.path().join("s");
-        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
-        assert!(is_no_file(&open_regular(&socket).unwrap_err()));
+        assert!(shared::get(&path).is_some_and(|open| std::ptr::eq(&*open, opened(&second))));
     }
 
     #[test]

@@ -5,13 +5,14 @@
 //! truncated is killed (SIGBUS). [`Mapping::populate`] brings pages in through `madvise(2)`, which
 //! answers with an error instead.
 
+use std::io::ErrorKind;
 use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, Weak};
 use std::{io, slice, thread};
 
-use memmap2::{Advice, MmapOptions, MmapRaw};
+use memmap2::{MmapOptions, MmapRaw};
 
 use crate::error::Error;
 use crate::file::{Identity, SourceFile};
@@ -29,6 +30,8 @@ const MAX_THREADS: usize = 8;
 pub struct Mapping {
     map: Option<MmapRaw>,
     path: PathBuf,
+    /// Whether the path leads to the file.
+    named: bool,
     expected: Identity,
 }
 
@@ -46,19 +49,23 @@ impl Mapping {
     /// other: [`Deref`] hands its bytes out as a slice, which must not change.
     pub unsafe fn new(file: &SourceFile) -> Result<Self, Error> {
         let path = file.path().to_owned();
-        let expected = file.expected();
+        let (Some(expected), Some(opened)) = (file.expected(), file.buffered()) else {
+            let source = io::Error::new(io::ErrorKind::Unsupported, "it is no local file");
+            return Err(Error::Map { path, source });
+        };
+        let named = file.is_named();
         if file.is_empty() {
-            return Ok(Self { map: None, path, expected });
+            return Ok(Self { map: None, path, named, expected });
         }
-        let map = MmapOptions::new().map_raw_read_only(file.buffered());
+        let map = MmapOptions::new().map_raw_read_only(opened);
         let map = map.map_err(|source| Error::Map { path: path.clone(), source })?;
         if (map.len() as u64) < file.len() {
             return Err(Error::EarlyEnd { path, end: map.len() as u64, needed: file.len() });
         }
         // Where the file system has large folios, cold pages are then read as huge ones and mapped
         // by one entry. Elsewhere this is refused, and nothing is lost.
-        let _ = map.advise(Advice::HugePage);
-        Ok(Self { map: Some(map), path, expected })
+        let _ = sys::map_huge(&map);
+        Ok(Self { map: Some(map), path, named, expected })
     }
 
     /// The file's path.
@@ -81,25 +88,34 @@ impl Mapping {
         }
         let mut retries = 0;
         loop {
-            match map.advise_range(Advice::PopulateRead, range.start, range.len()) {
+            match sys::populate_mapped(map, range.clone()) {
                 Ok(()) => return Ok(()),
-                Err(e) => match e.raw_os_error() {
-                    Some(libc::EINTR | libc::EAGAIN) if retries < 1000 => retries += 1,
-                    // Before Linux 5.14.
-                    Some(libc::EINVAL | libc::ENOSYS) => return self.fault_in(map, range),
+                Err(e) => match e.kind() {
+                    ErrorKind::Interrupted | ErrorKind::WouldBlock if retries < 1000 => {
+                        retries += 1;
+                    }
+                    // Before Linux 5.14, and on other systems.
+                    ErrorKind::InvalidInput | ErrorKind::Unsupported => {
+                        return self.fault_in(map, range);
+                    }
                     _ => return Err(self.failure(&range, e)),
                 },
             }
         }
     }
 
-    /// Touches each page through the kernel: slower than `MADV_POPULATE_READ`, and like it an error
-    /// where a read would be a signal.
+    /// Touches each page: slower than `MADV_POPULATE_READ`, and on Linux, through the kernel, like it an
+    /// error where a read would be a signal. Elsewhere only a file that is short by now is one.
     fn fault_in(&self, map: &MmapRaw, range: Range<usize>) -> Result<(), Error> {
+        let (path, needed) = (&self.path, range.end as u64);
+        if let Ok(now) = std::fs::metadata(path).map(|now| now.len())
+            && now < needed
+        {
+            return Err(Error::EarlyEnd { path: path.clone(), end: now, needed });
+        }
         let mut byte = 0u8;
         for at in range.clone().step_by(sys::page_size()) {
-            // SAFETY: `byte` is this function's own; the kernel checks the source, which lies in
-            // the mapping.
+            // SAFETY: `byte` is this function's own; the source lies in the mapping.
             unsafe { sys::copy_fallible(map.as_ptr().wrapping_add(at), &raw mut byte, 1) }
                 .map_err(|e| self.failure(&range, e))?;
         }
@@ -108,7 +124,7 @@ impl Mapping {
 
     fn failure(&self, range: &Range<usize>, source: io::Error) -> Error {
         let (path, needed) = (self.path.clone(), range.end as u64);
-        if source.raw_os_error() != Some(libc::EFAULT) {
+        if !sys::is_fault(&source) {
             let (offset, len) = (range.start as u64, range.len() as u64);
             return Error::Read { path, offset, len, source };
         }
@@ -117,7 +133,7 @@ impl Mapping {
             Ok(now) if now.len() < needed => Error::EarlyEnd { path, end: now.len(), needed },
             _ => {
                 let (offset, len) = (range.start as u64, range.len() as u64);
-                let source = io::Error::from_raw_os_error(libc::EIO);
+                let source = io::Error::other("a page of the file cannot be read in");
                 Error::Read { path, offset, len, source }
             }
         }
@@ -133,7 +149,7 @@ impl Mapping {
     ///
     /// [`Error::Changed`].
     pub fn verify_unchanged(&self) -> Result<(), Error> {
-        self.expected.check_name(&self.path)
+        if self.named { self.expected.check_name(&self.path) } else { Ok(()) }
     }
 }
 

@@ -1,11 +1,11 @@
 //! Which file system a path lies on, as `/proc/self/mountinfo` tells (proc_pid_mountinfo(5)).
 
-use std::ffi::OsString;
 use std::fmt;
 use std::fs;
 use std::io;
-use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
+
+use crate::sys;
 
 /// The file system of a path.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -143,7 +143,7 @@ pub fn unescaped(field: &[u8]) -> PathBuf {
         out.push(code.unwrap_or(byte));
         rest = if code.is_some() { &after[3..] } else { after };
     }
-    PathBuf::from(OsString::from_vec(out))
+    sys::path_of_bytes(out)
 }
 
 #[cfg(test)]

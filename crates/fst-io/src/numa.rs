@@ -10,7 +10,6 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::file::SourceFile;
-use crate::residency;
 use crate::sys;
 
 /// The processors of the node that the files' storage hangs on, where that is one node of several
@@ -25,15 +24,14 @@ pub(crate) fn processors_near<'a>(
     }
     let mut found = None;
     for file in files.clone() {
-        let device = file.buffered().metadata().ok()?.dev();
+        let device = file.buffered()?.metadata().ok()?.dev();
         let node = device_node(sys, libc::major(device), libc::minor(device))?;
         if *found.get_or_insert(node) != node {
             return None;
         }
     }
     let whole: u64 = files.clone().map(SourceFile::len).sum();
-    let resident = |f: &SourceFile| residency::resident_bytes(f.buffered(), 0, f.len());
-    let cached: u64 = files.filter_map(|f| resident(f).ok()).sum();
+    let cached: u64 = files.filter_map(|file| file.resident_bytes().ok()).sum();
     if cached > whole / 2 {
         return None;
     }

@@ -150,6 +150,13 @@ impl<'a> InPlace<'a> {
         }
     }
 
+    /// Has the process keep the memory, as [`Arenas::keeping`] does.
+    #[must_use]
+    pub fn keeping(mut self, most: u64) -> Self {
+        self.arenas = self.arenas.keeping(most);
+        self
+    }
+
     /// Calls `hook` for each block that has landed, on the thread that read it.
     pub fn on_landed(mut self, hook: OnLanded<'a>) -> Self {
         self.on_landed = Some(hook);
@@ -185,10 +192,17 @@ unsafe impl Sink for InPlace<'_> {
         let place = self.place(block)?;
         let Some(arena) = self.arenas.get(place.arena, wait)? else { return Ok(None) };
         let ptr = self.memory(block, place, &arena).ok_or_else(|| NoPlace::of(block))?;
-        arena.prepare(ptr.as_ptr() as usize - arena.as_ptr().as_ptr() as usize, block.len as usize);
+        let (offset, len) =
+            (ptr.as_ptr() as usize - arena.as_ptr().as_ptr() as usize, block.len as usize);
+        arena.prepare(offset, len);
         // SAFETY: see the comment on the implementation.
-        let target = unsafe { self.ledger.lend(block, ptr, block.len as usize, 0) }?;
-        Ok(Some(target.owned_by(arena).fresh()))
+        let target = unsafe { self.ledger.lend(block, ptr, len, 0) }?;
+        let target = if arena.is_backed(offset, len) { target } else { target.fresh() };
+        Ok(Some(target.owned_by(arena)))
+    }
+
+    fn prefer(&self, block: &Block) -> Result<bool, SinkError> {
+        self.arenas.prefer(self.place(block)?.arena)
     }
 
     fn landed(&self, block: &Block, target: Target) -> Result<(), SinkError> {

@@ -39,6 +39,23 @@ pub fn resident_bytes(file: &File, offset: u64, len: u64) -> io::Result<u64> {
     by_mincore(file, offset, len)
 }
 
+/// Bytes from the start of a file to `len` of which the page cache holds the pages; of a long file by samples
+/// at equal distances, since asking takes time for each page: some 40 ms for 16 GB.
+///
+/// # Errors
+///
+/// As for [`resident_bytes`].
+pub fn resident_estimate(file: &File, len: u64) -> io::Result<u64> {
+    const SAMPLES: u64 = 32;
+    const SAMPLE: u64 = 256 << 10;
+    if len <= 8 * SAMPLES * SAMPLE {
+        return resident_bytes(file, 0, len);
+    }
+    let starts = (0..SAMPLES).map(|sample| len / SAMPLES * sample / SAMPLE * SAMPLE);
+    let found: io::Result<u64> = starts.map(|start| resident_bytes(file, start, SAMPLE)).sum();
+    Ok((u128::from(found?) * u128::from(len) / u128::from(SAMPLES * SAMPLE)) as u64)
+}
+
 fn by_mincore(file: &File, offset: u64, len: u64) -> io::Result<u64> {
     let page = sys::page_size() as u64;
     let start = offset / page * page;
@@ -76,6 +93,16 @@ mod tests {
         assert_eq!(resident_bytes(&file, 4096, 8192).unwrap(), 8192);
         assert_eq!(by_mincore(&file, 2 << 20, 4096).unwrap(), 0);
         assert_eq!(resident_bytes(&file, 0, 0).unwrap(), 0);
+    }
+
+    #[test]
+    fn long_files_are_looked_at_by_samples() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&vec![7; 40 << 20]).unwrap();
+        assert_eq!(resident_estimate(&file, 40 << 20).unwrap(), 40 << 20);
+        file.set_len(120 << 20).unwrap();
+        let estimate = resident_estimate(&file, 120 << 20).unwrap();
+        assert!((35 << 20..45 << 20).contains(&estimate), "{estimate}");
     }
 
     #[test]

@@ -14,6 +14,9 @@ use crate::slots::Slots;
 /// it waits for room, but only for a short while ([`WAIT`](crate::sink::WAIT)), and is asked again.
 pub type Admit<'a> = &'a (dyn Fn(&Block, bool) -> Result<bool, SinkError> + Send + Sync);
 
+/// Asked whether a block that is preferred can have room before its turn ([`Sink::prefer`]).
+pub type Prefer<'a> = &'a (dyn Fn(&Block) -> Result<bool, SinkError> + Send + Sync);
+
 /// Given a block's bytes, [`Block::need`] of them from [`Block::offset`] on.
 pub type Take<'a> = &'a (dyn Fn(&Block, &[u8]) -> Result<(), SinkError> + Send + Sync);
 
@@ -23,6 +26,7 @@ pub struct Scratch<'a> {
     /// Slots of the plan's block length.
     slots: Slots,
     admit: Admit<'a>,
+    prefer: Option<Prefer<'a>>,
     take: Take<'a>,
 }
 
@@ -46,7 +50,12 @@ impl<'a> Scratch<'a> {
     ) -> Result<Self, Error> {
         let slots = slots.clamp(1, plan.blocks().len().max(1));
         let slots = Slots::new(slots, plan.limits().block)?;
-        Ok(Self { ledger: Ledger::new(plan), slots, admit, take })
+        Ok(Self { ledger: Ledger::new(plan), slots, admit, prefer: None, take })
+    }
+
+    /// Asks `prefer` whether preferred blocks have room before their turn; unless this is called they have.
+    pub fn with_preference(self, prefer: Prefer<'a>) -> Self {
+        Self { prefer: Some(prefer), ..self }
     }
 }
 
@@ -59,6 +68,10 @@ unsafe impl Sink for Scratch<'_> {
             return Ok(None);
         }
         Ok(self.slots.lend(&self.ledger, block, wait)?)
+    }
+
+    fn prefer(&self, block: &Block) -> Result<bool, SinkError> {
+        self.prefer.map_or(Ok(true), |prefer| prefer(block))
     }
 
     fn reused(&self) -> Option<(NonNull<u8>, usize)> {

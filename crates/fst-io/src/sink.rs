@@ -176,6 +176,21 @@ pub unsafe trait Sink: Send + Sync {
     /// the consumer wants no more.
     fn reserve(&self, block: &Block, wait: bool) -> Result<Option<Target>, SinkError>;
 
+    /// Whether a block that is [preferred](crate::Control::prefer) can have memory before its turn. A sink
+    /// whose memory comes in the order of the blocks sets some aside for it now if it can, and says
+    /// no if it cannot: the block is then asked for again. Yes unless implemented.
+    ///
+    /// After a yes, [`reserve`](Self::reserve) lacks only what comes back without any other block being
+    /// read. Blocks that have memory, or had it, may be asked for, too.
+    ///
+    /// # Errors
+    ///
+    /// As for [`reserve`](Self::reserve).
+    fn prefer(&self, block: &Block) -> Result<bool, SinkError> {
+        let _ = block;
+        Ok(true)
+    }
+
     /// Memory that targets come out of again and again, all in one range that stays allocated as long
     /// as the sink. Readers may have the kernel keep hold of its pages (`IORING_REGISTER_BUFFERS`)
     /// instead of looking them up for each read. None unless implemented: it takes time that only
@@ -184,7 +199,8 @@ pub unsafe trait Sink: Send + Sync {
         None
     }
 
-    /// The bytes of `block` are in `target`: at least [`Block::need`] of them from its start.
+    /// The bytes of `block` are in `target`: at least [`Block::need`] of them from its start, but for those
+    /// before its first extent where the file is not a local one.
     ///
     /// # Errors
     ///

@@ -17,11 +17,14 @@ pub enum Stage {
     Buffered,
     /// Copied out of a mapping.
     Mapped,
+    /// Read from a source that is no local file.
+    Remote,
 }
 
 impl Stage {
     /// All stages, in the order of [`ReadStats::stages`].
-    pub const ALL: [Self; 4] = [Self::Direct, Self::Cached, Self::Buffered, Self::Mapped];
+    pub const ALL: [Self; 5] =
+        [Self::Direct, Self::Cached, Self::Buffered, Self::Mapped, Self::Remote];
 
     /// A short name.
     pub fn as_str(self) -> &'static str {
@@ -30,6 +33,7 @@ impl Stage {
             Self::Cached => "cached",
             Self::Buffered => "buffered",
             Self::Mapped => "mapped",
+            Self::Remote => "remote",
         }
     }
 }

@@ -1,14 +1,24 @@
 //! The system calls that the standard library lacks, as functions that return `io::Result`.
 
 use std::collections::BTreeSet;
-use std::ffi::{CStr, CString};
-use std::fs::File;
+use std::ffi::{CStr, CString, OsString, c_int};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::ptr::{self, NonNull};
+use std::time::Duration;
 
-fn check(result: libc::c_int) -> io::Result<()> {
+pub(crate) use libc::{MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_POPULATE_WRITE};
+use memmap2::{Advice, MmapRaw};
+
+use crate::file::no_file;
+
+fn check(result: c_int) -> io::Result<()> {
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
@@ -58,6 +68,51 @@ pub(crate) fn dio_align(file: &File) -> io::Result<DioAlign> {
     })
 }
 
+/// Opens a regular file; what else the path leads to is an error.
+///
+/// A check of the name before opening would say nothing of what is opened then. So what it leads to is
+/// opened without waiting (a named pipe would otherwise wait for a writer, perhaps for ever), and
+/// looked at by its handle.
+pub(crate) fn open_regular(path: &Path) -> io::Result<(File, Metadata)> {
+    let open = |flags| OpenOptions::new().read(true).custom_flags(flags).open(path);
+    let file = match open(libc::O_NONBLOCK) {
+        Ok(file) => file,
+        // Another process holds a lease on the file, which is waited for, but only if it is a file.
+        Err(error) if error.raw_os_error() == Some(libc::EWOULDBLOCK) => {
+            let place = open(libc::O_PATH)?;
+            if !place.metadata()?.is_file() {
+                return Err(no_file());
+            }
+            File::open(path_of(&place))?
+        }
+        // Sockets cannot be opened, nor can devices without a driver.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENXIO | libc::ENODEV)) => {
+            return Err(no_file());
+        }
+        Err(error) => return Err(error),
+    };
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Err(no_file());
+    }
+    // io_uring fails a read that would wait, where the file system cannot say so and the flag is set.
+    set_blocking(&file)?;
+    Ok((file, metadata))
+}
+
+/// Opens a file that is open once more, to be read around the page cache.
+pub(crate) fn open_direct(buffered: &File) -> io::Result<File> {
+    // Through the handle: the name may lead elsewhere by now.
+    let same = path_of(buffered);
+    let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(same)?;
+    // The system takes the lowest number that is free.
+    let limit = descriptor_limit();
+    if direct.as_raw_fd() as u64 >= limit - limit / 4 {
+        return Err(io::Error::from_raw_os_error(libc::EMFILE));
+    }
+    Ok(direct)
+}
+
 /// Has calls on an open file wait, if it was opened with `O_NONBLOCK`.
 pub(crate) fn set_blocking(file: &File) -> io::Result<()> {
     // SAFETY: no memory is involved.
@@ -67,8 +122,13 @@ pub(crate) fn set_blocking(file: &File) -> io::Result<()> {
     check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags & !libc::O_NONBLOCK) })
 }
 
+/// How many descriptors this process may have, if an error says that it has that many.
+pub(crate) fn descriptors_used_up(error: &io::Error) -> Option<u64> {
+    (error.raw_os_error() == Some(libc::EMFILE)).then(descriptor_limit)
+}
+
 /// How many descriptors this process may have: each of them is a smaller number.
-pub(crate) fn descriptor_limit() -> u64 {
+fn descriptor_limit() -> u64 {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the call fills a live struct of its own type.
     match unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } {
@@ -78,7 +138,7 @@ pub(crate) fn descriptor_limit() -> u64 {
 }
 
 /// A path that leads to an open file, whatever became of its name.
-pub(crate) fn path_of(file: &File) -> String {
+fn path_of(file: &File) -> String {
     // Not `self`: its table of files is empty when the main thread has ended before others.
     format!("/proc/thread-self/fd/{}", file.as_raw_fd())
 }
@@ -88,10 +148,25 @@ pub(crate) fn path_of(file: &File) -> String {
 /// # Safety
 ///
 /// `ptr` must be valid for writes of `len` bytes, and nobody else may touch them meanwhile.
-pub(crate) unsafe fn pread(fd: RawFd, ptr: *mut u8, len: usize, offset: u64) -> io::Result<usize> {
+pub(crate) unsafe fn pread(
+    file: &File,
+    ptr: *mut u8,
+    len: usize,
+    offset: u64,
+) -> io::Result<usize> {
     let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
-    // SAFETY: the caller vouches for `ptr` and `len`; a bad descriptor is an error, not a hazard.
-    count(unsafe { libc::pread(fd, ptr.cast(), len, offset) })
+    // SAFETY: the caller vouches for `ptr` and `len`.
+    count(unsafe { libc::pread(file.as_raw_fd(), ptr.cast(), len, offset) })
+}
+
+/// Reads at an offset, once.
+pub(crate) fn read_at(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
+    std::os::unix::fs::FileExt::read_at(file, bytes, offset)
+}
+
+/// A path of these bytes.
+pub(crate) fn path_of_bytes(bytes: Vec<u8>) -> PathBuf {
+    PathBuf::from(OsString::from_vec(bytes))
 }
 
 /// Copies from this process's own memory through the kernel, so that a source page that cannot be
@@ -108,6 +183,21 @@ pub(crate) unsafe fn copy_fallible(src: *const u8, dst: *mut u8, len: usize) -> 
     count(unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) })
 }
 
+/// Whether an error says that a page of a mapping cannot be had.
+pub(crate) fn is_fault(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EFAULT)
+}
+
+/// Asks for a mapping of a file in huge pages.
+pub(crate) fn map_huge(map: &MmapRaw) -> io::Result<()> {
+    map.advise(Advice::HugePage)
+}
+
+/// Brings pages of a mapping of a file into memory (Linux 5.14).
+pub(crate) fn populate_mapped(map: &MmapRaw, range: Range<usize>) -> io::Result<()> {
+    map.advise_range(Advice::PopulateRead, range.start, range.len())
+}
+
 /// Backs the whole pages of a range with memory, as first writes would (Linux 5.14).
 ///
 /// # Safety
@@ -120,9 +210,41 @@ pub(crate) unsafe fn populate(ptr: NonNull<u8>, len: usize) -> io::Result<()> {
     if whole == 0 {
         return Ok(());
     }
-    let start = ptr.as_ptr().wrapping_add(head).cast();
+    let start = ptr.as_ptr().wrapping_add(head);
     // SAFETY: the caller vouches for the range, and this advice changes no byte of it.
-    check(unsafe { libc::madvise(start, whole, libc::MADV_POPULATE_WRITE) })
+    unsafe { advise(start, whole, libc::MADV_POPULATE_WRITE) }
+}
+
+/// Time that this thread has been running for.
+pub(crate) fn thread_time() -> Option<Duration> {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the call writes to `time` only.
+    let status = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
+    (status == 0).then(|| Duration::new(time.tv_sec as u64, time.tv_nsec as u32))
+}
+
+/// Whether memory stands behind the page of an address; `None` where the system does not say.
+///
+/// # Safety
+///
+/// The page is mapped.
+pub(crate) unsafe fn is_resident(address: *mut u8) -> Option<bool> {
+    let page = page_size();
+    let start = address.map_addr(|address| address / page * page);
+    let mut pages = 0u8;
+    // SAFETY: the call looks at no byte of the page, and answers with one byte.
+    let status = unsafe { libc::mincore(start.cast(), page, &mut pages) };
+    (status == 0).then_some(pages & 1 == 1)
+}
+
+/// Advises pages of anonymous memory.
+///
+/// # Safety
+///
+/// The range is mapped, and the advice changes no byte of it.
+pub(crate) unsafe fn advise(start: *mut u8, len: usize, advice: c_int) -> io::Result<()> {
+    // SAFETY: passed on from the caller.
+    check(unsafe { libc::madvise(start.cast(), len, advice) })
 }
 
 /// Pages of a file range in the page cache, by `cachestat(2)` (Linux 6.5).
@@ -219,6 +341,9 @@ unsafe impl Send for Anonymous {}
 unsafe impl Sync for Anonymous {}
 
 impl Anonymous {
+    /// Whether [`discard`](Self::discard) gives pages back.
+    pub(crate) const DISCARDS: bool = true;
+
     /// Maps `len` zero bytes (a multiple of the page size, not zero) at a multiple of `align` (a
     /// power of two and at least a page). Nothing is backed by memory yet.
     pub(crate) fn new(len: usize, align: usize) -> io::Result<Self> {
@@ -280,17 +405,16 @@ impl Anonymous {
     }
 
     /// Advises a page-aligned part of the mapping.
-    pub(crate) fn advise(&self, offset: usize, len: usize, advice: libc::c_int) -> io::Result<()> {
+    pub(crate) fn advise(&self, offset: usize, len: usize, advice: c_int) -> io::Result<()> {
         if offset.checked_add(len).is_none_or(|end| end > self.len) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         debug_assert!(
-            [libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE, libc::MADV_POPULATE_WRITE]
-                .contains(&advice),
+            [MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_POPULATE_WRITE].contains(&advice),
             "advice that throws pages away would change bytes under their readers"
         );
         // SAFETY: the range lies in this mapping, and the advice used keeps its contents.
-        check(unsafe { libc::madvise(self.ptr.as_ptr().add(offset).cast(), len, advice) })
+        unsafe { advise(self.ptr.as_ptr().add(offset), len, advice) }
     }
 }
 
@@ -298,5 +422,31 @@ impl Drop for Anonymous {
     fn drop(&mut self) {
         // SAFETY: the mapping is this value's own, and whoever lent parts of it holds the value.
         unsafe { libc::munmap(self.ptr.as_ptr().cast(), self.len) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::file::is_no_file;
+
+    #[test]
+    fn handles_wait_and_lead_to_the_file_whatever_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        fs::write(&path, [1; 100]).unwrap();
+        let (file, _) = open_regular(&path).unwrap();
+        // SAFETY: no memory is involved.
+        let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
+        assert_eq!(flags & libc::O_NONBLOCK, 0);
+        fs::rename(&path, dir.path().join("b")).unwrap();
+        fs::write(&path, [2; 5]).unwrap();
+        assert_eq!(fs::read(path_of(&file)).unwrap(), [1; 100]);
+        assert!(is_no_file(&open_regular(dir.path()).unwrap_err()));
+        let socket = dir.path().join("s");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        assert!(is_no_file(&open_regular(&socket).unwrap_err()));
     }
 }

@@ -10,7 +10,7 @@ use fst_io::arenas::Arenas;
 use fst_io::place::{InPlace, Layout};
 use fst_io::plan::{Block, Limits, ReadPlan};
 use fst_io::sink::{Sink, SinkError, Target};
-use fst_io::{Budget, Control, Engine, Error, Extent, ReadOptions, SourceFile};
+use fst_io::{Budget, Control, Engine, Error, Extent, ReadOptions, ResolvedEngine, SourceFile};
 
 const LEN: u64 = 2 << 20;
 
@@ -73,4 +73,64 @@ fn an_arena_that_is_gone_leaves_its_memory_to_the_next() {
         unsafe { arenas.fill(arena, 1) }.unwrap();
     }
     assert_eq!((budget.used(), budget.peak()), (0, LEN));
+}
+
+/// The only worker waits with a block of the third arena, for memory that what is preferred needs, too.
+#[test]
+fn what_is_preferred_gets_memory_that_others_wait_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a");
+    let content: Vec<u8> = (0..5 * LEN).map(|at| (at / LEN * 50 + at % 49) as u8).collect();
+    fs::write(&path, &content).unwrap();
+    let files = [SourceFile::open(&path, None).unwrap()];
+    let extents = (0..5).map(|i| Extent { file: 0, offset: i * LEN, len: LEN }).collect();
+    let limits = Limits { block: LEN / 4, segment: LEN, ..Limits::default() };
+    let plan = ReadPlan::new(extents, limits).unwrap();
+    let layout = Layout::new(&plan, LEN);
+    assert_eq!(layout.arenas().len(), 5);
+    // The system may refuse the calls that an engine needs.
+    let can = |engine: &Engine| ResolvedEngine::resolve(*engine).is_ok();
+    for engine in [Engine::Pread, Engine::Auto, Engine::Mmap].into_iter().filter(can) {
+        for workers in [1, 3] {
+            let budget = Budget::new(2 * LEN);
+            let control = Control::new();
+            let (full, arrived) = std::sync::mpsc::channel();
+            let full = std::sync::Mutex::new(full);
+            let on_arena = |arena: usize, buffer: fst_io::SharedBuffer| {
+                let at = arena * LEN as usize;
+                assert!(buffer[..LEN as usize] == content[at..at + LEN as usize]);
+                let _ = full.lock().unwrap().send((arena, buffer));
+                Ok(())
+            };
+            let sink = InPlace::new(&plan, &layout, Some(&budget), &on_arena);
+            let mut options = ReadOptions::default();
+            (options.engine, options.workers) = (engine, Some(workers));
+            let next = || arrived.recv_timeout(Duration::from_secs(30)).unwrap();
+            let order = std::thread::scope(|scope| {
+                let read =
+                    scope.spawn(|| fst_io::read(&files, &plan, &sink, &options, &control).unwrap());
+                let (first, second) = (next(), next());
+                while budget.waiting() == 0 {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                // One arena may be read ahead, and there is one: what comes back is for who asks.
+                budget.set_ahead(LEN);
+                control.prefer(3..4);
+                control.prefer(4..5);
+                budget.wake();
+                let mut order = vec![first.0, second.0];
+                drop(first);
+                for _ in 0..2 {
+                    order.push(next().0);
+                }
+                budget.set_ahead(2 * LEN);
+                order.push(next().0);
+                read.join().unwrap();
+                drop(second);
+                order
+            });
+            assert!(budget.peak() <= 2 * LEN);
+            assert_eq!(order[2..], [4, 3, 2], "{engine} {workers}");
+        }
+    }
 }

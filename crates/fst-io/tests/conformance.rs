@@ -19,7 +19,11 @@ use fst_io::{
     CachePolicy, Change, Control, Engine, Error, Extent, ReadOptions, SharedBuffer, SourceFile,
 };
 
-const ENGINES: [Engine; 4] = [Engine::Auto, Engine::Uring, Engine::Pread, Engine::Mmap];
+const ENGINES: [Engine; 4] = if cfg!(any(not(target_os = "linux"), fst_portable)) {
+    [Engine::Auto, Engine::Pread, Engine::Auto, Engine::Pread]
+} else {
+    [Engine::Auto, Engine::Uring, Engine::Pread, Engine::Mmap]
+};
 
 fn noise(len: usize, seed: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;

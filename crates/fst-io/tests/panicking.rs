@@ -5,15 +5,16 @@
 
 use std::mem::MaybeUninit;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
-use fst_io::lent::Lent;
 use fst_io::place::{InPlace, Layout};
 use fst_io::plan::{Block, Limits, ReadPlan};
+use fst_io::ranges::{RangeInto, Ranges};
 use fst_io::scratch::Scratch;
-use fst_io::sink::{Sink, SinkError, Target};
+use fst_io::sink::{Sink, SinkError};
 use fst_io::{Budget, Control, Engine, Error, Extent, ReadOptions, SharedBuffer, SourceFile};
 
 const MIB: u64 = 1 << 20;
@@ -68,8 +69,12 @@ impl Case {
 
     /// Reads into `sink`, whose callback panics.
     fn panics(&self, what: &str, sink: &dyn Sink) {
+        self.ends_in_panic(what, || self.read(sink, &Control::new()));
+    }
+
+    fn ends_in_panic(&self, what: &str, read: impl FnOnce() -> Result<(), Error>) {
         let what = format!("{what}, {}", self.options.engine);
-        let read = || self.read(sink, &Control::new()).map_err(|e| e.to_string());
+        let read = || read().map_err(|e| e.to_string());
         let result = within_a_minute(&what, || catch_unwind(AssertUnwindSafe(read)));
         assert!(result.is_err(), "{what}: {result:?}");
     }
@@ -122,31 +127,21 @@ fn a_panic_where_arenas_land_within_a_budget() {
     }
 }
 
-/// Passes on what an inner sink lends, and panics once.
-struct Panics<S, F>(S, F);
-
-// SAFETY: the inner sink's targets, passed on.
-unsafe impl<S: Sink, F: Fn() + Send + Sync> Sink for Panics<S, F> {
-    fn reserve(&self, block: &Block, wait: bool) -> Result<Option<Target>, SinkError> {
-        self.0.reserve(block, wait)
-    }
-
-    fn landed(&self, block: &Block, target: Target) -> Result<(), SinkError> {
-        self.1();
-        self.0.landed(block, target)
-    }
-
-    fn abandoned(&self, block: &Block, target: Target) {
-        self.0.abandoned(block, target);
-    }
-}
-
 #[test]
 fn a_panic_around_memory_of_the_caller() {
     for case in ENGINES.into_iter().filter_map(Case::new) {
         let mut memory = vec![MaybeUninit::new(0); 16 << 20];
-        let lent = Lent::new(&case.plan, memory.chunks_mut(1 << 20)).unwrap();
-        case.panics("landed", &Panics(lent, once()));
+        let range = RangeInto { file: 0, start: 0, into: &mut memory };
+        let ranges = Ranges::new(&case.files, [range], 0).unwrap();
+        let (slots, panic) = (ranges.slots().unwrap(), once());
+        let landed = |_, _| {
+            panic();
+            Ok(())
+        };
+        let follow = || Arc::new(Control::new());
+        case.ends_in_panic("landed", || {
+            ranges.read(&case.files, &case.options, &slots, &follow, &landed).map(drop)
+        });
     }
 }
 

@@ -1,3 +1,4 @@
+#![cfg(all(target_os = "linux", not(fst_portable)))] // system calls and engines that others have not
 #![allow(clippy::unwrap_used)] // helpers of tests, too
 #![allow(clippy::panic)]
 #![allow(clippy::field_reassign_with_default)] // options are non-exhaustive
@@ -9,7 +10,6 @@
 //! Each case runs in a child process: this program again, told by its environment what to read.
 
 use std::io::Write;
-use std::mem::MaybeUninit;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Output};
@@ -18,14 +18,14 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::{env, fs, io};
 
-use fst_io::lent::Lent;
 use fst_io::place::{InPlace, Layout};
 use fst_io::plan::{Block, Limits, ReadPlan};
+use fst_io::ranges::{RangeInto, Ranges};
 use fst_io::scratch::Scratch;
 use fst_io::sink::{Sink, SinkError, Target};
 use fst_io::{
-    CachePolicy, Control, DirectIo, Engine, Error, Extent, ReadOptions, ReadStats, ResolvedEngine,
-    SharedBuffer, SourceFile,
+    CachePolicy, Control, DirectIo, Engine, Error, Extent, HostBuffer, ReadOptions, ReadStats,
+    ResolvedEngine, SharedBuffer, SourceFile,
 };
 
 const CHILD: &str = "FST_TEST_READ";
@@ -317,9 +317,16 @@ fn a_ring_that_fails_in_mid_read_ends_it_and_frees_nothing() {
         });
     }
     // Memory of others cannot be lost; here the kernel has nothing of it.
-    sabotaged(&path, |files, plan, options| {
-        let mut memory = vec![MaybeUninit::new(0u8); 5 << 20];
-        let sink = Sabotage::of(Lent::new(plan, [&mut memory[..]]).unwrap(), 0, libc::EPERM);
+    sabotaged(&path, |files, _, options| {
+        let memory = HostBuffer::new(5 << 20).unwrap();
+        // SAFETY: the buffer is this closure's.
+        let memory =
+            unsafe { std::slice::from_raw_parts_mut(memory.as_ptr().as_ptr().cast(), 5 << 20) };
+        let range = RangeInto { file: 0, start: 0, into: memory };
+        let mut ranges = Ranges::new(files, [range], 0).unwrap();
+        let slots = ranges.slots().unwrap();
+        let (plan, sink) = ranges.direct.sink(&slots, &|_, _| Ok(()));
+        let sink = Sabotage::of(sink, 0, libc::EPERM);
         let error = fst_io::read(files, plan, &sink, options, &Control::new()).unwrap_err();
         assert!(matches!(error, Error::Ring { .. }), "{error}");
     });

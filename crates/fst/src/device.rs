@@ -9,19 +9,12 @@ use crate::error::{DeviceError, Error, Result};
 
 /// A memory that tensors can be loaded into.
 #[derive(Clone, Default)]
-pub struct Device(Kind);
-
-#[derive(Clone, Default)]
-pub(crate) enum Kind {
-    #[default]
-    Host,
-    Cuda(CudaDevice),
-}
+pub struct Device(Option<CudaDevice>);
 
 impl Device {
     /// The memory of this process.
     pub fn host() -> Self {
-        Self(Kind::Host)
+        Self(None)
     }
 
     /// The memory of CUDA device `ordinal`, counted from 0 among those that the process may use.
@@ -33,7 +26,7 @@ impl Device {
     /// no device of this number.
     pub fn cuda(ordinal: usize) -> Result<Self> {
         let device = CudaDevice::open(ordinal).map_err(DeviceError::Cuda)?;
-        Ok(Self(Kind::Cuda(device)))
+        Ok(Self(Some(device)))
     }
 
     /// All devices that can be used here, the host first.
@@ -45,19 +38,16 @@ impl Device {
 
     /// Whether this is the memory of this process.
     pub fn is_host(&self) -> bool {
-        matches!(self.0, Kind::Host)
+        self.0.is_none()
     }
 
     /// The CUDA device, for use with `fst_gpu` and cudarc; `None` for the host.
     pub fn as_cuda(&self) -> Option<&CudaDevice> {
-        match &self.0 {
-            Kind::Host => None,
-            Kind::Cuda(device) => Some(device),
-        }
+        self.0.as_ref()
     }
 
     pub(crate) fn of_cuda(device: &CudaDevice) -> Self {
-        Self(Kind::Cuda(device.clone()))
+        Self(Some(device.clone()))
     }
 
     fn ordinal(&self) -> Option<usize> {

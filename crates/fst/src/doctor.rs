@@ -1,23 +1,21 @@
 //! What this machine offers, and which way a load of a path would take.
 
-use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use fst_dist::GroupError;
-use fst_dist::group::Nccl;
+#[cfg(feature = "dist")]
+use fst_dist::{GroupError, group::Nccl};
 use fst_format::Checkpoint;
 use fst_gpu::CudaDevice;
 use fst_gpu::cufile::GdsStatus;
 use fst_io::mount::FileSystem;
-use fst_io::{DirectIo, Engine, ResolvedEngine, SourceFile};
+use fst_io::{DirectIo, Engine, ResolvedEngine};
 
-use crate::available::AvailableMemory;
 use crate::device::Device;
 use crate::error::Result;
-use crate::host::locate;
+use crate::files::{locate, open_shard};
 use crate::loader::Loader;
+use fst_io::available::AvailableMemory;
 
 /// What was found on this machine.
 #[derive(Debug)]
@@ -42,6 +40,7 @@ pub struct Doctor {
     /// GPUDirect Storage.
     pub gds: GdsStatus,
     /// The NCCL library found, or what was looked for.
+    #[cfg(feature = "dist")]
     pub nccl: Result<String, GroupError>,
     /// What was found at the path, if one was given.
     pub path: Option<PathReport>,
@@ -119,6 +118,7 @@ impl Doctor {
         let io_uring_refusal = fst_io::engine::uring_refusal();
         let auto = ResolvedEngine::resolve(Engine::Auto).map_err(|e| locate(e, &[]))?;
         let path = path.map(|path| examine_path(path, &auto)).transpose()?;
+        #[cfg(feature = "dist")]
         let nccl = Nccl::open().map(|nccl| nccl.name().to_owned());
         Ok(Self {
             kernel: read_line("/proc/sys/kernel/osrelease"),
@@ -130,6 +130,7 @@ impl Doctor {
             auto,
             cuda: CudaDevice::count().map(|count| (0..count).map(cuda_report).collect()),
             gds: GdsStatus::probe(),
+            #[cfg(feature = "dist")]
             nccl,
             path,
         })
@@ -144,18 +145,7 @@ impl Doctor {
     /// When the checkpoint at `path` cannot be opened.
     pub fn measure(path: &Path, bytes: u64) -> Result<Vec<Measurement>> {
         let checkpoint = Checkpoint::open(path)?;
-        let mut taken = 0;
-        let part: HashSet<String> = checkpoint
-            .tensors()
-            .iter()
-            .take_while(|tensor| {
-                let wanted = taken < bytes;
-                taken += tensor.byte_len();
-                wanted
-            })
-            .map(|tensor| tensor.name().to_owned())
-            .collect();
-        let part = Arc::new(part);
+        let part = first_of(&checkpoint, bytes);
         let mut ways = vec![
             (Engine::Uring, Device::host()),
             (Engine::Pread, Device::host()),
@@ -165,9 +155,8 @@ impl Doctor {
             ways.extend([(Engine::Auto, device.clone()), (Engine::Gds, device)]);
         }
         let measure = |(engine, device): (Engine, Device)| {
-            let part = part.clone();
             let loader = Loader::new().engine(engine).device(device.clone());
-            let loaded = loader.select_with(move |t| part.contains(t.name())).load(&checkpoint);
+            let loaded = loader.request(&part).load(&checkpoint);
             let resident = loaded.as_ref().map_or(0.0, |tensors| {
                 let report = tensors.report();
                 let total: u64 = checkpoint.shards().iter().map(|shard| shard.len()).sum();
@@ -184,6 +173,17 @@ impl Doctor {
     }
 }
 
+/// The names of the first tensors of a checkpoint, of so many bytes together or a few more.
+pub(crate) fn first_of(checkpoint: &Checkpoint, bytes: u64) -> Vec<String> {
+    let mut end = 0;
+    let wanted = checkpoint.tensors().iter().take_while(|tensor| {
+        let wanted = end < bytes;
+        end += tensor.byte_len();
+        wanted
+    });
+    wanted.map(|tensor| tensor.name().to_owned()).collect()
+}
+
 fn cuda_report(ordinal: usize) -> CudaReport {
     let unknown = CudaReport { ordinal, name: "unknown".to_owned(), memory: None, driver: None };
     CudaDevice::open(ordinal).map_or(unknown, |device| CudaReport {
@@ -198,9 +198,8 @@ fn examine_path(path: &Path, auto: &ResolvedEngine) -> Result<PathReport> {
     let checkpoint = Checkpoint::open(path)?;
     let (mut bytes, mut resident_bytes, mut direct_io) = (0, Some(0), None);
     // One at a time: there may be more than a process can have open.
-    for shard in checkpoint.shards() {
-        let file = SourceFile::open(shard.path(), Some(shard.file_metadata()));
-        let file = file.map_err(|e| locate(e, &[]))?;
+    for shard in 0..checkpoint.shards().len() {
+        let file = open_shard(&checkpoint, &[], shard)?;
         bytes += file.len();
         resident_bytes = resident_bytes.zip(file.resident_bytes().ok()).map(|(sum, of)| sum + of);
         direct_io.get_or_insert_with(|| file.direct_io().clone());
@@ -213,7 +212,9 @@ fn examine_path(path: &Path, auto: &ResolvedEngine) -> Result<PathReport> {
     } else {
         format!("cold ranges are read through the page cache by {engine}: direct I/O {direct_io}")
     };
+    let remote = checkpoint.shards().iter().any(|shard| shard.file_metadata().is_none());
     let verdict = match resident_bytes {
+        _ if remote => "ranges are asked for where the files are stored, by object".to_owned(),
         Some(resident) if resident < bytes / 100 => cold,
         Some(resident) if resident + (1 << 20) >= bytes => {
             "everything is in the page cache and will be copied from there".to_owned()

@@ -4,13 +4,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fst_format::{Dtype, SliceError};
+use fst_format::{Dtype, SelectError};
 use fst_io::Engine;
 
 use crate::device::Device;
+#[cfg(feature = "dist")]
 use crate::dist::DistError;
-use crate::manifest::{ManifestError, VerifyError};
-use crate::pattern::PatternError;
+use crate::update::Difference;
+use fst_format::{ManifestError, VerifyError};
 
 /// A result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -31,62 +32,22 @@ pub enum Error {
         source: fst_io::Error,
     },
     /// A tensor that cannot be handed over for writing.
-    #[error("{tensor} cannot be exported for writing: {reason}")]
+    #[error("{tensor} cannot be handed over for writing: {reason}")]
     NotWritable {
         /// Its name.
         tensor: String,
         /// Who else relies on its bytes, and what to do.
         reason: &'static str,
     },
+    /// What is asked for does not suit the checkpoint; but [`UnknownTensor`](Self::UnknownTensor) is this
+    /// enum's own.
+    #[error(transparent)]
+    Select(SelectError),
     /// There is no tensor of this name.
     #[error("no tensor named {name:?}")]
     UnknownTensor {
         /// The name asked for.
         name: String,
-    },
-    /// A slice does not fit its tensor.
-    #[error("{source}")]
-    Slice {
-        /// The tensor.
-        tensor: String,
-        /// What does not fit.
-        source: SliceError,
-    },
-    /// Two slices of one tensor: only one dimension can be sliced.
-    #[error("tensor {tensor:?} is sliced twice; one slice of one dimension can be loaded")]
-    SlicedTwice {
-        /// The tensor.
-        tensor: String,
-    },
-    /// A slice of a tensor that is not among those to load.
-    #[error("tensor {tensor:?} is sliced, but not selected")]
-    SliceNotSelected {
-        /// The tensor.
-        tensor: String,
-    },
-    /// A pattern makes no sense.
-    #[error("malformed pattern {pattern:?}: {source}")]
-    Pattern {
-        /// The pattern.
-        pattern: String,
-        /// What is wrong with it, and where.
-        source: PatternError,
-    },
-    /// A pattern matched no tensor.
-    #[error("no tensor matches {pattern:?}")]
-    NoMatch {
-        /// The pattern.
-        pattern: String,
-    },
-    /// There is no conversion between these types of elements.
-    #[error("tensor {tensor:?}: cannot convert {from} to {to}")]
-    Cast {
-        /// The tensor.
-        tensor: String,
-        /// Its type in the checkpoint.
-        from: Dtype,
-        /// The type asked for.
-        to: Dtype,
     },
     /// The tensor's elements are of another type than the one asked for.
     #[error("tensor {tensor:?} holds {found}, not {asked}")]
@@ -164,7 +125,7 @@ pub enum Error {
         /// Bytes available.
         available: u64,
         /// What leaves no more.
-        limit: crate::available::MemoryLimit,
+        limit: fst_io::available::MemoryLimit,
     },
     /// The reader waits for memory that the tensors handed out so far hold.
     #[error(
@@ -204,6 +165,7 @@ pub enum Error {
     #[error(transparent)]
     Verify(#[from] VerifyError),
     /// Several ranks could not load together.
+    #[cfg(feature = "dist")]
     #[error(transparent)]
     Dist(#[from] DistError),
     /// A thread that loads panicked: a mistake in this library, or in a closure that was given to it.
@@ -211,18 +173,6 @@ pub enum Error {
     Panicked {
         /// What the panic said.
         message: String,
-    },
-    /// A tensor was requested more than once.
-    #[error("tensor {tensor:?} is requested twice")]
-    RequestedTwice {
-        /// The tensor.
-        tensor: String,
-    },
-    /// Two loaded tensors would have one name.
-    #[error("two tensors would be named {name:?}")]
-    NamedTwice {
-        /// The name.
-        name: String,
     },
     /// The load in the background that was to bring tensors has failed; all who ask it get this error.
     #[error(transparent)]
@@ -233,14 +183,55 @@ pub enum Error {
         /// The tensor.
         tensor: String,
     },
+    /// What is loaded is not what the tensors to be [updated](crate::Loader::update) are.
+    #[error("tensor {tensor:?} cannot be updated: {difference}")]
+    OtherPlan {
+        /// The first tensor that differs.
+        tensor: String,
+        /// How.
+        difference: Difference,
+    },
+    /// An update by [sums](crate::Reread::OtherSums) lacks those of the new checkpoint.
+    #[error(
+        "what has changed is told by two manifests: give the new checkpoint's to Loader::verify"
+    )]
+    NoSums,
     /// The load was cancelled.
     #[error("cancelled")]
     Cancelled,
+    /// The load took longer than [`Loader::timeout`](crate::Loader::timeout) allows.
+    #[error("not done within {:.0} s", after.as_secs_f64())]
+    TimedOut {
+        /// What it allows.
+        after: Duration,
+    },
+}
+
+impl From<SelectError> for Error {
+    fn from(error: SelectError) -> Self {
+        match error {
+            SelectError::UnknownTensor { name } => Self::UnknownTensor { name },
+            other => Self::Select(other),
+        }
+    }
+}
+
+impl From<fst_format::ManifestFileError> for Error {
+    fn from(error: fst_format::ManifestFileError) -> Self {
+        Self::Manifest { path: error.path, source: error.source }
+    }
+}
+
+impl From<fst_io::available::Shortage> for Error {
+    fn from(shortage: fst_io::available::Shortage) -> Self {
+        let fst_io::available::Shortage { needed, available, limit, .. } = shortage;
+        Self::Memory { needed, available, limit }
+    }
 }
 
 impl From<fst_io::Error> for Error {
     fn from(source: fst_io::Error) -> Self {
-        crate::host::locate(source, &[])
+        crate::files::locate(source, &[])
     }
 }
 

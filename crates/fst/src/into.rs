@@ -4,30 +4,21 @@ use std::collections::HashMap;
 use std::fmt;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
+use std::ptr::NonNull;
 use std::time::Instant;
 
+#[cfg(feature = "cuda")]
 use cudarc::driver::{CudaSlice, CudaStream, CudaViewMut, DevicePtrMut, DeviceSlice, DriverError};
-use fst_format::{Checkpoint, Dtype, Element};
+use fst_format::{Checkpoint, Dtype, Element, Planned};
 use fst_gpu::{CudaDevice, DeviceArena};
-use fst_io::lent::Lent;
-use fst_io::plan::{Block, Limits, ReadPlan};
-use fst_io::scratch::Scratch;
-use fst_io::{CachePolicy, Extent, ReadOptions, ReadStats, SourceFile, residency};
 
-use crate::available;
-use crate::cuda::CudaLoad;
 use crate::device::Device;
-use crate::error::{DeviceError, Error, Result};
-use crate::host::{SCRATCH, SCRATCH_BLOCK, Watch, locate, open_files};
-use crate::load::resolve_engine;
+use crate::error::{Error, Result};
+use crate::files::converts;
+use crate::load::{Goals, Load};
 use crate::loader::Loader;
-use crate::memory::{Borrowed, OnFilled};
-use crate::options::Item;
-use crate::progress::Progress;
+use crate::owned::{Filled, OwnedMemory};
 use crate::report::LoadReport;
-use crate::tensor::Tensor;
-use crate::transform::{Piece, Sharing, Transform, TransformPlan};
-use crate::verify::{Hashed, verify_all};
 
 /// Memory for one tensor, on the host or on a CUDA device: bytes, or elements of the type that is
 /// expected.
@@ -51,7 +42,22 @@ struct DevicePlace<'d> {
     memory: PhantomData<&'d mut [MaybeUninit<u8>]>,
 }
 
-impl Place<'_> {
+impl DevicePlace<'_> {
+    /// Whether it may be memory of this device.
+    fn is_of(&self, device: &CudaDevice) -> bool {
+        self.context.is_none_or(|context| context == device.context() as usize)
+    }
+}
+
+impl<'d> Place<'d> {
+    /// The memory, which a load to the host fills with an item.
+    fn on_host(self, item: &Planned) -> Result<Borrowed<'d>> {
+        match self {
+            Self::Host(memory) => Ok(memory.into()),
+            Self::Device(_) => Err(elsewhere(item, &Device::host())),
+        }
+    }
+
     fn len(&self) -> u64 {
         match self {
             Self::Host(memory) => memory.len() as u64,
@@ -100,6 +106,39 @@ impl<'d> Destination<'d> {
         Self { dtype: Some(T::DTYPE), ..bytemuck::cast_slice_mut::<T, u8>(elements).into() }
     }
 
+    /// The host memory, if it suits an item.
+    pub(crate) fn host_for(self, item: &Planned) -> Result<Borrowed<'d>> {
+        self.check(item)?;
+        self.memory.on_host(item)
+    }
+
+    /// Checks that type and length are those of an item.
+    fn check(&self, item: &Planned) -> Result<()> {
+        let tensor = || item.name().to_owned();
+        if let Some(asked) = self.dtype.filter(|dtype| *dtype != item.dtype()) {
+            return Err(Error::WrongDtype { tensor: tensor(), asked, found: item.dtype() });
+        }
+        let (expected, found) = (item.byte_len(), self.memory.len());
+        if expected != found {
+            return Err(Error::DestinationLength { tensor: tensor(), expected, found });
+        }
+        Ok(())
+    }
+
+    /// `len` bytes of device memory at `address`.
+    ///
+    /// # Safety
+    ///
+    /// The bytes are allocated on the device that the tensor is loaded to, in its primary context, and
+    /// for `'d` nobody else uses them, work that is queued on them included.
+    pub unsafe fn device_bytes(address: u64, len: u64) -> Self {
+        let place = DevicePlace { address, len, context: None, memory: PhantomData };
+        Self { memory: Place::Device(place), dtype: None }
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl<'d> Destination<'d> {
     /// Elements in device memory that cudarc owns. Work that is queued on them is waited for.
     ///
     /// # Errors
@@ -124,124 +163,50 @@ impl<'d> Destination<'d> {
         Self::waited_for::<T>(&stream, address, len)
     }
 
-    /// The memory, if it suits an item.
-    pub(crate) fn host_for(self, item: &Item) -> Result<Memory<'d>> {
-        self.check(item)?;
-        match self.memory {
-            Place::Host(memory) => Ok(memory),
-            Place::Device(_) => {
-                let tensor = item.name().to_owned();
-                Err(Error::DestinationDevice { tensor, device: Device::host() })
-            }
-        }
-    }
-
-    /// Checks that type and length are those of an item.
-    fn check(&self, item: &Item) -> Result<()> {
-        let tensor = || item.name().to_owned();
-        if let Some(asked) = self.dtype.filter(|dtype| *dtype != item.dtype) {
-            return Err(Error::WrongDtype { tensor: tensor(), asked, found: item.dtype });
-        }
-        let (expected, found) = (item.len(), self.memory.len());
-        if expected != found {
-            return Err(Error::DestinationLength { tensor: tensor(), expected, found });
-        }
-        Ok(())
-    }
-
-    /// Elements that `stream` has been told to wait for.
+    /// Elements that `stream` waits for.
     fn waited_for<T: Element>(stream: &CudaStream, address: u64, len: u64) -> Result<Self> {
         let ordinal = stream.context().ordinal();
-        let failed = |e: DriverError| DeviceError::Cuda(fst_gpu::Error::of_cudarc(e, ordinal));
+        let failed =
+            |e: DriverError| crate::error::DeviceError::Cuda(fst_gpu::Error::of_cudarc(e, ordinal));
         stream.synchronize().map_err(failed)?;
         let context = Some(stream.context().cu_ctx() as usize);
         let place = DevicePlace { address, len, context, memory: PhantomData };
         Ok(Self { memory: Place::Device(place), dtype: Some(T::DTYPE) })
     }
+}
 
-    /// `len` bytes of device memory at `address`.
-    ///
-    /// # Safety
-    ///
-    /// The bytes are allocated on the device that the loader loads to, in its primary context, and
-    /// for `'d` nobody else uses them, work that is queued on them included.
-    pub unsafe fn device_bytes(address: u64, len: u64) -> Self {
-        let place = DevicePlace { address, len, context: None, memory: PhantomData };
-        Self { memory: Place::Device(place), dtype: None }
+/// Memory of a caller's.
+pub(crate) type Memory<'d> = &'d mut [MaybeUninit<u8>];
+
+/// Memory that is the caller's again once the load is over.
+pub(crate) struct Borrowed<'d> {
+    start: NonNull<MaybeUninit<u8>>,
+    len: usize,
+    memory: PhantomData<Memory<'d>>,
+}
+
+impl<'d> From<Memory<'d>> for Borrowed<'d> {
+    fn from(memory: Memory<'d>) -> Self {
+        let len = memory.len();
+        Self { start: NonNull::from(memory).cast(), len, memory: PhantomData }
     }
 }
 
-/// From this length on a tensor that suits it is read in place; shorter ones are read together with
-/// their neighbours and copied.
-const IN_PLACE: u64 = 1 << 20;
+// SAFETY: it is a `&'d mut [MaybeUninit<u8>]`, kept as a pointer so that moving it claims nothing.
+unsafe impl Send for Borrowed<'_> {}
 
-/// From this length on a copy out of the page cache goes in place.
-const COPY_IN_PLACE: u64 = 256 << 10;
-
-/// The share of a tensor, in eighths, that counts as cached.
-const CACHED: u64 = 7;
-
-pub(crate) type Memory<'d> = &'d mut [MaybeUninit<u8>];
-
-/// What is to be read, by the way that it takes, and the number of the item that it is of.
-#[derive(Default)]
-pub(crate) struct Ways<'d> {
-    /// Aligned with its memory: by direct I/O into place.
-    aligned: Vec<(Extent, (usize, Memory<'d>))>,
-    /// Through the page cache into place.
-    cached: Vec<(Extent, (usize, Memory<'d>))>,
-    /// Through scratch memory: the rest.
-    scratch: Vec<(Piece, (usize, Memory<'d>))>,
-}
-
-impl<'d> Ways<'d> {
-    pub(crate) fn sort(
-        &mut self,
-        (index, item): (usize, &Item),
-        number: u32,
-        source: &SourceFile,
-        align: u64,
-        memory: Memory<'d>,
-    ) {
-        let runs = item.runs();
-        let plain = runs.count == 1 && item.dtype == item.info.dtype();
-        if !plain {
-            return self.scratch.push((Piece::of(item, number), (index, memory)));
-        }
-        let start = item.info.file_range().start + runs.first;
-        let end = start + runs.len;
-        if source.may_be_direct() {
-            // What lies in whole aligned blocks of the file.
-            let inner = start.next_multiple_of(align)..end / align * align;
-            let address = (memory.as_ptr() as u64).wrapping_add(inner.start - start);
-            let suits = address.is_multiple_of(source.memory_align());
-            if suits && inner.end.saturating_sub(inner.start) >= IN_PLACE {
-                let (head, rest) = memory.split_at_mut((inner.start - start) as usize);
-                let (body, tail) = rest.split_at_mut((inner.end - inner.start) as usize);
-                for (range, memory) in [(start..inner.start, head), (inner.end..end, tail)] {
-                    if !range.is_empty() {
-                        self.scratch.push((Piece::bytes(number, range), (index, memory)));
-                    }
-                }
-                return self.aligned.push((Extent::new(number, inner), (index, body)));
-            }
-        }
-        // Without direct I/O all goes through the page cache; what that holds is copied once.
-        let cached = || {
-            residency::resident_bytes(source.buffered(), start, end - start)
-                .is_ok_and(|bytes| bytes >= (end - start) / 8 * CACHED)
-        };
-        if end - start >= COPY_IN_PLACE && (!source.may_be_direct() || cached()) {
-            self.cached.push((Extent::new(number, start..end), (index, memory)));
-        } else {
-            self.scratch.push((Piece::bytes(number, start..end), (index, memory)));
-        }
+// SAFETY: the memory is borrowed exclusively for `'d`, and stays where it is.
+unsafe impl OwnedMemory for Borrowed<'_> {
+    fn memory(&mut self) -> &mut [MaybeUninit<u8>] {
+        // SAFETY: as above; the slice that is returned keeps this value borrowed.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
     }
 }
 
 impl Loader {
     /// Loads tensors into memory that the caller has: each destination is the name of a tensor and
-    /// the place for its bytes, on the [device](Self::device) that the loader loads to. In host
+    /// the place for its bytes, on the [device](Self::device) that the loader, or its
+    /// [request](fst_format::Request::device), loads it to: if these are host and device memory, the host's is read first. In host
     /// memory, nothing is allocated but for 12 MiB of scratch; on a device, nothing but what
     /// [conversions](Self::dtype), small tensors and cuFile pass through.
     ///
@@ -286,150 +251,60 @@ impl Loader {
         D: Into<Destination<'d>>,
     {
         self.ranks.refuse("memory of the caller's")?;
-        let engine = resolve_engine(self.read.engine, self.target())?;
-        let mut report = LoadReport::new(engine, self.target().clone());
-        report.push("open", checkpoint.open_time(), 0);
+        let mut report = self.begin(checkpoint)?;
         let began = Instant::now();
         let wanted = self.pair(checkpoint, destinations)?;
-        report.tensors = wanted.len();
-        report.bytes = wanted.iter().map(|(item, _)| item.len()).sum();
-        let (items, places): (Vec<Item>, Vec<Place<'d>>) = wanted.into_iter().unzip();
-        if let Some(manifest) = &self.manifest {
-            manifest.check(checkpoint, &items)?;
-        }
-        if let Some(device) = self.target().as_cuda() {
-            self.load_into_device(checkpoint, items, places, device, began, &mut report)?;
-            return Ok(report);
-        }
-        let mut memory = Vec::with_capacity(places.len());
-        for (item, place) in items.iter().zip(places) {
-            match place {
-                Place::Host(bytes) => memory.push(bytes),
-                Place::Device(_) => return Err(self.elsewhere(item)),
+        let (items, places): (Vec<Planned>, Vec<Place<'d>>) = wanted.into_iter().unzip();
+        let goals = Goals::new(self, &items)?;
+        let (mut on_host, mut on_devices) = (Vec::new(), Vec::new());
+        for (at, (item, place)) in items.into_iter().zip(places).enumerate() {
+            match (goals.device(at).as_cuda(), place) {
+                (None, Place::Host(memory)) => on_host.push((item, memory.into())),
+                (Some(device), Place::Device(place)) if place.is_of(device) => {
+                    on_devices.push((item, place, device.clone()));
+                }
+                _ => return Err(elsewhere(&item, goals.device(at))),
             }
         }
-        let (files, number) = open_files(checkpoint, &items)?;
-        report.add_files(&files);
-        let align = files.iter().map(SourceFile::align).max().unwrap_or(Limits::MIN_ALIGN);
-        let mut ways = Ways::default();
-        for (item, memory) in items.iter().enumerate().zip(&mut memory) {
-            if let Some(file) = number[item.1.info.shard()].filter(|_| item.1.source_len() > 0) {
-                ways.sort(item, file, &files[file as usize], align, memory);
-            }
+        if !on_host.is_empty() || on_devices.is_empty() {
+            self.fill(checkpoint, on_host, began, &mut report, &|_, _: Filled<Borrowed<'d>>| {})?;
         }
-        self.fill(&items, &files, ways, align, began, &|_, _| Ok(()), &mut report)?;
-        if let Some(manifest) = &self.manifest {
-            let named = items.iter().zip(&memory).map(|(item, memory)| {
-                let (start, len) = (memory.as_ptr().cast::<u8>(), memory.len());
-                // SAFETY: the reads succeeded, and with them every byte was written.
-                (item.info.name(), unsafe { std::slice::from_raw_parts(start, len) })
-            });
-            let hashed = Hashed::default();
-            verify_all(manifest, &hashed, &named.collect::<Vec<_>>())?;
-            hashed.report(&mut report);
+        if !on_devices.is_empty() {
+            self.load_into_devices(checkpoint, on_devices, Instant::now(), &mut report)?;
         }
         Ok(report)
     }
 
-    /// Reads `items` out of `files` by the ways that they were sorted into; see [`Reads::run`] for `landed`.
-    /// Planning has been going on since `began`.
-    #[allow(clippy::too_many_arguments, reason = "what two kinds of load have in common")]
-    pub(crate) fn fill(
-        &self,
-        items: &[Item],
-        files: &[SourceFile],
-        ways: Ways<'_>,
-        align: u64,
-        began: Instant,
-        landed: OnFilled<'_>,
-        report: &mut LoadReport,
-    ) -> Result<()> {
-        let load = Reads::new(ways, align).map_err(|e| locate(e, items))?;
-        available::check(!self.unchecked && load.uses_scratch(), SCRATCH)?;
-        report.tensors = items.len();
-        report.bytes = items.iter().map(Item::len).sum();
-        report.push("plan", began.elapsed(), 0);
-
-        let began = Instant::now();
-        let bytes_total = load.bytes_read();
-        let watch = Watch::new(self.cancel.flag());
-        let progress = |bytes_done| Progress {
-            bytes_done,
-            bytes_total,
-            tensors_total: items.len(),
-            elapsed: began.elapsed(),
-        };
-        let reads = self.watched(&watch, &progress, || {
-            load.run(files, &self.read, &watch, landed).map_err(|e| locate(e, items))
-        })?;
-        report.push("read", began.elapsed(), bytes_total);
-        report.add_reads(&reads);
-        Ok(())
-    }
-
-    /// The destination of `item` is not where this loader loads to.
-    pub(crate) fn elsewhere(&self, item: &Item) -> Error {
-        let tensor = item.info.name().to_owned();
-        Error::DestinationDevice { tensor, device: self.target().clone() }
-    }
-
     /// Loads into device memory.
-    fn load_into_device(
+    fn load_into_devices(
         &self,
         checkpoint: &Checkpoint,
-        items: Vec<Item>,
-        places: Vec<Place<'_>>,
-        device: &CudaDevice,
+        wanted: Vec<(Planned, DevicePlace<'_>, CudaDevice)>,
         began: Instant,
         report: &mut LoadReport,
     ) -> Result<()> {
-        let mut given = Vec::with_capacity(places.len());
-        for (item, place) in items.iter().zip(&places) {
-            let Place::Device(DevicePlace { address, len, context, .. }) = *place else {
-                return Err(self.elsewhere(item));
-            };
-            if context.is_some_and(|context| context != device.context() as usize) {
-                return Err(self.elsewhere(item));
+        let items: Vec<Planned> = wanted.iter().map(|(item, ..)| item.clone()).collect();
+        self.check_manifest(checkpoint, &items)?;
+        report.tensors += items.len();
+        report.bytes += items.iter().map(Planned::byte_len).sum::<u64>();
+        let mut given = Vec::with_capacity(wanted.len());
+        for (item, DevicePlace { address, len, .. }, device) in &wanted {
+            let align = item.dtype().alignment() as u64;
+            if item.conversion().is_some() && !address.is_multiple_of(align) {
+                let tensor = item.source().name().to_owned();
+                return Err(Error::Misaligned { tensor, dtype: item.dtype() });
             }
-            if item.cast().is_some() && !address.is_multiple_of(item.align()) {
-                let tensor = item.info.name().to_owned();
-                return Err(Error::Misaligned { tensor, dtype: item.dtype });
-            }
-            // SAFETY: whoever made the destination vouches for its memory as long as `places` live.
-            given.push(unsafe { DeviceArena::lent(device, address, len) });
+            // SAFETY: whoever made the destination vouches for its memory as long as `wanted` lives.
+            given.push(unsafe { DeviceArena::borrowed(device, *address, *len) });
         }
-        let load = CudaLoad::new(checkpoint, items, device, 0, 0)?;
+        let options = self.device_options;
         // SAFETY: as above.
-        let load = unsafe { load.with_options(self.device_options).into_memory(given.clone()) };
+        let load = unsafe { Load::into_memory(checkpoint, items, options, given) }?;
         load.check_memory(&self.read, !self.unchecked)?;
-        report.add_files(load.files());
+        report.add_files(load.pieces.files());
         report.push("plan", began.elapsed(), 0);
-
-        let began = Instant::now();
-        let bytes_total = load.bytes_read();
-        let watch = Watch::new(self.cancel.flag());
-        let progress = |bytes_done| Progress {
-            bytes_done,
-            bytes_total,
-            tensors_total: load.items().len(),
-            elapsed: began.elapsed(),
-        };
-        let nothing = |_: usize, _: Tensor| Ok(());
-        let reads =
-            self.watched(&watch, &progress, || load.run(&self.read, None, &watch, &nothing))?;
-        report.push("read", began.elapsed(), bytes_total);
-        report.add_reads(&reads);
-        report.device_copy = load.copy();
-        if let Some(manifest) = &self.manifest {
-            let hashed = Hashed::default();
-            for (item, arena) in load.items().iter().zip(&given) {
-                let mut bytes = vec![0; arena.len() as usize];
-                arena.copy_to_host(0, &mut bytes).map_err(DeviceError::Cuda)?;
-                verify_all(manifest, &hashed, &[(item.info.name(), &bytes)])?;
-            }
-            hashed.report(report);
-        }
-        Ok(())
+        // What is delivered is dropped here, or once it is found right.
+        self.read_all(&load, None, &self.watch(), &|_, _| Ok(()), report)
     }
 
     /// The items that have destinations, each with its memory, in the checkpoint's order.
@@ -437,7 +312,7 @@ impl Loader {
         &self,
         checkpoint: &Checkpoint,
         destinations: impl IntoIterator<Item = (N, D)>,
-    ) -> Result<Vec<(Item, Place<'d>)>> {
+    ) -> Result<Vec<(Planned, Place<'d>)>> {
         let mut by_name: HashMap<String, Destination<'d>> = HashMap::new();
         for (name, destination) in destinations {
             let tensor = name.as_ref();
@@ -447,7 +322,7 @@ impl Loader {
         }
         let mut wanted = Vec::with_capacity(by_name.len());
         let selection = self.selection.clone().of_names(by_name.keys());
-        for item in selection.resolve(checkpoint)? {
+        for item in selection.resolve(checkpoint, &converts)? {
             let Some(destination) = by_name.remove(item.name()) else { continue };
             destination.check(&item)?;
             wanted.push((item, destination.memory));
@@ -460,74 +335,7 @@ impl Loader {
     }
 }
 
-/// The reads of one load, one after the other.
-struct Reads<'d> {
-    aligned: (ReadPlan, Vec<(usize, Memory<'d>)>),
-    cached: (ReadPlan, Vec<(usize, Memory<'d>)>),
-    scratch: (TransformPlan, Vec<(usize, Memory<'d>)>),
-}
-
-impl<'d> Reads<'d> {
-    fn new(ways: Ways<'d>, align: u64) -> Result<Self, fst_io::Error> {
-        // Every extent is a segment of its own, for each has its own memory.
-        let apart = Limits { align, gap: 0, segment: 1, ..Limits::default() };
-        let (extents, memory) = ways.aligned.into_iter().unzip();
-        let aligned = (ReadPlan::new(extents, apart)?, memory);
-        let (extents, memory) = ways.cached.into_iter().unzip();
-        let cached = (ReadPlan::new(extents, Limits { align: 1, ..apart })?, memory);
-        let (pieces, memory): (Vec<Piece>, Vec<_>) = ways.scratch.into_iter().unzip();
-        let limits = Limits { align, block: SCRATCH_BLOCK, ..Limits::default() };
-        let sharing = Sharing { arena: 0, align: 1, apart: 0 };
-        let scratch = (TransformPlan::of_pieces(&pieces, limits, sharing)?, memory);
-        Ok(Self { aligned, cached, scratch })
-    }
-
-    /// Whether scratch memory is used.
-    fn uses_scratch(&self) -> bool {
-        !self.scratch.1.is_empty()
-    }
-
-    fn bytes_read(&self) -> u64 {
-        let plans = [&self.aligned.0, &self.cached.0, &self.scratch.0.plan];
-        plans.into_iter().map(ReadPlan::bytes_read).sum()
-    }
-
-    /// Reads everything. `landed` is told of bytes of the file that are in place, with the number of the
-    /// item that they are of: once it was told of all, nothing touches the item's memory any more.
-    fn run(
-        self,
-        files: &[SourceFile],
-        options: &ReadOptions,
-        watch: &Watch,
-        landed: OnFilled<'_>,
-    ) -> Result<Vec<ReadStats>, fst_io::Error> {
-        let mut reads = Vec::new();
-        let mut buffered = options.clone();
-        buffered.cache = CachePolicy::Buffered;
-        for ((plan, memory), options) in [(self.aligned, options), (self.cached, &buffered)] {
-            if !plan.blocks().is_empty() {
-                let (of, memory): (Vec<usize>, Vec<Memory<'d>>) = memory.into_iter().unzip();
-                let block = |block: &Block| {
-                    let item = of.get(block.segment as usize);
-                    item.map_or(Ok(()), |item| landed(*item, block.need))
-                };
-                let sink = Lent::new(&plan, memory);
-                let sink = sink.map_err(|e| fst_io::Error::Sink(e.into()))?.on_landed(&block);
-                reads.push(fst_io::read(files, &plan, &sink, options, &watch.next())?);
-            }
-        }
-        let (plan, memory) = self.scratch;
-        if !plan.plan.blocks().is_empty() {
-            let (of, memory): (Vec<usize>, Vec<Memory<'d>>) = memory.into_iter().unzip();
-            let filled =
-                |piece: usize, bytes| of.get(piece).map_or(Ok(()), |item| landed(*item, bytes));
-            let transform = Transform::new(&plan, Borrowed::new(memory, &filled));
-            let admit = |block: &_, wait| transform.admit(block, wait);
-            let take = |block: &_, bytes: &[u8]| transform.take(block, bytes);
-            let slots = (SCRATCH / plan.plan.limits().block).max(1) as usize;
-            let sink = Scratch::new(&plan.plan, slots, &admit, &take)?;
-            reads.push(fst_io::read(files, &plan.plan, &sink, options, &watch.next())?);
-        }
-        Ok(reads)
-    }
+/// The memory for `item` is not that of the device that is loaded to.
+pub(crate) fn elsewhere(item: &Planned, device: &Device) -> Error {
+    Error::DestinationDevice { tensor: item.name().to_owned(), device: device.clone() }
 }

@@ -27,50 +27,49 @@
 //!   of an arena with the last tensor in it.
 //! - [`Loader::map`] backs tensors by a mapping of their files instead, without a copy, for whoever
 //!   can promise that nobody changes the files.
-//! - [`Loader::load_into`] fills memory that the caller has already.
+//! - [`Loader::load_into`] fills memory that the caller has already, and [`Loader::update`] that of tensors loaded before.
 //! - [`Loader::group`] makes a load one rank's part of several ranks' ([`dist`]): nothing is read
 //!   more often than needed, and no rank receives what it does not keep.
 //! - [`LoadReport`] says what was read, by which way, and what bound the load.
 //!
 //! # What this crate does not do
 //!
-//! It does not download checkpoints, does not read formats other than safetensors, and does not
+//! It keeps no copies of checkpoints that it reads by URL (feature `object-store`), does not read formats other than safetensors, and does not
 //! compute with tensors.
 
-mod available;
-mod cached;
-mod cuda;
 mod device;
+#[cfg(feature = "dist")]
+#[path = "ranks.rs"]
 pub mod dist;
+#[cfg(not(feature = "dist"))]
+#[path = "no_ranks.rs"]
+mod dist;
 mod doctor;
 mod error;
-mod host;
+mod files;
 mod into;
 mod load;
 mod loader;
 mod loading;
-mod manifest;
 mod mapped;
-mod memory;
-mod options;
 mod owned;
-mod pattern;
 mod progress;
+#[cfg_attr(not(feature = "object-store"), path = "no_remote.rs")]
+mod remote;
 mod report;
-mod request;
 mod session;
 mod stream;
 mod sums;
 mod tensor;
-mod transform;
+mod update;
 mod verify;
 
-pub use available::{AvailableMemory, MemoryLimit};
-pub use cached::{CachedCopy, DeviceCopy};
 pub use device::Device;
 #[cfg(feature = "mpi")]
 pub use dist::group::MpiGroup;
+#[cfg(feature = "dist")]
 pub use dist::group::{LaunchEnv, NcclGroup};
+#[cfg(feature = "dist")]
 pub use dist::{
     DistError, Experts, Group, Links, LocalGroup, Place, Plan, Preset, Remainder, Shard, Split,
     Storage, Topology,
@@ -78,22 +77,25 @@ pub use dist::{
 pub use doctor::{CudaReport, Doctor, HugePages, Measurement, PathReport};
 pub use error::{DeviceError, Error, Result};
 pub use fst_format::{
-    Checkpoint, Dtype, Element, Metadata, Notice, OpenOptions, Shard as ShardFile, Slice,
-    TensorInfo,
+    Checkpoint, Checksum, Digest, Dtype, Element, Manifest, ManifestError, Metadata, NotADigest,
+    Notice, OpenOptions, Pattern, PatternError, Planned, Request, SelectError, Shard as ShardFile,
+    Slice, SliceError, TensorInfo, VerifyError,
 };
+pub use fst_gpu::{CachedCopy, DeviceCopy};
+pub use fst_io::available::{AvailableMemory, MemoryLimit};
 pub use fst_io::{DirectIo, Engine, ResolvedEngine};
+#[cfg(feature = "object-store")]
+pub use fst_object::{Cache, CacheReport};
 pub use into::Destination;
 pub use loader::Loader;
 pub use loading::Loading;
-pub use manifest::{Checksum, Digest, Manifest, ManifestError, NotADigest, VerifyError};
 pub use owned::{Filled, OwnedMemory};
-pub use pattern::{Pattern, PatternError};
 pub use progress::{CancelToken, Progress};
-pub use report::{LoadReport, RankReport, Stage};
-pub use request::{Planned, Request};
+pub use report::{LoadReport, RankReport, RemoteReport, Stage};
 pub use session::Reader;
 pub use stream::TensorStream;
 pub use tensor::{Tensor, TensorBytes, Tensors};
+pub use update::{Difference, Reread};
 
 /// The layer below, for pipelines of one's own: headers, checkpoints, slices, writing.
 pub use fst_format as format;
@@ -101,8 +103,11 @@ pub use fst_format as format;
 pub use fst_gpu as gpu;
 /// The layer below, for pipelines of one's own: engines, plans and memory.
 pub use fst_io as io;
+/// The layer below, for pipelines of one's own: ranges of objects.
+#[cfg(feature = "object-store")]
+pub use fst_object as object;
 
 /// The example of the README, compiled and run as a test.
-#[cfg(doctest)]
+#[cfg(all(doctest, feature = "dist"))]
 #[doc = include_str!("../../../README.md")]
 struct Readme;

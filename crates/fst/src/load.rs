@@ -1,138 +1,89 @@
-//! A planned load, wherever it goes.
+//! A planned load of items, wherever it goes: pieces go down, and what they become comes back as tensors.
 
-use fst_format::Checkpoint;
+use fst_format::{Checkpoint, Planned};
 use fst_gpu::cufile::{GdsMode, GdsStatus};
-use fst_io::{Budget, Engine, ReadOptions, ReadStats, ResolvedEngine, SourceFile};
+use fst_gpu::{ArenaOptions, CudaDevice, DeviceArena, DeviceOptions, PieceLoad};
+use fst_io::sink::SinkError;
+use fst_io::watch::Watch;
+use fst_io::{Budget, Engine, ReadOptions, ReadStats, ResolvedEngine};
 
-use crate::available;
-use crate::cached::{DeviceCopy, DeviceOptions};
-use crate::cuda::CudaLoad;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::host::{Deliver, HostLoad, SCRATCH, Watch, locate};
-use crate::options::Item;
+use crate::files::{locate, locate_load, open_pieces};
+use crate::loader::Loader;
+use crate::tensor::{Data, Tensor};
 
 /// Tensors on a device that are shorter than this many bytes share no arena with longer ones, so that
 /// who keeps the norms of a model does not keep all of it.
 const APART: u64 = 1 << 20;
 
-/// A load that is planned and whose files are open.
+/// Takes a tensor that is complete, with its place in the list of items; from reader threads.
+pub(crate) type Deliver<'a> = &'a (dyn Fn(usize, Tensor) -> Result<(), SinkError> + Send + Sync);
+
+/// A load of items that is planned and whose files are open.
 #[derive(Debug)]
-pub(crate) enum Load {
-    Host(Box<HostLoad>),
-    Cuda(Box<CudaLoad>),
+pub(crate) struct Load {
+    items: Vec<Planned>,
+    pub(crate) checkpoint: Checkpoint,
+    /// The load of the pieces that the items are, in their order.
+    pub(crate) pieces: Box<dyn PieceLoad>,
 }
 
 impl Load {
-    /// Plans the loading of `items` into arenas of about `arena` bytes, for a stream or for memory that
-    /// holds all of them at once. Of a stream `in_order`, arenas become complete in the order of the
-    /// items.
+    /// Plans the loading of `items` as `loader` says into arenas of about `arena` bytes, for a stream or for
+    /// memory that holds all of them at once. Of a stream `in_order`, arenas become complete in the order of
+    /// the items.
     pub(crate) fn new(
-        device: &Device,
+        loader: &Loader,
         checkpoint: &Checkpoint,
-        items: Vec<Item>,
+        items: Vec<Planned>,
+        goals: &Goals,
         arena: u64,
         stream: Option<bool>,
     ) -> Result<Self> {
-        let in_order = stream == Some(true);
-        // Pages of host memory go back one by one, arenas of devices as a whole.
-        let apart = if stream.is_some() { 0 } else { APART };
-        Ok(match device.as_cuda() {
-            None => Self::Host(Box::new(HostLoad::new(checkpoint, items, arena, in_order)?)),
-            Some(device) => {
-                Self::Cuda(Box::new(CudaLoad::new(checkpoint, items, device, arena, apart)?))
-            }
-        })
+        let arenas = ArenaOptions {
+            bytes: arena,
+            // Pages of host memory go back one by one, arenas of devices as a whole.
+            apart: if stream.is_some() { 0 } else { APART },
+            in_order: stream == Some(true),
+            keep: loader.keep,
+        };
+        let (files, pieces) = open_pieces(checkpoint, &items)?;
+        let pieces = pieces.into_iter().zip(&goals.of).map(|(piece, device)| piece.on(*device));
+        let devices: Vec<Option<CudaDevice>> =
+            goals.devices.iter().map(|device| device.as_cuda().cloned()).collect();
+        let options = loader.device_options;
+        let load = fst_gpu::load(files, pieces.collect(), &devices, arenas, options);
+        let checkpoint = checkpoint.clone();
+        Ok(Self { pieces: load.map_err(|e| locate_load(e, &items))?, items, checkpoint })
     }
 
-    /// Says how host memory is used on the way to a device.
-    pub(crate) fn with_options(self, options: DeviceOptions) -> Self {
-        match self {
-            Self::Cuda(load) => Self::Cuda(Box::new(load.with_options(options))),
-            host => host,
-        }
+    /// Plans the loading of `items` into device memory of the caller's, one arena for each.
+    ///
+    /// # Safety
+    ///
+    /// Nobody else uses the memory until the load is over, and what is delivered is gone before it is.
+    pub(crate) unsafe fn into_memory(
+        checkpoint: &Checkpoint,
+        items: Vec<Planned>,
+        options: DeviceOptions,
+        memory: Vec<DeviceArena>,
+    ) -> Result<Self> {
+        let (files, pieces) = open_pieces(checkpoint, &items)?;
+        // SAFETY: passed on from the caller.
+        let load = unsafe { fst_gpu::load_into_devices(files, pieces, memory, options) };
+        let checkpoint = checkpoint.clone();
+        Ok(Self { pieces: load.map_err(|e| locate_load(e, &items))?, items, checkpoint })
     }
 
-    /// How bytes got to a device, once the load is done.
-    pub(crate) fn device_copy(&self) -> Option<DeviceCopy> {
-        match self {
-            Self::Host(_) => None,
-            Self::Cuda(load) => load.copy(),
-        }
-    }
-
-    pub(crate) fn items(&self) -> &[Item] {
-        match self {
-            Self::Host(load) => load.items(),
-            Self::Cuda(load) => load.items(),
-        }
-    }
-
-    /// Bytes that will be read.
-    pub(crate) fn bytes_read(&self) -> u64 {
-        match self {
-            Self::Host(load) => load.bytes_read(),
-            Self::Cuda(load) => load.bytes_read(),
-        }
-    }
-
-    /// Bytes of arenas that must be in memory at once.
-    pub(crate) fn least_memory(&self, in_order: bool) -> u64 {
-        match self {
-            Self::Host(load) => load.least_memory(),
-            Self::Cuda(load) => load.least_memory(in_order),
-        }
-    }
-
-    /// Bytes of the tensors' memory that a stream uses beside the arenas.
-    pub(crate) fn scratch(&self, read: &ReadOptions) -> u64 {
-        match self {
-            Self::Host(load) if load.uses_scratch() => SCRATCH,
-            Self::Host(_) => 0,
-            Self::Cuda(load) => load.scratch(read, true),
-        }
-    }
-
-    /// Keeps what is used beside the arenas small, for a stream within `budget` bytes.
-    pub(crate) fn within(self, budget: u64, in_order: bool) -> Self {
-        match self {
-            Self::Cuda(load) => Self::Cuda(Box::new(load.within(budget, in_order))),
-            host => host,
-        }
-    }
-
-    /// The files that are read.
-    pub(crate) fn files(&self) -> &[SourceFile] {
-        match self {
-            Self::Host(load) => load.files(),
-            Self::Cuda(load) => load.files(),
-        }
-    }
-
-    /// Bytes of host memory that the load fills, at most; as a stream, with `budget` bytes for its
-    /// tensors.
-    pub(crate) fn host_memory(&self, read: &ReadOptions, budget: Option<u64>) -> u64 {
-        match self {
-            Self::Host(load) => load.memory().min(budget.unwrap_or(u64::MAX)),
-            Self::Cuda(load) => load.host_memory(read, budget.is_some()),
-        }
+    pub(crate) fn items(&self) -> &[Planned] {
+        &self.items
     }
 
     /// Refuses, before anything is read, what the device has no room for; with `host`, also what the
     /// host has none for.
     pub(crate) fn check_memory(&self, read: &ReadOptions, host: bool) -> Result<()> {
-        match self {
-            Self::Host(_) => available::check(host, self.host_memory(read, None)),
-            Self::Cuda(load) => load.check_memory(read, host),
-        }
-    }
-
-    /// Has an item read before others; for loads whose arenas may all be in memory at once.
-    pub(crate) fn prefer(&self, index: usize, watch: &Watch) {
-        match self {
-            Self::Host(load) => load.prefer(index, watch),
-            Self::Cuda(load) => load.prefer(index, watch),
-        }
+        self.pieces.check_memory(read, host).map_err(|e| locate_load(e, &self.items))
     }
 
     /// Reads everything; every item is delivered once, unless there is an error.
@@ -143,15 +94,89 @@ impl Load {
         watch: &Watch,
         deliver: Deliver<'_>,
     ) -> Result<Vec<ReadStats>> {
-        match self {
-            Self::Host(load) => load.run(options, budget, watch, deliver),
-            Self::Cuda(load) => load.run(options, budget, watch, deliver),
+        let landed = |index: usize, filled| {
+            let item = &self.items[index];
+            deliver(index, Tensor::of(item, Data::of(filled, item.byte_len())))
+        };
+        let read = self.pieces.run(options, budget, watch, &landed);
+        read.map_err(|e| locate_load(e, &self.items))
+    }
+}
+
+/// Where items go.
+pub(crate) struct Goals {
+    /// Each device once.
+    pub(crate) devices: Vec<Device>,
+    /// For each item, which of them.
+    pub(crate) of: Vec<u32>,
+}
+
+impl Goals {
+    /// To the devices of the items' requests, or the loader's.
+    pub(crate) fn new(loader: &Loader, items: &[Planned]) -> Result<Self> {
+        let mut goals = Self { devices: Vec::new(), of: Vec::with_capacity(items.len()) };
+        let mut names: Vec<Option<&str>> = Vec::new();
+        let mut numbers = Vec::new();
+        for item in items {
+            let known = names.iter().position(|name| *name == item.device());
+            let known = known.unwrap_or(names.len());
+            if known == names.len() {
+                let device = loader.device_of(item)?;
+                let number = goals.devices.iter().position(|one| *one == device);
+                let number = number.unwrap_or(goals.devices.len());
+                if number == goals.devices.len() {
+                    goals.devices.push(device);
+                }
+                names.push(item.device());
+                numbers.push(number as u32);
+            }
+            goals.of.push(numbers[known]);
+        }
+        if goals.devices.is_empty() {
+            goals.devices.push(loader.target().clone());
+        }
+        let several = goals.devices.iter().filter(|device| !device.is_host()).nth(1);
+        match several.filter(|_| loader.read.engine == Engine::Gds) {
+            Some(device) => Err(Error::Engine {
+                engine: Engine::Gds,
+                device: device.clone(),
+                reason: "the load is to another device as well, and cuFile reads for one"
+                    .to_owned(),
+            }),
+            None => Ok(goals),
+        }
+    }
+
+    /// The device of an item, by its place.
+    pub(crate) fn device(&self, item: usize) -> &Device {
+        &self.devices[self.of[item] as usize]
+    }
+}
+
+impl Loader {
+    /// Whether an item goes to host memory.
+    pub(crate) fn is_to_host(&self, item: &Planned) -> bool {
+        item.device().map_or_else(|| self.target().is_host(), |name| name == "host")
+    }
+
+    /// Where an item goes.
+    pub(crate) fn device_of(&self, item: &Planned) -> Result<Device> {
+        match item.device() {
+            Some(name) if *name != *self.target().to_string() => name.parse(),
+            _ => Ok(self.target().clone()),
         }
     }
 }
 
-/// The engine that runs for `asked` on this machine, to this device.
-pub(crate) fn resolve_engine(asked: Engine, device: &Device) -> Result<ResolvedEngine> {
+/// The engine that runs for `asked` on this machine, for this checkpoint and to this device.
+pub(crate) fn resolve_engine(
+    asked: Engine,
+    checkpoint: &Checkpoint,
+    device: &Device,
+) -> Result<ResolvedEngine> {
+    if checkpoint.shards().iter().any(|shard| shard.file_metadata().is_none()) {
+        return ResolvedEngine::resolve_remote(asked).map_err(|e| locate(e, &[]));
+    }
     if asked != Engine::Gds || device.is_host() {
         return ResolvedEngine::resolve(asked).map_err(|e| locate(e, &[]));
     }

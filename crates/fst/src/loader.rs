@@ -9,23 +9,23 @@ use std::sync::atomic::{
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use fst_format::{Checkpoint, Dtype, TensorInfo};
+use fst_format::{Checkpoint, Dtype, Planned, Request, Selection, TensorInfo};
+use fst_gpu::{CachedCopy, DeviceOptions};
 use fst_io::{Budget, Engine, ReadOptions};
 
-use crate::cached::{CachedCopy, DeviceOptions};
 use crate::device::Device;
 use crate::dist::RankOptions;
 use crate::error::{Error, Result};
-use crate::host::{Deliver, Watch};
-use crate::load::{Load, resolve_engine};
-use crate::manifest::Manifest;
-use crate::options::{Item, Selection};
+use crate::files::converts;
+use crate::load::{Deliver, Goals, Load, resolve_engine};
 use crate::progress::{CancelToken, Progress};
+use crate::remote;
 use crate::report::LoadReport;
-use crate::request::Request;
 use crate::stream::TensorStream;
 use crate::tensor::{Tensor, Tensors};
 use crate::verify::{Hashed, VERIFY_ARENA, verified};
+use fst_format::Manifest;
+use fst_io::watch::Watch;
 
 type OnProgress = Arc<dyn Fn(&Progress) + Send + Sync>;
 
@@ -58,6 +58,7 @@ pub struct Loader {
     /// Memory is filled without asking how much there is.
     pub(crate) unchecked: bool,
     pub(crate) stall_timeout: Option<Duration>,
+    timeout: Option<Duration>,
     /// Mappings are left to those who touch them.
     pub(crate) lazy: bool,
     pub(crate) manifest: Option<Arc<Manifest>>,
@@ -65,6 +66,8 @@ pub struct Loader {
     pub(crate) cancel: CancelToken,
     pub(crate) ranks: RankOptions,
     pub(crate) device_options: DeviceOptions,
+    /// Bytes of host memory that the process keeps at most.
+    pub(crate) keep: u64,
 }
 
 impl fmt::Debug for Loader {
@@ -85,7 +88,8 @@ impl Loader {
         Self::default()
     }
 
-    /// Where the tensors go.
+    /// Where the tensors go, but for those whose [request](fst_format::Request::device) names another device: a load may be
+    /// to several, and reads the files once for all of them.
     #[must_use]
     pub fn device(mut self, device: Device) -> Self {
         self.device = device;
@@ -104,7 +108,14 @@ impl Loader {
     /// or matches nothing is an error of the load.
     #[must_use]
     pub fn select(mut self, pattern: impl Into<String>) -> Self {
-        self.selection.add_pattern(pattern.into());
+        self.selection = self.selection.select(pattern);
+        self
+    }
+
+    /// As [`select`](Self::select), for tensors that need not be there: such a pattern may match nothing.
+    #[must_use]
+    pub fn select_optional(mut self, pattern: impl Into<String>) -> Self {
+        self.selection = self.selection.select_optional(pattern);
         self
     }
 
@@ -114,14 +125,16 @@ impl Loader {
         mut self,
         wanted: impl Fn(&TensorInfo) -> bool + Send + Sync + 'static,
     ) -> Self {
-        self.selection.set_predicate(Arc::new(wanted));
+        self.selection = self.selection.select_with(wanted);
         self
     }
 
-    /// Of tensor `name`, loads only positions `range` of dimension `dim`.
+    /// Of tensor `name`, loads only positions `range` of dimension `dim`, unless its
+    /// [request](Self::request) has slices of its own. Several calls for one tensor are as several of
+    /// [`Request::slice`].
     #[must_use]
     pub fn slice(mut self, name: impl Into<String>, dim: usize, range: Range<usize>) -> Self {
-        self.selection.add_slice(name.into(), dim, range);
+        self.selection = self.selection.slice(name, dim, range);
         self
     }
 
@@ -129,8 +142,42 @@ impl Loader {
     /// `Tensor.to(dtype)` does. Tensors of other types stay as they are.
     #[must_use]
     pub fn dtype(mut self, dtype: Dtype) -> Self {
-        self.selection.set_dtype(dtype);
+        self.selection = self.selection.dtype(dtype);
         self
+    }
+
+    /// Loads exactly these tensors, each as its request says; with [patterns](Self::select), besides those
+    /// that the patterns select. A name is looked up, not searched for. Each tensor may be asked for once,
+    /// and names of loaded tensors must differ.
+    ///
+    /// ```no_run
+    /// use fst::{Checkpoint, Dtype, Loader, Request};
+    ///
+    /// let checkpoint = Checkpoint::open("model")?;
+    /// let tensors = Loader::new()
+    ///     .dtype(Dtype::BF16)
+    ///     .request([
+    ///         Request::new("model.norm.weight").dtype(Dtype::F32).named("norm"),
+    ///         Request::from("lm_head.weight"),
+    ///     ])
+    ///     .load(&checkpoint)?;
+    /// println!("{:?}", tensors.get("norm")?.dtype());
+    /// # Ok::<(), fst::Error>(())
+    /// ```
+    #[must_use]
+    pub fn request<R: Into<Request>>(mut self, requests: impl IntoIterator<Item = R>) -> Self {
+        self.selection = self.selection.request(requests);
+        self
+    }
+
+    /// What would be loaded: after selection, slices, conversion and new names, in the order of the files.
+    /// Reads nothing.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with the request.
+    pub fn planned(&self, checkpoint: &Checkpoint) -> Result<Vec<Planned>> {
+        Ok(self.selection.resolve(checkpoint, &converts)?)
     }
 
     /// How bytes that the page cache holds get to a device; the
@@ -148,6 +195,20 @@ impl Loader {
     #[must_use]
     pub fn keep_pinned(mut self, keep: bool) -> Self {
         self.device_options.keep_pinned = keep;
+        self
+    }
+
+    /// Has the process keep host memory of the loaded tensors when they are dropped, for the next load that
+    /// keeps memory, too: its pages are there already, and are not zeroed again. By default, and with 0, it
+    /// goes back to the system.
+    ///
+    /// No more than `bytes` are kept, of all loads of the process together, until
+    /// [`fst::io::release_kept`](fst_io::release_kept); how much a process can spare, its owner knows. Memory
+    /// checks count what is kept as available. Loads by [ranks](Self::group) and memory of the caller's use
+    /// none of it.
+    #[must_use]
+    pub fn keep_memory(mut self, bytes: u64) -> Self {
+        self.keep = bytes;
         self
     }
 
@@ -206,6 +267,15 @@ impl Loader {
         self
     }
 
+    /// How long a load may read; one that takes longer ends with [`Error::TimedOut`], whatever it waits for.
+    /// Without it, what is not local is asked for again and again within the bounds of
+    /// `fst::object::Settings`, which count from the last progress.
+    #[must_use]
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = Some(timeout);
+        self
+    }
+
     /// Makes a [`stream`](Self::stream) yield tensors in the checkpoint's order.
     #[must_use]
     pub fn in_order(mut self, in_order: bool) -> Self {
@@ -220,18 +290,25 @@ impl Loader {
     ///
     /// What is wrong with the request, the files or the machine; see [`Error`].
     pub fn load(&self, checkpoint: &Checkpoint) -> Result<Tensors> {
+        #[cfg(feature = "dist")]
         if let Some(group) = self.ranks.group()? {
             return self.load_rank(checkpoint, group);
         }
         let began = Instant::now();
-        let engine = resolve_engine(self.read.engine, &self.device)?;
-        let mut report = LoadReport::new(engine, self.device.clone());
-        report.push("open", checkpoint.open_time(), 0);
-        let items = self.selection.resolve(checkpoint)?;
+        let mut report = self.begin(checkpoint)?;
+        let items = self.planned(checkpoint)?;
         let tensors = self.load_items(checkpoint, items, began, &mut report)?;
         report.tensors = tensors.len();
         report.bytes = tensors.iter().map(|t| t.byte_len() as u64).sum();
         Ok(Tensors::new(tensors, report))
+    }
+
+    /// The report of a load that begins.
+    pub(crate) fn begin(&self, checkpoint: &Checkpoint) -> Result<LoadReport> {
+        let engine = resolve_engine(self.read.engine, checkpoint, &self.device)?;
+        let mut report = LoadReport::new(engine, self.device.clone());
+        report.push("open", checkpoint.open_time(), 0);
+        Ok(report)
     }
 
     /// Loads `items` into memory of their own; the tensors come in the items' order. Planning has
@@ -239,18 +316,16 @@ impl Loader {
     pub(crate) fn load_items(
         &self,
         checkpoint: &Checkpoint,
-        items: Vec<Item>,
+        items: Vec<Planned>,
         began: Instant,
         report: &mut LoadReport,
     ) -> Result<Vec<Tensor>> {
-        if let Some(manifest) = &self.manifest {
-            manifest.check(checkpoint, &items)?;
-        }
+        self.check_manifest(checkpoint, &items)?;
         let arena = if self.manifest.is_some() { VERIFY_ARENA } else { ARENA };
-        let load = Load::new(&self.device, checkpoint, items, arena, None)?;
-        let load = load.with_options(self.device_options);
+        let goals = Goals::new(self, &items)?;
+        let load = Load::new(self, checkpoint, items, &goals, arena, None)?;
         load.check_memory(&self.read, !self.unchecked)?;
-        report.add_files(load.files());
+        report.add_files(load.pieces.files());
         report.push("plan", began.elapsed(), 0);
 
         let slots: Mutex<Vec<Option<Tensor>>> = Mutex::new(vec![None; load.items().len()]);
@@ -261,7 +336,7 @@ impl Loader {
             }
             Ok(())
         };
-        self.read_all(&load, None, &Watch::new(self.cancel.flag()), &deliver, report)?;
+        self.read_all(&load, None, &self.watch(), &deliver, report)?;
         let slots = slots.into_inner().unwrap_or_else(|e| e.into_inner());
         let tensors: Option<Vec<Tensor>> = slots.into_iter().collect();
         // Every item is delivered by a read that succeeds; an incomplete set is never handed out.
@@ -280,7 +355,7 @@ impl Loader {
         let began = Instant::now();
         let progress = |bytes_done| Progress {
             bytes_done,
-            bytes_total: load.bytes_read(),
+            bytes_total: load.pieces.bytes_read(),
             tensors_total: load.items().len(),
             elapsed: began.elapsed(),
         };
@@ -295,12 +370,13 @@ impl Loader {
             Some(manifest) => verified(manifest, &hashed, watch, deliver, run)?,
             None => run(deliver)?,
         };
-        report.push("read", took, load.bytes_read());
+        report.push("read", took, load.pieces.bytes_read());
         report.add_reads(&reads);
-        report.device_copy = load.device_copy();
+        report.add_device_copy(load.pieces.device_copy());
         if self.manifest.is_some() {
             hashed.report(report);
         }
+        remote::loaded(&load.checkpoint, report);
         Ok(())
     }
 
@@ -316,14 +392,17 @@ impl Loader {
     ///
     /// What is wrong with the request; [`Error::Budget`] names the smallest budget that works.
     pub fn stream(&self, checkpoint: &Checkpoint) -> Result<TensorStream> {
-        self.ranks.refuse("a stream")?;
-        TensorStream::start(self, checkpoint, self.selection.resolve(checkpoint)?)
+        #[cfg(feature = "dist")]
+        if let Some(group) = self.ranks.group()? {
+            return self.start_rank(checkpoint, group).map(TensorStream::of);
+        }
+        TensorStream::start(self, checkpoint, self.planned(checkpoint)?)
     }
 
-    /// A loader of one tensor into host memory, as this one would.
-    pub(crate) fn for_one(&self, request: Request) -> Self {
+    /// A loader into host memory, as this one would, of what it is asked for.
+    pub(crate) fn to_host(&self) -> Self {
         Self {
-            selection: self.selection.for_one(request),
+            selection: self.selection.clone(),
             read: self.read.clone(),
             unchecked: self.unchecked,
             cancel: self.cancel.clone(),
@@ -335,15 +414,23 @@ impl Loader {
         &self.device
     }
 
-    /// Runs `load` while another thread reports progress.
+    /// What follows a load on the caller's thread.
+    pub(crate) fn watch(&self) -> Watch {
+        Watch::background(self.cancel.flag(), false)
+    }
+
+    /// Runs `load` while another thread reports progress, and ends it when it takes too long.
     pub(crate) fn watched<T>(
         &self,
         watch: &Watch,
         progress: &(dyn Fn(u64) -> Progress + Sync),
         load: impl FnOnce() -> Result<T>,
     ) -> Result<T> {
-        let Some(hook) = &self.on_progress else { return load() };
-        let done = AtomicBool::new(false);
+        if self.on_progress.is_none() && self.timeout.is_none() {
+            return load();
+        }
+        let (done, late) = (AtomicBool::new(false), AtomicBool::new(false));
+        let until = self.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         std::thread::scope(|scope| {
             let reporter = std::thread::Builder::new().name("fst-progress".to_owned());
             let reporter = reporter.spawn_scoped(scope, || {
@@ -352,9 +439,15 @@ impl Loader {
                     std::thread::park_timeout(PROGRESS_INTERVAL);
                     // Asked first, so that the last call sees all that was done.
                     let last = done.load(Acquire);
-                    hook(&progress(watch.bytes()));
+                    if let Some(hook) = &self.on_progress {
+                        hook(&progress(watch.bytes()));
+                    }
                     if last {
                         break;
+                    }
+                    if until.is_some_and(|until| Instant::now() >= until) {
+                        late.store(true, Release);
+                        watch.stop();
                     }
                 }
             });
@@ -367,7 +460,12 @@ impl Loader {
             {
                 std::panic::resume_unwind(panic);
             }
-            loaded
+            match (loaded, self.timeout) {
+                (Err(Error::Cancelled), Some(after)) if late.load(Acquire) => {
+                    Err(Error::TimedOut { after })
+                }
+                (loaded, _) => loaded,
+            }
         })
     }
 }

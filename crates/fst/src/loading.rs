@@ -4,37 +4,38 @@ use std::any::Any;
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::Ordering::Relaxed;
+#[cfg(feature = "dist")]
+use std::sync::OnceLock;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use fst_format::Checkpoint;
+use fst_format::{Checkpoint, Planned};
 use fst_io::Budget;
 
-use crate::available::{self, AvailableMemory};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::host::{Watch, locate};
-use crate::load::{Load, resolve_engine};
+use crate::files::locate;
+use crate::load::{Goals, Load};
 use crate::loader::{ARENA, Loader};
-use crate::options::Item;
 use crate::progress::CancelToken;
 use crate::report::LoadReport;
 use crate::tensor::Tensor;
 use crate::verify::VERIFY_ARENA;
+use fst_io::available::{self, AvailableMemory};
+use fst_io::watch::Watch;
 
 /// The budget of a stream when none was set, in bytes: 2 GiB, or half of what there is where that is
 /// less.
-pub(crate) fn default_budget(device: &Device) -> u64 {
-    let available = match device.as_cuda() {
+pub(crate) fn default_budget(devices: &[Device]) -> u64 {
+    let available = devices.iter().filter_map(|device| match device.as_cuda() {
         None => AvailableMemory::now().map(|available| available.bytes),
         Some(cuda) => cuda.memory().ok().map(|memory| memory.free),
-    };
-    (2 << 30).min(available.unwrap_or(u64::MAX) / 2)
+    });
+    (2 << 30).min(available.min().unwrap_or(u64::MAX) / 2)
 }
 
-/// Bytes of an arena where the budget is tight.
+/// Bytes of an arena where the budget is tight, or tensors are asked for by name.
 const SHORT_ARENA: u64 = 1 << 20;
 
 /// How long nothing may be read, while a reader waits for memory that held tensors occupy, before
@@ -48,8 +49,9 @@ const SHORTEST_TICK: Duration = Duration::from_millis(1);
 /// A load that goes on in the background; see [`Loader::start`].
 ///
 /// Tensors are read in the order of the files, except that one that somebody waits for is read before all
-/// others, unless there is a [budget](Loader::memory_budget). Clones are handles of one load, for any thread. When the last of them is dropped the load
-/// ends; tensors that were handed out stay.
+/// others: within a [budget](Loader::memory_budget) as soon as that has room for it, and not where tensors keep to
+/// [an order](Loader::in_order). Clones are handles of one load, for any thread. When the last of them is dropped
+/// the load ends; tensors that were handed out stay.
 ///
 /// ```no_run
 /// use fst::{Checkpoint, Loader};
@@ -88,6 +90,8 @@ struct Table {
     cancel: CancelToken,
     stall_timeout: Duration,
     prefer: Prefer,
+    /// Bytes of the budget for what nobody has asked for by name, where that is less than all.
+    ahead: Option<u64>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -141,8 +145,67 @@ impl State {
 }
 
 impl Table {
+    /// Of tensors with these names and bytes, none of which has landed.
+    fn new(loader: &Loader, watch: Arc<Watch>, tensors: Vec<(Box<str>, u64)>) -> Self {
+        let left = tensors.len();
+        let byte_len = tensors.iter().map(|(_, bytes)| *bytes).sum();
+        let by_name = tensors.into_iter().enumerate().map(|(index, (name, _))| (name, index));
+        Self {
+            by_name: by_name.collect(),
+            byte_len,
+            in_order: loader.in_order,
+            budget: None,
+            watch,
+            cancel: loader.cancel.clone(),
+            stall_timeout: loader.stall_timeout.unwrap_or(STALL),
+            prefer: Box::new(|_| {}),
+            ahead: None,
+            state: Mutex::new(State {
+                slots: (0..left).map(|_| Slot::Coming { preferred: false }).collect(),
+                landed: VecDeque::new(),
+                left,
+                first: 0,
+                end: None,
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Has the tensor at `index` read before others, once.
+    fn prefer(&self, index: usize) {
+        let mut wanted = false;
+        if let Some(Slot::Coming { preferred }) = self.state().slots.get_mut(index) {
+            wanted = !std::mem::replace(preferred, true);
+        }
+        if !wanted {
+            return;
+        }
+        (self.prefer)(index);
+        if let Some(budget) = &self.budget {
+            budget.set_ahead(self.ahead.unwrap_or(budget.limit()));
+            // Who waits for memory looks for what is preferred.
+            budget.wake();
+        }
+    }
+
+    /// Takes out what `ready` finds, as for [`wait`](Self::wait), by whatever name: all of the budget is for
+    /// what is read in order.
+    fn wait_for_any<T>(
+        &self,
+        until: Option<Instant>,
+        mut ready: impl FnMut(&mut State) -> Option<T>,
+    ) -> Result<Option<T>> {
+        self.wait(until, |state| {
+            let found = ready(state);
+            if let Some(budget) = self.budget.as_ref().filter(|_| found.is_none()) {
+                budget.set_ahead(budget.limit());
+            }
+            found
+        })
     }
 
     /// A tensor has landed.
@@ -196,7 +259,7 @@ impl Table {
             // One reader may wait for memory while another waits for slow storage, or while what fills
             // the memory is hashed.
             let now = self.watch.bytes();
-            if now != bytes || self.watch.hashing.load(Relaxed) > 0 {
+            if now != bytes || self.watch.is_working() {
                 (bytes, since) = (now, Instant::now());
             }
             let waited = since.elapsed();
@@ -220,13 +283,7 @@ impl Table {
         index: usize,
         mut found: impl FnMut(&mut State) -> Option<Tensor>,
     ) -> Result<Tensor> {
-        let mut wanted = false;
-        if let Some(Slot::Coming { preferred }) = self.state().slots.get_mut(index) {
-            wanted = !std::mem::replace(preferred, true);
-        }
-        if wanted {
-            (self.prefer)(index);
-        }
+        self.prefer(index);
         let taken = || Error::Taken { tensor: name.to_owned() };
         let tensor = self.wait(None, |state| match state.slots.get(index) {
             Some(Slot::Here(_)) => found(state).map(Ok),
@@ -258,23 +315,31 @@ impl Reading {
         run: impl FnOnce(&Table) -> Result<LoadReport> + Send + 'static,
     ) -> Result<Self> {
         let own = table.clone();
-        let read = move || {
+        let thread = spawn(move || {
             let _own = own.watch.enter();
-            let end = catch_unwind(AssertUnwindSafe(|| run(&own)));
+            let end = caught(|| run(&own));
             // Nothing more is asked for: what tensors leave behind is of no use any more.
             if let Some(budget) = &own.budget {
                 budget.close();
             }
-            own.end(
-                end.unwrap_or_else(|panic| Err(Error::Panicked { message: message_of(&*panic) })),
-            );
-        };
-        let thread = std::thread::Builder::new().name("fst-loading".to_owned()).spawn(read);
-        let thread = thread
-            .map_err(|source| fst_io::Error::Setup { what: "the reader thread", source })
-            .map_err(|e| locate(e, &[]))?;
+            own.end(end);
+        })?;
         Ok(Self { table, thread: Some(thread) })
     }
+}
+
+/// Starts the thread of a load.
+fn spawn(read: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
+    let thread = std::thread::Builder::new().name("fst-loading".to_owned()).spawn(read);
+    thread
+        .map_err(|source| fst_io::Error::Setup { what: "the reader thread", source })
+        .map_err(|e| locate(e, &[]))
+}
+
+/// What `run` returns; a panic is an error.
+fn caught<T>(run: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(run))
+        .unwrap_or_else(|panic| Err(Error::Panicked { message: message_of(&*panic) }))
 }
 
 impl Drop for Reading {
@@ -291,68 +356,51 @@ impl Drop for Reading {
 }
 
 impl Loading {
-    /// Starts loading `items` as `loader` says, within a budget if there is one.
+    /// Starts loading `items` to `goals` as `loader` says, within a budget if there is one. With `by_name`, those
+    /// that somebody waits for are read first.
     pub(crate) fn of_items(
         loader: &Loader,
         checkpoint: &Checkpoint,
-        items: Vec<Item>,
+        items: Vec<Planned>,
+        goals: &Goals,
         budget: Option<u64>,
+        by_name: bool,
     ) -> Result<Self> {
         let began = Instant::now();
-        let device = loader.target();
-        let engine = resolve_engine(loader.read.engine, device)?;
-        let mut report = LoadReport::new(engine, device.clone());
-        report.push("open", checkpoint.open_time(), 0);
-        if let Some(manifest) = &loader.manifest {
-            manifest.check(checkpoint, &items)?;
-        }
-        let (load, budget) = match budget {
+        let mut report = loader.begin(checkpoint)?;
+        loader.check_manifest(checkpoint, &items)?;
+        let may_prefer = by_name && (budget.is_none() || !loader.in_order);
+        let (load, budget, ahead) = match budget {
             None => {
-                let load = Load::new(device, checkpoint, items, VERIFY_ARENA, None)?;
-                let load = load.with_options(loader.device_options);
+                let load = Load::new(loader, checkpoint, items, goals, VERIFY_ARENA, None)?;
                 load.check_memory(&loader.read, !loader.unchecked)?;
-                (load, None)
+                (load, None, None)
             }
             Some(limit) => {
-                let (load, left) = within(loader, checkpoint, &items, limit)?;
-                (load, Some(Budget::new(left)))
+                let (load, left) = within(loader, checkpoint, &items, goals, limit, may_prefer)?;
+                let ahead = may_prefer.then(|| read_ahead(&load, left)).flatten();
+                let budget = Budget::keeping(left, loader.keep);
+                budget.set_ahead(ahead.unwrap_or(left));
+                (load, Some(budget), ahead)
             }
         };
-        report.add_files(load.files());
+        report.add_files(load.pieces.files());
         report.push("plan", began.elapsed(), 0);
 
         let load = Arc::new(load);
-        let watch = Arc::new(Watch::background(loader.cancel.flag(), budget.is_none()));
+        let watch = Arc::new(Watch::background(loader.cancel.flag(), may_prefer));
         let prefer = {
             // Files are open as long as they are read.
-            let (load, watch, free) = (Arc::downgrade(&load), watch.clone(), budget.is_none());
-            // Within a budget, memory comes in the order of the files.
+            let (load, watch) = (Arc::downgrade(&load), watch.clone());
             move |index| {
-                if let Some(load) = load.upgrade().filter(|_| free) {
-                    load.prefer(index, &watch);
+                if let Some(load) = load.upgrade().filter(|_| may_prefer) {
+                    load.pieces.prefer(index, &watch);
                 }
             }
         };
-        let names = load.items().iter().enumerate();
-        let names = names.map(|(index, item)| (item.name().into(), index));
-        let table = Arc::new(Table {
-            by_name: names.collect(),
-            byte_len: load.items().iter().map(Item::len).sum(),
-            in_order: loader.in_order,
-            budget,
-            watch,
-            cancel: loader.cancel.clone(),
-            stall_timeout: loader.stall_timeout.unwrap_or(STALL),
-            prefer: Box::new(prefer),
-            state: Mutex::new(State {
-                slots: load.items().iter().map(|_| Slot::Coming { preferred: false }).collect(),
-                landed: VecDeque::new(),
-                left: load.items().len(),
-                first: 0,
-                end: None,
-            }),
-            changed: Condvar::new(),
-        });
+        let tensors = load.items().iter().map(|item| (item.name().into(), item.byte_len()));
+        let table = Table::new(loader, watch, tensors.collect());
+        let table = Arc::new(Table { budget, ahead, prefer: Box::new(prefer), ..table });
         let loader = loader.clone();
         let run = move |table: &Table| {
             let deliver = |index: usize, tensor: Tensor| {
@@ -366,6 +414,51 @@ impl Loading {
         };
         let reading = Reading::start(table, run)?;
         Ok(Self { reading: Arc::new(reading) })
+    }
+
+    /// Starts a load whose own thread finds out which tensors it brings: `read` is given what follows it, takes
+    /// their names and bytes first, and delivers each by its place among these.
+    #[cfg(feature = "dist")]
+    pub(crate) fn planned_by(
+        loader: &Loader,
+        read: impl FnOnce(
+            &Watch,
+            &dyn Fn(Vec<(String, u64)>),
+            &(dyn Fn(usize, Tensor) + Sync),
+        ) -> Result<LoadReport>
+        + Send
+        + 'static,
+    ) -> Result<Self> {
+        let watch = Arc::new(Watch::background(loader.cancel.flag(), false));
+        let (tell, told) = std::sync::mpsc::channel::<Result<Arc<Table>>>();
+        let loader = loader.clone();
+        let thread = spawn(move || {
+            let _own = watch.enter();
+            let table: OnceLock<Arc<Table>> = OnceLock::new();
+            let planned = |tensors: Vec<(String, u64)>| {
+                let tensors = tensors.into_iter().map(|(name, bytes)| (name.into(), bytes));
+                let new = Arc::new(Table::new(&loader, watch.clone(), tensors.collect()));
+                // Who started the load waits for this.
+                let _ = tell.send(Ok(table.get_or_init(|| new).clone()));
+            };
+            let deliver = |index: usize, tensor: Tensor| {
+                if let Some(table) = table.get() {
+                    table.put(index, tensor);
+                }
+            };
+            let end = caught(|| read(&watch, &planned, &deliver));
+            match (table.get(), end) {
+                (Some(table), end) => table.end(end),
+                (None, end) => drop(tell.send(end.and(Err(Error::Cancelled)))),
+            }
+        })?;
+        match told.recv().unwrap_or(Err(Error::Cancelled)) {
+            Ok(table) => Ok(Self { reading: Arc::new(Reading { table, thread: Some(thread) }) }),
+            Err(error) => {
+                let _ = thread.join();
+                Err(error)
+            }
+        }
     }
 
     fn table(&self) -> &Table {
@@ -402,13 +495,15 @@ impl Loading {
         self.table().get(name, index, |state| state.take(index))
     }
 
-    /// The tensor of this name if it is there already, as by [`get`](Self::get).
+    /// The tensor of this name if it is there already, as by [`get`](Self::get); if not, it is read before
+    /// others.
     ///
     /// # Errors
     ///
     /// As for [`get`](Self::get).
     pub fn try_get(&self, name: &str) -> Result<Option<Tensor>> {
         let index = self.index(name)?;
+        self.table().prefer(index);
         let now = Some(Instant::now());
         let found = self.table().wait(now, |state| match state.slots.get(index) {
             Some(Slot::Here(tensor)) => Some(Ok(tensor.clone())),
@@ -427,7 +522,7 @@ impl Loading {
     #[allow(clippy::should_implement_trait, reason = "many threads may ask one load")]
     pub fn next(&self) -> Option<Result<Tensor>> {
         let table = self.table();
-        table.wait(None, |state| state.take_next(table.in_order)).transpose()
+        table.wait_for_any(None, |state| state.take_next(table.in_order)).transpose()
     }
 
     /// As [`next`](Self::next), but waits no longer than `timeout`: `None` also when nothing landed until
@@ -439,7 +534,7 @@ impl Loading {
     pub fn next_timeout(&self, timeout: Duration) -> Result<Option<Tensor>> {
         let table = self.table();
         let until = Instant::now().checked_add(timeout);
-        table.wait(until, |state| state.take_next(table.in_order))
+        table.wait_for_any(until, |state| state.take_next(table.in_order))
     }
 
     /// Waits until all is read and the files are known not to have changed meanwhile. Tensors that were
@@ -518,35 +613,49 @@ impl Loader {
     /// Starts loading the selected tensors in the background, and returns at once: they are there to
     /// [get](Loading::get) by name, in any order and from any thread, while later ones are read. Without
     /// a [budget](Self::memory_budget) all of them are read, whether somebody asks for them or not. With
-    /// one, they keep to the order of the files, and reading stops where tensors that nobody took fill it:
-    /// whoever asks for a later one waits until others take these, or gets [`Error::Stalled`]. Take them by
-    /// [`next`](Loading::next), or in the order of [`planned`](Self::planned).
+    /// one, half of it is for tensors that nobody has asked for yet, if that holds the largest, and the
+    /// rest for those that somebody waits for; short ones bring neighbours with them, of a mebibyte in host
+    /// memory, and of an eighth of the budget on a device. Reading stops where tensors that are held, or were read and not taken, leave
+    /// no room: whoever asks for another then waits until some are dropped, or gets [`Error::Stalled`]. Who
+    /// takes tensors by [`next`](Loading::next) has all of the budget read ahead.
     ///
     /// # Errors
     ///
     /// What is wrong with the request, and what of the files shows before they are read; the rest is told
     /// to those who ask for tensors.
     pub fn start(&self, checkpoint: &Checkpoint) -> Result<Loading> {
-        self.ranks.refuse("a load in the background")?;
-        Loading::of_items(self, checkpoint, self.selection.resolve(checkpoint)?, self.budget)
+        #[cfg(feature = "dist")]
+        if let Some(group) = self.ranks.group()? {
+            return self.start_rank(checkpoint, group);
+        }
+        let items = self.planned(checkpoint)?;
+        let goals = Goals::new(self, &items)?;
+        Loading::of_items(self, checkpoint, items, &goals, self.budget, true)
     }
 }
 
-/// A load within `limit` bytes, and what of these is left for tensors.
+/// A load within `limit` bytes, and what of these is left for tensors. What is asked for by name brings few
+/// neighbours into host memory.
 fn within(
     loader: &Loader,
     checkpoint: &Checkpoint,
-    items: &[Item],
+    items: &[Planned],
+    goals: &Goals,
     limit: u64,
+    by_name: bool,
 ) -> Result<(Load, u64)> {
-    let device = loader.target();
     let plan = |arena| -> Result<(Load, u64)> {
-        let load = Load::new(device, checkpoint, items.to_vec(), arena, Some(loader.in_order))?;
-        let load = load.with_options(loader.device_options).within(limit, loader.in_order);
-        let needed = load.least_memory(loader.in_order) + load.scratch(&loader.read);
+        let (items, in_order) = (items.to_vec(), loader.in_order);
+        let mut load = Load::new(loader, checkpoint, items, goals, arena, Some(in_order))?;
+        load.pieces.keep_within(limit, in_order);
+        let needed = load.pieces.least_memory(in_order) + load.pieces.scratch(&loader.read, true);
         Ok((load, needed))
     };
-    let (mut load, mut needed) = plan((limit / 8).clamp(SHORT_ARENA, ARENA / 4))?;
+    let arena = (limit / 8).clamp(SHORT_ARENA, ARENA / 4);
+    // Giving memory of a device back makes it wait: there tensors share more of it.
+    let to_host = goals.devices.iter().all(Device::is_host);
+    let arena = if by_name && to_host { SHORT_ARENA } else { arena };
+    let (mut load, mut needed) = plan(arena)?;
     if limit < needed {
         // The shortest arenas need the least.
         (load, needed) = plan(SHORT_ARENA)?;
@@ -554,9 +663,19 @@ fn within(
     if limit < needed {
         return Err(Error::Budget { budget: limit, needed });
     }
-    available::check(!loader.unchecked, load.host_memory(&loader.read, Some(limit)))?;
-    let left = limit - load.scratch(&loader.read);
+    let memory = load.pieces.host_memory(&loader.read, Some(limit));
+    available::check(!loader.unchecked, memory, loader.keep > 0)?;
+    let left = limit - load.pieces.scratch(&loader.read, true);
     Ok((load, left))
+}
+
+/// Bytes of a budget that are for what nobody has asked for: half, so that who asks for a tensor finds room for
+/// it. `None` where there is room for all, or none for two arenas.
+fn read_ahead(load: &Load, budget: u64) -> Option<u64> {
+    let largest = load.pieces.least_memory(false);
+    let all: u64 = load.items().iter().map(Planned::byte_len).sum();
+    let ahead = (budget / 2).max(largest);
+    (all > budget && budget - ahead.min(budget) >= largest).then_some(ahead)
 }
 
 /// What a panic said.
@@ -577,24 +696,8 @@ mod tests {
         tensors: usize,
         run: impl FnOnce(&Table) -> Result<LoadReport> + Send + 'static,
     ) -> Loading {
-        let table = Table {
-            by_name: (0..tensors).map(|index| (format!("t{index}").into(), index)).collect(),
-            byte_len: 0,
-            in_order: false,
-            budget: None,
-            watch: Arc::default(),
-            cancel: CancelToken::new(),
-            stall_timeout: STALL,
-            prefer: Box::new(|_| {}),
-            state: Mutex::new(State {
-                slots: (0..tensors).map(|_| Slot::Coming { preferred: false }).collect(),
-                landed: VecDeque::new(),
-                left: tensors,
-                first: 0,
-                end: None,
-            }),
-            changed: Condvar::new(),
-        };
+        let tensors = (0..tensors).map(|index| (format!("t{index}").into(), 0)).collect();
+        let table = Table::new(&Loader::new(), Arc::default(), tensors);
         Loading { reading: Arc::new(Reading::start(Arc::new(table), run).unwrap()) }
     }
 

@@ -5,18 +5,18 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use fst_format::{Checkpoint, TensorInfo};
+use fst_format::{Checkpoint, Planned, TensorInfo};
 use fst_io::mapping::{self, Mapping};
-use fst_io::{Engine, ResolvedEngine, SourceFile};
+use fst_io::watch::Watch;
+use fst_io::{Engine, ResolvedEngine};
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::host::{locate, locate_in};
+use crate::files::{from_sink, locate, locate_in, open_shard};
 use crate::loader::Loader;
-use crate::options::Item;
 use crate::report::LoadReport;
 use crate::tensor::{Data, Tensor, Tensors};
-use crate::verify::{Hashed, verify_all};
+use crate::verify::{Hashed, verified};
 
 impl Loader {
     /// Maps the files instead of reading them: the selected tensors' bytes are the page cache's.
@@ -29,8 +29,9 @@ impl Loader {
     ///
     /// Tensors that cannot be used where they lie in their file are loaded into memory of their
     /// own, as [`load`](Self::load) does: those whose [dtype](Self::dtype) changes, slices that are
-    /// not one run of bytes (of a dimension that others enclose), and tensors that their file
-    /// leaves misaligned for their elements. [`Tensor::is_mapped`] tells.
+    /// not one run of bytes (of a dimension that others enclose), tensors that their file
+    /// leaves misaligned for their elements, and those whose [request](fst_format::Request::device) names a
+    /// device. [`Tensor::is_mapped`] tells.
     ///
     /// [`load`](Self::load) is the default for a reason. Mapped, a model is slower to arrive from
     /// cold storage, its first use pays for page faults, its pages are small ones on most file
@@ -63,34 +64,33 @@ impl Loader {
         let engine = ResolvedEngine { asked, used: Engine::Mmap, reason };
         let mut report = LoadReport::new(engine, Device::host());
         report.push("open", checkpoint.open_time(), 0);
-        let items = self.selection.resolve(checkpoint)?;
-        if let Some(manifest) = &self.manifest {
-            manifest.check(checkpoint, &items)?;
-        }
+        let items = self.planned(checkpoint)?;
+        self.check_manifest(checkpoint, &items)?;
         let mut tensors: Vec<Option<Tensor>> = vec![None; items.len()];
 
         let mut rest = Vec::new();
         let mut ranges: Vec<(Arc<Mapping>, Range<usize>)> = Vec::new();
         let mut maps: Vec<Option<Arc<Mapping>>> = vec![None; checkpoint.shards().len()];
         for (index, item) in items.iter().enumerate() {
-            if item.source_len() == 0 || !item.lands_in_place() {
+            let lies =
+                item.contiguous().filter(|_| item.conversion().is_none() && self.is_to_host(item));
+            let align = item.dtype().alignment() as u64;
+            let Some(lies) = lies.filter(|lies| lies.start.is_multiple_of(align)) else {
                 rest.push(index);
                 continue;
-            }
-            let shard = &mut maps[item.info.shard()];
+            };
+            let shard = &mut maps[item.source().shard()];
             let map = match shard {
                 Some(map) => map,
                 None => {
-                    let source = &checkpoint.shards()[item.info.shard()];
-                    let file = SourceFile::open(source.path(), Some(source.file_metadata()));
-                    let file = file.map_err(|e| locate(e, &items))?;
+                    let file = open_shard(checkpoint, &items, item.source().shard())?;
                     // SAFETY: passed on to our caller.
                     let map = unsafe { Mapping::new(&file) }.map_err(|e| locate(e, &items))?;
                     report.add_files(std::slice::from_ref(&file));
                     shard.insert(Arc::new(map))
                 }
             };
-            let (tensor, range) = mapped(item, map)?;
+            let (tensor, range) = mapped(item, lies, map)?;
             report.bytes_asked += range.len() as u64;
             match ranges.last_mut() {
                 Some((last, before)) if Arc::ptr_eq(last, map) && before.end == range.start => {
@@ -106,10 +106,12 @@ impl Loader {
         }
 
         if let Some(manifest) = &self.manifest {
-            let mapped = tensors.iter().flatten();
-            let mapped = mapped.map(|tensor| Ok((tensor.info().name(), tensor.bytes()?)));
             let hashed = Hashed::default();
-            verify_all(manifest, &hashed, &mapped.collect::<Result<Vec<_>>>()?)?;
+            let watch = Watch::new(self.cancel.flag());
+            verified(manifest, &hashed, &watch, &|_, _| Ok(()), |check| {
+                let mut mapped = tensors.iter().flatten();
+                mapped.try_for_each(|tensor| check(0, tensor.clone()).map_err(from_sink))
+            })?;
             hashed.report(&mut report);
         }
 
@@ -137,13 +139,15 @@ impl Loader {
 }
 
 /// A tensor in a mapping, and where in it.
-fn mapped(item: &Item, map: &Arc<Mapping>) -> Result<(Tensor, Range<usize>)> {
-    let start = item.info.file_range().start + item.runs().first;
-    let end = start + item.source_len();
+fn mapped(
+    item: &Planned,
+    Range { start, end }: Range<u64>,
+    map: &Arc<Mapping>,
+) -> Result<(Tensor, Range<usize>)> {
     let too_long = || {
-        let (path, end) = (item.info.path().to_owned(), map.len() as u64);
-        let source = fst_io::Error::EarlyEnd { path, end, needed: start + item.source_len() };
-        Error::Io { tensor: Some(item.info.name().to_owned()), source }
+        let (path, needed) = (item.source().path().to_owned(), end);
+        let source = fst_io::Error::EarlyEnd { path, end: map.len() as u64, needed };
+        Error::Io { tensor: Some(item.source().name().to_owned()), source }
     };
     let range = usize::try_from(start).ok().zip(usize::try_from(end).ok()).map(|(a, b)| a..b);
     let range = range.filter(|range| range.end <= map.len()).ok_or_else(too_long)?;

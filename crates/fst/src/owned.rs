@@ -6,19 +6,19 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::AcqRel};
 use std::time::Instant;
 
-use fst_format::{Checkpoint, Dtype, Element};
-use fst_io::SourceFile;
-use fst_io::plan::Limits;
+use fst_format::{Checkpoint, Dtype, Element, Planned};
+use fst_gpu::BorrowedLoad;
+use fst_io::available;
 use fst_io::sink::SinkError;
 
 use crate::error::{Error, Result};
-use crate::host::{from_sink, open_files};
-use crate::into::{Memory, Ways};
-use crate::load::resolve_engine;
+use crate::files::{from_sink, locate, open_pieces};
+use crate::into::{Memory, elsewhere};
 use crate::loader::Loader;
-use crate::options::Item;
+use crate::progress::Progress;
+use crate::remote;
 use crate::report::LoadReport;
-use crate::request::Planned;
+use crate::verify::Hashed;
 
 /// Host memory of a caller's own kind for one tensor, which need not be initialised: a `Vec`, a pool's
 /// block, a tensor of an engine's.
@@ -91,7 +91,6 @@ impl<M> fmt::Debug for Filled<M> {
 
 /// Memory on its way.
 struct Coming<M> {
-    planned: Planned,
     memory: Mutex<Option<M>>,
     /// Bytes of the file that are still to come.
     missing: AtomicU64,
@@ -114,9 +113,9 @@ impl Loader {
     /// let model = Mutex::new(Vec::<(String, Vec<f32>)>::new());
     /// Loader::new().dtype(Dtype::F32).load_owned(
     ///     &checkpoint,
-    ///     |tensor| Vec::<f32>::with_capacity(tensor.shape.iter().product()),
+    ///     |tensor| Vec::<f32>::with_capacity(tensor.shape().iter().product()),
     ///     |tensor, filled| {
-    ///         model.lock().expect("no thread panicked").push((tensor.name.clone(), filled.into_vec()));
+    ///         model.lock().expect("no thread panicked").push((tensor.name().to_owned(), filled.into_vec()));
     ///     },
     /// )?;
     /// # Ok::<(), fst::Error>(())
@@ -134,63 +133,101 @@ impl Loader {
         landed: impl Fn(&Planned, Filled<M>) + Sync,
     ) -> Result<LoadReport> {
         self.ranks.refuse("memory of the caller's")?;
-        let engine = resolve_engine(self.read.engine, self.target())?;
-        let mut report = LoadReport::new(engine, self.target().clone());
-        report.push("open", checkpoint.open_time(), 0);
+        let mut report = self.begin(checkpoint)?;
         let began = Instant::now();
-        let items = self.selection.resolve(checkpoint)?;
-        if let Some(item) = items.first().filter(|_| !self.target().is_host()) {
-            return Err(self.elsewhere(item));
+        let items = self.planned(checkpoint)?;
+        if let Some(item) = items.iter().find(|item| !self.is_to_host(item)) {
+            return Err(elsewhere(item, &self.device_of(item)?));
         }
-        if let Some(manifest) = &self.manifest {
-            manifest.check(checkpoint, &items)?;
-        }
-        let (files, number) = open_files(checkpoint, &items)?;
+        let allocated = |item| {
+            let memory = allocate(&item);
+            (item, memory)
+        };
+        let wanted = items.into_iter().map(allocated).collect();
+        self.fill(checkpoint, wanted, began, &mut report, &landed)?;
+        Ok(report)
+    }
+
+    /// Reads tensors into the host memory beside them, which `landed` takes back as soon as it is filled, and
+    /// right by the manifest if there is one. Planning has been going on since `began`.
+    pub(crate) fn fill<M: OwnedMemory>(
+        &self,
+        checkpoint: &Checkpoint,
+        wanted: Vec<(Planned, M)>,
+        began: Instant,
+        report: &mut LoadReport,
+        landed: &(dyn Fn(&Planned, Filled<M>) + Sync),
+    ) -> Result<()> {
+        let (items, owners): (Vec<Planned>, Vec<M>) = wanted.into_iter().unzip();
+        self.check_manifest(checkpoint, &items)?;
+        let (files, pieces) = open_pieces(checkpoint, &items)?;
         report.add_files(&files);
-        let align = files.iter().map(SourceFile::align).max().unwrap_or(Limits::MIN_ALIGN);
-        let mut ways = Ways::default();
+        let mut places = Vec::with_capacity(items.len());
         let mut coming = Vec::with_capacity(items.len());
-        for (index, item) in items.iter().enumerate() {
-            let planned = Planned::of(item);
-            let mut owner = allocate(&planned);
-            let memory = memory_for(item, &mut owner)?;
-            if let Some(file) = number[item.info.shard()].filter(|_| item.source_len() > 0) {
-                ways.sort((index, item), file, &files[file as usize], align, memory);
-            }
+        for (item, mut owner) in items.iter().zip(owners) {
+            places.push(memory_for(item, &mut owner)?);
             let (memory, missing) = (Mutex::new(Some(owner)), AtomicU64::new(item.source_len()));
-            coming.push(Coming { planned, memory, missing });
+            coming.push(Coming { memory, missing });
         }
-        let hand_back = |one: &Coming<M>| -> Result<(), SinkError> {
+        let located = |error| locate(error, &items);
+        let load = BorrowedLoad::new(&files, pieces.into_iter().zip(places)).map_err(located)?;
+        let (scratch, bytes_total) = (load.scratch(), load.bytes_read());
+        available::check(!self.unchecked && scratch > 0, scratch, false)?;
+        report.tensors += items.len();
+        report.bytes += items.iter().map(Planned::byte_len).sum::<u64>();
+        report.push("plan", began.elapsed(), 0);
+
+        let began = Instant::now();
+        let hashed = Hashed::default();
+        let hand_back = |item: &Planned, one: &Coming<M>| -> Result<(), SinkError> {
             let memory = one.memory.lock().unwrap_or_else(|e| e.into_inner()).take();
             let Some(memory) = memory else { return Ok(()) };
-            let mut filled = Filled { memory, bytes: one.planned.bytes as usize };
+            let mut filled = Filled { memory, bytes: item.byte_len() as usize };
             if let Some(manifest) = &self.manifest {
-                let checked = manifest.check_bytes(&one.planned.source, filled.bytes());
+                let checked = hashed.check(manifest, item.source().name(), filled.bytes());
                 checked.map_err(Error::from)?;
             }
-            landed(&one.planned, filled);
+            landed(item, filled);
             Ok(())
         };
-        let arrived = |index: usize, bytes: u64| match coming.get(index) {
+        let arrived = |index: usize, bytes: u64| match items.get(index).zip(coming.get(index)) {
             // The last of them sees what the others wrote.
-            Some(one) if one.missing.fetch_sub(bytes, AcqRel) == bytes => hand_back(one),
+            Some((item, one)) if one.missing.fetch_sub(bytes, AcqRel) == bytes => {
+                hand_back(item, one)
+            }
             _ => Ok(()),
         };
-        for one in coming.iter().filter(|one| one.planned.bytes == 0) {
-            hand_back(one).map_err(from_sink)?;
+        for (item, one) in items.iter().zip(&coming).filter(|(item, _)| item.source_len() == 0) {
+            hand_back(item, one).map_err(from_sink)?;
         }
-        self.fill(&items, &files, ways, align, began, &arrived, &mut report)?;
-        Ok(report)
+        let watch = self.watch();
+        let progress = |bytes_done| Progress {
+            bytes_done,
+            bytes_total,
+            tensors_total: items.len(),
+            elapsed: began.elapsed(),
+        };
+        let reads = self.watched(&watch, &progress, || {
+            load.run(&files, &self.read, &watch, &arrived).map_err(located)
+        })?;
+        report.push("read", began.elapsed(), bytes_total);
+        report.add_reads(&reads);
+        if self.manifest.is_some() {
+            hashed.report(report);
+        }
+        remote::loaded(checkpoint, report);
+        Ok(())
     }
 }
 
 /// The part of `owner`'s memory that `item` is loaded to.
-fn memory_for<'d>(item: &Item, owner: &mut impl OwnedMemory) -> Result<Memory<'d>> {
+fn memory_for<'d>(item: &Planned, owner: &mut impl OwnedMemory) -> Result<Memory<'d>> {
     let tensor = || item.name().to_owned();
-    if let Some(asked) = owner.dtype().filter(|dtype| *dtype != item.dtype && *dtype != Dtype::U8) {
-        return Err(Error::WrongDtype { tensor: tensor(), asked, found: item.dtype });
+    if let Some(asked) = owner.dtype().filter(|dtype| *dtype != item.dtype() && *dtype != Dtype::U8)
+    {
+        return Err(Error::WrongDtype { tensor: tensor(), asked, found: item.dtype() });
     }
-    let (expected, memory) = (item.len(), owner.memory());
+    let (expected, memory) = (item.byte_len(), owner.memory());
     let found = memory.len() as u64;
     let Some(memory) = usize::try_from(expected).ok().and_then(|len| memory.get_mut(..len)) else {
         return Err(Error::DestinationLength { tensor: tensor(), expected, found });

@@ -3,12 +3,11 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use fst_dist::ExchangeReport;
+use fst_gpu::DeviceCopy;
 use fst_io::stats::{self, Event};
 use fst_io::touch::{self, FirstTouch};
 use fst_io::{ReadStats, ResolvedEngine, SourceFile};
 
-use crate::cached::DeviceCopy;
 use crate::device::Device;
 
 /// A part of a load.
@@ -48,11 +47,16 @@ impl Stage {
             "read.cached" => "copied out of the page cache",
             "read.buffered" => "through the page cache, filled from storage",
             "read.mapped" => "copied out of a mapping",
+            "read.remote" => "by range from where it is stored",
             "read.touch" => "first touch of fresh destination memory",
             "read.issue" => "handing requests to the kernel",
             "read.wait" => "nothing to do until storage answers",
             "read.reserve" => "waiting for memory to read into",
             "read.deliver" => "converting, handing tensors over",
+            "read.pin" => "pinning host memory, beside the reads",
+            "read.streams" => "making streams and events",
+            "read.allocate" => "allocating device memory",
+            "read.kernels" => "loading kernels, beside the reads",
             "read.exchange" => "transfers, waiting for other ranks among them",
             "read.pack" => "into and out of the order in which parts travel",
             "read.starve" => "waiting for blocks to send",
@@ -108,8 +112,33 @@ pub struct LoadReport {
     /// How fast fresh host memory came when this process last looked, and whether small pages were taken for
     /// that; `None` where no load into host memory was large enough to look.
     pub first_touch: Option<FirstTouch>,
+    /// What requests for shards came to that are not local, if there are any.
+    pub remote: Option<RemoteReport>,
     /// Where in `files` those of the next read begin.
     first_file: usize,
+}
+
+/// What requests for the shards of a checkpoint came to since it was opened, those of its headers and of all
+/// its loads in this process together.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RemoteReport {
+    /// The servers that were asked for ranges, sorted.
+    pub endpoints: Vec<String>,
+    /// Requests that were made.
+    pub requests: u64,
+    /// Those of them that were made again after a failure.
+    pub retries: u64,
+    /// Answers that asked for patience (429 and 503).
+    pub throttled: u64,
+    /// Bytes that came.
+    pub received_bytes: u64,
+    /// Those of them that had come before: what follows a header comes with it, and again with the tensors.
+    pub repeated_bytes: u64,
+    /// Half of the requests were answered within this time.
+    pub first_byte_p50: Duration,
+    /// Of a hundred requests, 99 were answered within this time.
+    pub first_byte_p99: Duration,
 }
 
 /// What one rank of several kept and exchanged. What it read, the [report](LoadReport) says.
@@ -160,6 +189,7 @@ impl LoadReport {
             rank: None,
             device_copy: None,
             first_touch: None,
+            remote: None,
         }
     }
 
@@ -205,6 +235,7 @@ impl LoadReport {
             stats::Stage::Direct => "read.direct",
             stats::Stage::Cached => "read.cached",
             stats::Stage::Buffered => "read.buffered",
+            stats::Stage::Remote => "read.remote",
             _ => "read.mapped",
         });
         for (index, name) in ways.into_iter().enumerate() {
@@ -243,8 +274,18 @@ impl LoadReport {
         }
     }
 
+    /// Adds how bytes got to a device, and what was made for that as parts of the stage `read`.
+    pub(crate) fn add_device_copy(&mut self, copy: Option<DeviceCopy>) {
+        for part in copy.iter().flat_map(|copy| &copy.preparations) {
+            let time = Duration::try_from_secs_f64(part.seconds).unwrap_or_default();
+            self.push_part(part.name, time, 0);
+        }
+        self.device_copy = copy;
+    }
+
     /// Adds what the exchange did, as parts of the stage `read`.
-    pub(crate) fn add_exchange(&mut self, exchange: &ExchangeReport) {
+    #[cfg(feature = "dist")]
+    pub(crate) fn add_exchange(&mut self, exchange: &fst_dist::ExchangeReport) {
         for (name, time, bytes) in [
             ("read.exchange", exchange.exchange, exchange.received_bytes),
             ("read.pack", exchange.copy, 0),

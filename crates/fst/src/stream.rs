@@ -3,12 +3,12 @@
 use std::fmt;
 use std::sync::Arc;
 
-use fst_format::Checkpoint;
+use fst_format::{Checkpoint, Planned};
 
 use crate::error::{Error, Result};
+use crate::load::Goals;
 use crate::loader::Loader;
 use crate::loading::{Loading, default_budget};
-use crate::options::Item;
 use crate::report::LoadReport;
 use crate::tensor::Tensor;
 
@@ -31,13 +31,14 @@ impl TensorStream {
     pub(crate) fn start(
         loader: &Loader,
         checkpoint: &Checkpoint,
-        items: Vec<Item>,
+        items: Vec<Planned>,
     ) -> Result<Self> {
-        let budget = loader.budget.unwrap_or_else(|| default_budget(loader.target()));
-        Loading::of_items(loader, checkpoint, items, Some(budget)).map(Self::of)
+        let goals = Goals::new(loader, &items)?;
+        let budget = loader.budget.unwrap_or_else(|| default_budget(&goals.devices));
+        Loading::of_items(loader, checkpoint, items, &goals, Some(budget), false).map(Self::of)
     }
 
-    fn of(loading: Loading) -> Self {
+    pub(crate) fn of(loading: Loading) -> Self {
         Self { remaining: loading.remaining(), loading, over: false }
     }
 

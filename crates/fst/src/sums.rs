@@ -9,17 +9,16 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use fst_format::Checkpoint;
+use fst_format::{Checkpoint, Planned};
 use sha2::{Digest as _, Sha256};
 
-use crate::available::AvailableMemory;
 use crate::error::{Error, Result};
 use crate::loader::Loader;
-use crate::manifest::{Checksum, Digest};
-use crate::options::Item;
 use crate::progress::Progress;
 use crate::stream::TensorStream;
 use crate::tensor::Tensor;
+use fst_format::{Checksum, Digest};
+use fst_io::available::AvailableMemory;
 
 /// Bytes of a file that are hashed at a time: a multiple of the size of any element.
 const PART: u64 = 8 << 20;
@@ -47,12 +46,12 @@ impl Loader {
     ) -> Result<Vec<Checksum>> {
         self.ranks.refuse("sums")?;
         let began = Instant::now();
-        let items = self.selection.resolve(checkpoint)?;
-        let mut parts: Vec<Item> = Vec::with_capacity(items.len());
+        let items = self.planned(checkpoint)?;
+        let mut parts: Vec<Planned> = Vec::with_capacity(items.len());
         // For each part, the tensor that it is of, and whether it is the last.
         let mut of: Vec<(usize, bool)> = Vec::with_capacity(items.len());
         for (index, item) in items.iter().enumerate() {
-            parts.extend(item.clone().parts(PART));
+            parts.extend(item.parts(PART));
             of.resize(parts.len(), (index, false));
             if let Some(last) = of.last_mut() {
                 last.1 = true;
@@ -83,13 +82,28 @@ impl Loader {
             progress.elapsed = began.elapsed();
             told(&progress);
         })?;
-        let sum = |(item, sha256): (&Item, Digest)| Checksum {
-            name: item.info.name().to_owned(),
-            dtype: Some(item.dtype),
-            shape: Some(item.shape().to_vec()),
-            sha256,
+        let sum = |(item, sha256): (&Planned, Digest)| {
+            let mut sum = Checksum::new(item.source().name(), sha256);
+            sum.dtype = Some(item.dtype());
+            sum.shape = Some(item.shape().to_vec());
+            sum
         };
         Ok(items.iter().zip(digests).map(sum).collect())
+    }
+}
+
+impl Tensor {
+    /// The sum of its bytes, with its dtype and shape, for a [`Manifest`](crate::Manifest). Bytes on a device
+    /// are copied first.
+    ///
+    /// # Errors
+    ///
+    /// When copying from a device fails.
+    pub fn checksum(&self) -> Result<Checksum> {
+        let mut sum = Checksum::new(self.name(), Digest::of(self.to_host()?.bytes()?));
+        sum.dtype = Some(self.dtype());
+        sum.shape = Some(self.shape().to_vec());
+        Ok(sum)
     }
 }
 

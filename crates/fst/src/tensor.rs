@@ -5,16 +5,18 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
+#[cfg(feature = "cuda")]
 use cudarc::driver::CudaStream;
-use fst_format::{Dtype, Element, TensorInfo};
+use fst_format::{Dtype, Element, Planned, TensorInfo};
+#[cfg(feature = "cuda")]
 use fst_gpu::ArenaView;
 use fst_gpu::dlpack::{DlDataType, DlDevice, DlSource};
+use fst_gpu::{CudaMemory, Filled};
 use fst_io::{Mapping, Piece, SharedBuffer};
 
-use crate::cuda::CudaMemory;
 use crate::device::Device;
 use crate::error::{DeviceError, Error, Result};
-use crate::options::Item;
+use crate::into::Destination;
 use crate::report::LoadReport;
 
 /// A loaded tensor: a name, a shape, a dtype, and a counted reference to the memory that holds its
@@ -34,6 +36,9 @@ pub struct Tensor {
     shape: Option<Box<[usize]>>,
     data: Data,
 }
+
+/// Why mapped tensors are not written to.
+const MAPPED: &str = "its bytes are those of a file; load it instead of mapping it";
 
 /// Where the elements are.
 #[derive(Clone)]
@@ -57,6 +62,16 @@ impl Data {
         }
     }
 
+    /// `len` bytes that a load made.
+    pub(crate) fn of(filled: Filled, len: u64) -> Self {
+        match filled {
+            Filled::Host(bytes) => Self::Host(bytes),
+            Filled::Cuda { memory, offset } => {
+                Self::Cuda { memory, offset, len, owners: Arc::default() }
+            }
+        }
+    }
+
     /// Bytes `offset..offset + len` of an arena in host memory, which go when nobody holds them.
     ///
     /// # Safety
@@ -75,13 +90,14 @@ impl Tensor {
     }
 
     /// The tensor that an item was loaded as.
-    pub(crate) fn of(item: &Item, data: Data) -> Self {
-        let shape = item.slice.as_ref().map(|slice| slice.shape());
-        let tensor = Self::new(item.info.clone(), item.dtype, shape, data);
-        Self { name: item.name.clone(), ..tensor }
+    pub(crate) fn of(item: &Planned, data: Data) -> Self {
+        let shape = item.slice().map(|slice| slice.shape());
+        let tensor = Self::new(item.source().clone(), item.dtype(), shape, data);
+        Self { name: item.new_name().cloned(), ..tensor }
     }
 
     /// The same tensor by another name.
+    #[cfg(feature = "dist")]
     pub(crate) fn named(self, name: &str) -> Self {
         let name = (name != self.info.name()).then(|| name.into());
         Self { name, ..self }
@@ -127,7 +143,7 @@ impl Tensor {
     pub fn device(&self) -> Device {
         match &self.data {
             Data::Host(_) | Data::Mapped { .. } => Device::host(),
-            Data::Cuda { memory, .. } => Device::of_cuda(memory.arena.device()),
+            Data::Cuda { memory, .. } => Device::of_cuda(memory.arena().device()),
         }
     }
 
@@ -169,7 +185,7 @@ impl Tensor {
     pub fn to_host(&self) -> Result<Self> {
         let Data::Cuda { memory, offset, len, .. } = &self.data else { return Ok(self.clone()) };
         let arena = SharedBuffer::filled(*len as usize, |bytes| {
-            memory.arena.copy_to_host(*offset, bytes).map_err(DeviceError::Cuda)?;
+            memory.arena().copy_to_host(*offset, bytes).map_err(DeviceError::Cuda)?;
             Ok::<(), Error>(())
         })?;
         // SAFETY: the buffer is new and this is all of it.
@@ -181,7 +197,7 @@ impl Tensor {
     /// memory. Valid as long as a tensor of the same arena lives.
     pub fn device_ptr(&self) -> Option<u64> {
         match &self.data {
-            Data::Cuda { memory, offset, .. } => Some(memory.arena.address() + offset),
+            Data::Cuda { memory, offset, .. } => Some(memory.arena().address() + offset),
             Data::Host(_) | Data::Mapped { .. } => None,
         }
     }
@@ -192,12 +208,13 @@ impl Tensor {
     /// # Errors
     ///
     /// [`Error::WrongDtype`], or [`Error::Device`] when the tensor is not on the stream's device.
+    #[cfg(feature = "cuda")]
     pub fn cuda_view<T: Element>(&self, stream: &Arc<CudaStream>) -> Result<ArenaView<T>> {
         let Data::Cuda { memory, offset, .. } = &self.data else {
             return Err(DeviceError::NotOnDevice { tensor: self.name().to_owned() }.into());
         };
         self.check_dtype::<T>()?;
-        let view = ArenaView::new(&memory.arena, stream, *offset, self.elements())
+        let view = ArenaView::new(memory.arena(), stream, *offset, self.elements())
             .map_err(DeviceError::Cuda)?;
         // The memory counts against a stream's budget as long as the view uses it, and the elements
         // have another reader.
@@ -263,16 +280,69 @@ impl Tensor {
         self.export()
     }
 
+    /// Its memory, for writing, if nobody else may look at the elements.
+    pub(crate) fn destination(&mut self) -> Option<Destination<'_>> {
+        if !self.data.is_owned() {
+            return None;
+        }
+        match &mut self.data {
+            Data::Host(piece) => piece.get_mut().map(Into::into),
+            Data::Cuda { memory, offset, len, .. } => {
+                let address = memory.arena().address() + *offset;
+                // SAFETY: nobody else has these bytes, by the check above, as long as this borrow lasts.
+                Some(unsafe { Destination::device_bytes(address, *len) })
+            }
+            Data::Mapped { .. } => None,
+        }
+    }
+
+    /// Its memory, for writing, whoever else has the tensor.
+    ///
+    /// # Safety
+    ///
+    /// As long as the result lives nobody else reads or writes the elements, nor holds references to them.
+    pub(crate) unsafe fn shared_destination(&self) -> Result<Destination<'_>> {
+        match &self.data {
+            Data::Host(piece) => {
+                let Some(start) = piece.address() else { return Ok(<&mut [u8]>::default().into()) };
+                // SAFETY: the piece's bytes, which nobody else uses, by the caller's word.
+                let bytes =
+                    unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), self.byte_len()) };
+                Ok(bytes.into())
+            }
+            Data::Cuda { memory, offset, len, .. } => {
+                let address = memory.arena().address() + offset;
+                // SAFETY: passed on from the caller.
+                Ok(unsafe { Destination::device_bytes(address, *len) })
+            }
+            Data::Mapped { .. } => Err(self.not_writable(MAPPED)),
+        }
+    }
+
+    /// The tensor once an item of its kind was read into it.
+    pub(crate) fn updated(self, item: &Planned) -> Self {
+        Self::of(item, self.data)
+    }
+
+    /// Whether it is all of a tensor of a checkpoint, in its shape.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.shape.is_none()
+    }
+
+    fn not_writable(&self, reason: &'static str) -> Error {
+        Error::NotWritable { tensor: self.name().to_owned(), reason }
+    }
+
     /// Refuses to let anyone write to what others look at.
-    fn check_writable(&mut self) -> Result<()> {
+    pub(crate) fn check_writable(&mut self) -> Result<()> {
         let reason = if self.is_mapped() {
-            "its bytes are those of a file; load it instead of mapping it"
+            MAPPED
         } else if !self.data.is_owned() {
             "a clone, a view or another export of it is in use; drop these first"
         } else {
             return Ok(());
         };
-        Err(Error::NotWritable { tensor: self.name().to_owned(), reason })
+        Err(self.not_writable(reason))
     }
 
     /// An export that owns `self`.
@@ -290,7 +360,7 @@ impl Tensor {
             }
             Data::Mapped { .. } => (self.bytes()?.as_ptr() as u64, DlDevice::CPU),
             Data::Cuda { memory, offset, .. } => {
-                let arena = &memory.arena;
+                let arena = memory.arena();
                 (arena.address() + offset, DlDevice::cuda(arena.device().ordinal()))
             }
         };
@@ -416,6 +486,16 @@ impl Tensors {
     /// Whether nothing was loaded.
     pub fn is_empty(&self) -> bool {
         self.tensors.is_empty()
+    }
+
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [Tensor] {
+        &mut self.tensors
+    }
+
+    /// Takes all tensors out.
+    pub(crate) fn take(&mut self) -> Vec<Tensor> {
+        self.by_name.clear();
+        std::mem::take(&mut self.tensors)
     }
 
     pub(crate) fn report_mut(&mut self) -> &mut LoadReport {

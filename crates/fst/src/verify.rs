@@ -1,19 +1,20 @@
 //! Holding loads to a manifest: tensors are hashed by threads while later ones are read.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam::channel;
 use fst_io::sink::SinkError;
 
 use crate::error::{Error, Result};
-use crate::host::{Deliver, Watch, from_sink};
+use crate::files::from_sink;
+use crate::load::Deliver;
 use crate::loader::Loader;
-use crate::manifest::{Manifest, VerifyError};
 use crate::report::LoadReport;
 use crate::tensor::Tensor;
+use fst_format::{Checkpoint, Manifest, Planned, VerifyError};
+use fst_io::watch::Watch;
 
 /// Bytes of an arena where tensors are hashed: short, so that there is soon something to hash.
 pub(crate) const VERIFY_ARENA: u64 = 64 << 20;
@@ -30,6 +31,14 @@ impl Loader {
     pub fn verify(mut self, manifest: Manifest) -> Self {
         self.manifest = Some(Arc::new(manifest));
         self
+    }
+
+    /// Refuses what the manifest, if there is one, does not know as it would be loaded.
+    pub(crate) fn check_manifest(&self, checkpoint: &Checkpoint, items: &[Planned]) -> Result<()> {
+        match &self.manifest {
+            Some(manifest) => Ok(manifest.check(checkpoint, items.iter().map(Planned::as_loaded))?),
+            None => Ok(()),
+        }
     }
 }
 
@@ -51,7 +60,12 @@ impl Hashed {
         report.push_part("verify.hash", Duration::from_nanos(self.busy.load(Relaxed)), bytes);
     }
 
-    fn check(&self, manifest: &Manifest, name: &str, bytes: &[u8]) -> Result<(), VerifyError> {
+    pub(crate) fn check(
+        &self,
+        manifest: &Manifest,
+        name: &str,
+        bytes: &[u8],
+    ) -> Result<(), VerifyError> {
         let began = Instant::now();
         let result = manifest.check_bytes(name, bytes);
         self.busy.fetch_add(began.elapsed().as_nanos() as u64, Relaxed);
@@ -69,7 +83,10 @@ pub(crate) fn verified<T>(
     deliver: Deliver<'_>,
     load: impl FnOnce(Deliver<'_>) -> Result<T>,
 ) -> Result<T> {
-    let (send, receive) = channel::unbounded::<(usize, Tensor)>();
+    let (send, receive) = mpsc::channel::<(usize, Tensor)>();
+    let receive = Mutex::new(receive);
+    // One thread at a time waits for the next tensor, the others for it.
+    let next = || receive.lock().unwrap_or_else(|e| e.into_inner()).recv();
     let failure: Mutex<Option<Error>> = Mutex::new(None);
     let over = AtomicBool::new(false);
     let failed =
@@ -83,7 +100,7 @@ pub(crate) fn verified<T>(
         deliver(index, tensor).map_err(from_sink)
     };
     let hash = || {
-        for (index, tensor) in &receive {
+        while let Ok((index, tensor)) = next() {
             // After a failure tensors are only dropped: their memory may be what the reader
             // waits for.
             if !failed()
@@ -91,7 +108,7 @@ pub(crate) fn verified<T>(
             {
                 fail(error);
             }
-            watch.hashing.fetch_sub(1, Relaxed);
+            watch.end_work();
         }
     };
     let result = thread::scope(|scope| {
@@ -109,7 +126,7 @@ pub(crate) fn verified<T>(
             if started == 0 {
                 return check(index, tensor).map_err(SinkError::from);
             }
-            watch.hashing.fetch_add(1, Relaxed);
+            watch.begin_work();
             // The receiver lives as long as this function.
             send.send((index, tensor)).map_err(|_| Error::Cancelled.into())
         });
@@ -124,44 +141,5 @@ pub(crate) fn verified<T>(
     match failure.into_inner().unwrap_or_else(|e| e.into_inner()) {
         Some(error) => Err(error),
         None => result,
-    }
-}
-
-/// Checks bytes that are all there, by several threads.
-pub(crate) fn verify_all(
-    manifest: &Manifest,
-    hashed: &Hashed,
-    tensors: &[(&str, &[u8])],
-) -> Result<()> {
-    let began = Instant::now();
-    let (send, receive) = channel::unbounded();
-    for tensor in tensors {
-        // The receiver is right here.
-        let _ = send.send(*tensor);
-    }
-    drop(send);
-    let failure: Mutex<Option<VerifyError>> = Mutex::new(None);
-    let hash = || {
-        for (name, bytes) in &receive {
-            if let Err(error) = hashed.check(manifest, name, bytes) {
-                failure.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(error);
-            }
-            if failure.lock().unwrap_or_else(|e| e.into_inner()).is_some() {
-                break;
-            }
-        }
-    };
-    thread::scope(|scope| {
-        for _ in 1..thread::available_parallelism().map_or(1, usize::from) {
-            // Fewer threads are slower and still right.
-            let thread = thread::Builder::new().name("fst-verify".to_owned());
-            let _ = thread.spawn_scoped(scope, hash);
-        }
-        hash();
-    });
-    hashed.tail.fetch_add(began.elapsed().as_nanos() as u64, Relaxed);
-    match failure.into_inner().unwrap_or_else(|e| e.into_inner()) {
-        Some(error) => Err(error.into()),
-        None => Ok(()),
     }
 }

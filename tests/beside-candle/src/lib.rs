@@ -50,3 +50,15 @@ pub fn load(path: &str, ordinal: usize) -> Result<Vec<(String, Tensor)>, Box<dyn
     let tensors = fst::Loader::new().device(device_of(&device)?).load(&checkpoint)?;
     tensors.iter().map(|t| Ok((t.name().to_owned(), to_candle(t, &device)?))).collect()
 }
+
+/// A `VarBuilder` whose tensors fst reads straight to candle's device.
+///
+/// # Errors
+///
+/// What is wrong with the files or the device.
+pub fn var_builder(
+    path: &str,
+    ordinal: usize,
+) -> candle_core::Result<candle_nn::VarBuilder<'static>> {
+    fst_candle::var_builder(path, DType::BF16, &Device::new_cuda(ordinal)?)
+}

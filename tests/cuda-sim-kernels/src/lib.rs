@@ -19,7 +19,7 @@ unsafe extern "C" {
 pub struct HostKernel(Function);
 
 impl HostKernel {
-    /// The kernel whose entry in its PTX file is called `name`.
+    /// The kernel whose entry in its fat binary is called `name`.
     pub fn named(name: &CStr) -> Option<Self> {
         // SAFETY: `name` is a null-terminated string, only read during the call.
         unsafe { fst_sim_kernel_lookup(name.as_ptr()) }.map(Self)

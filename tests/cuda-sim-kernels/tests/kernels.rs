@@ -5,13 +5,17 @@
 #[path = "../../../crates/fst-gpu/tests/golden/mod.rs"]
 #[allow(dead_code)] // Its other half is for the tests of host casts.
 mod golden;
+#[path = "../../../crates/fst-gpu/tests/reference/mod.rs"]
+mod reference;
 
 use std::ffi::c_void;
+use std::fs;
+use std::path::Path;
 
 use fst_cuda_sim_kernels::HostKernel;
 use fst_gpu::cast::{CastType, cast};
-use fst_gpu::kernel::reference::{self, Rows};
 use fst_gpu::kernel::{ChecksumJob, Kernel, Launch, StridedJob, kernels};
+use reference::Rows;
 
 /// Few blocks and threads, so that every thread goes around its loop; enough, so that some have
 /// nothing to do; and what is launched on devices.
@@ -96,16 +100,50 @@ fn casts() -> impl Iterator<Item = (CastType, CastType)> {
 }
 
 #[test]
-fn every_kernel_is_in_its_ptx_and_on_the_host() {
+fn every_kernel_is_in_all_its_images_and_on_the_host() {
     for kernel in kernels() {
         let entry = kernel.entry().unwrap().to_str().unwrap();
-        let ptx = kernel.ptx().unwrap().to_str().unwrap();
-        assert!(ptx.contains(&format!(".visible .entry {entry}(")), "{entry}");
+        let images = cuda_sim::fatbin::images(kernel.fatbin().unwrap()).unwrap();
+        assert_eq!(
+            images.iter().map(|i| i.architecture).collect::<Vec<_>>(),
+            [80, 90, 100, 120, 70]
+        );
+        for image in images {
+            let holds = |text: String| {
+                image.bytes.windows(text.len()).any(|window| window == text.as_bytes())
+            };
+            assert_eq!(image.is_code, image.bytes.starts_with(b"\x7fELF"), "{entry}");
+            assert_eq!(image.is_code, image.architecture != 70, "{entry}");
+            if image.is_code {
+                assert!(holds(format!("\0.text.{entry}\0")), "{entry}");
+            } else {
+                assert!(holds(format!(".visible .entry {entry}(")), "{entry}");
+            }
+        }
         assert!(HostKernel::named(kernel.entry().unwrap()).is_some(), "{entry}");
     }
     let golden: Vec<_> = golden::pairs().iter().map(|pair| (pair.from, pair.to)).collect();
     assert_eq!(casts().collect::<Vec<_>>(), golden);
     assert_eq!(Kernel::Cast { from: CastType::F32, to: CastType::F32 }.entry(), None);
+}
+
+#[test]
+fn the_fat_binaries_are_those_of_these_sources() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../crates/fst-gpu/kernels");
+    let sums = fs::read_to_string(folder.join("SHA256SUMS")).unwrap();
+    let mut named: Vec<&str> = Vec::new();
+    for line in sums.lines() {
+        let (sum, name) = line.split_once("  ").unwrap();
+        let bytes = fs::read(folder.join(name)).unwrap();
+        assert_eq!(sum, golden::sha256(&bytes), "{name}: run tools/kernels/build.sh");
+        named.push(name);
+    }
+    let there = |folder: &Path| fs::read_dir(folder).unwrap().map(|e| e.unwrap().path());
+    let fatbin = folder.join("fatbin");
+    let files = there(&folder).chain(there(&fatbin)).filter(|path| {
+        path.extension().is_some_and(|e| ["cu", "cuh", "fatbin"].map(Some).contains(&e.to_str()))
+    });
+    assert_eq!(files.count(), named.len());
 }
 
 #[test]
@@ -177,7 +215,7 @@ fn strided_rows_are_cast_as_the_reference_does() {
             let shape = Rows { rows, cols, src_pitch };
             let content = numbers(rows * src_pitch + 1);
             let mut expected = vec![0; rows * cols * to.size()];
-            reference::gather_cast(&content, from, &mut expected, to, shape).unwrap();
+            reference::gather_cast(&content, from, &mut expected, to, shape);
             for (src_shift, dst_shift) in [(0, 0), (2, 0), (0, 1), (8, 4), (5, 16)] {
                 for launch in LAUNCHES {
                     let mut src = Buffer::holding(&content, src_shift);
@@ -199,7 +237,7 @@ fn strided_rows_are_gathered_as_the_reference_does() {
             let shape = Rows { rows, cols, src_pitch: cols + gap };
             let content = numbers(rows * shape.src_pitch + 1);
             let mut expected = vec![0; rows * cols];
-            reference::gather(&content, &mut expected, shape).unwrap();
+            reference::gather(&content, &mut expected, shape);
             for src_shift in 0..17 {
                 for dst_shift in [0, 1, 2, 4, 8, 3] {
                     for launch in LAUNCHES {
@@ -241,9 +279,9 @@ fn batches_do_every_job_also_in_pieces() {
             let content = numbers(rows * shape.src_pitch + 1);
             let mut expected = vec![0; rows * cols * to];
             match pair {
-                None => reference::gather(&content, &mut expected, shape).unwrap(),
+                None => reference::gather(&content, &mut expected, shape),
                 Some((from, to)) => {
-                    reference::gather_cast(&content, from, &mut expected, to, shape).unwrap();
+                    reference::gather_cast(&content, from, &mut expected, to, shape);
                 }
             }
             let dst = Buffer::new(expected.len(), 0);

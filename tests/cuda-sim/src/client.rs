@@ -65,8 +65,39 @@ pub struct Report {
     pub cufile_buffers: u64,
     pub pending: u64,
     pub copied_bytes: u64,
+    /// Modules that were compiled from PTX.
+    pub compiled_here: u64,
+    /// Simulated nanoseconds since the clock was started, while it runs.
+    pub clock_ns: u64,
+    /// When the first copy to a device began, and when the last one ends.
+    pub first_copy_ns: u64,
+    pub last_copy_ns: u64,
+    /// How long copies to devices take together.
+    pub link_busy_ns: u64,
+    /// Calls that took ten simulated microseconds and more.
+    pub spans: Vec<Span>,
     /// Misuses, in the order in which they were seen.
     pub violations: Vec<String>,
+}
+
+/// A call that took long, in simulated nanoseconds since the clock was started.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs)]
+#[non_exhaustive]
+pub struct Span {
+    pub call: String,
+    pub thread: String,
+    pub began: u64,
+    pub ended: u64,
+}
+
+impl Span {
+    fn parse(text: &str) -> Option<Self> {
+        let mut words = text.split(' ');
+        let (call, thread) = (words.next()?.to_owned(), words.next()?.to_owned());
+        let (began, ended) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+        Some(Self { call, thread, began, ended })
+    }
 }
 
 impl Report {
@@ -89,6 +120,12 @@ impl Report {
                 "cufile_buffers" => report.cufile_buffers = number,
                 "pending" => report.pending = number,
                 "copied_bytes" => report.copied_bytes = number,
+                "compiled_here" => report.compiled_here = number,
+                "clock_ns" => report.clock_ns = number,
+                "first_copy_ns" => report.first_copy_ns = number,
+                "last_copy_ns" => report.last_copy_ns = number,
+                "link_busy_ns" => report.link_busy_ns = number,
+                "span" => report.spans.extend(Span::parse(value)),
                 _ => report.violations.push(value.to_owned()),
             }
         }
@@ -189,7 +226,7 @@ impl Sim {
     }
 
     /// Makes the `nth` use from now on of `call` return `code` (see `run:copy` and `run:launch`
-    /// for failures of work already accepted). `NAME@DEVICE` counts uses on one device only.
+    /// for failures of work already accepted, `register:file` for registrations of files' mappings). `NAME@DEVICE` counts uses on one device only.
     pub fn fail(&self, call: &str, nth: u64, code: i32) {
         // SAFETY: a NUL-terminated string.
         unsafe { (self.fail)(c_text(call).as_ptr(), nth, code) }
@@ -201,14 +238,22 @@ impl Sim {
         unsafe { (self.calls)(c_text(call).as_ptr()) }
     }
 
-    /// Changes a setting: `driver_version`, `read_only_register`, `batch_copies`, `host_pointers`
-    /// (registered memory has the host's addresses on the device), `patience`
+    /// Changes a setting: `driver_version`, `read_only_register`, `batch_copies`, `allocation_unit` (bytes
+    /// that long allocations take are a multiple of it), `host_pointers`
+    /// (registered memory has the host's addresses on the device), `capability` (80 is 8.0), `integrated` and
+    /// `coherent` (the device has no memory but the host's; it reads that, too), `patience`
     /// (queries answered "not ready" before one lets work run), `cufile_most` (bytes of a read),
-    /// `cufile_flags` (status flags of its driver), `cufile_p2p` (its flags for NVMe).
+    /// `cufile_flags` (status flags of its driver), `cufile_p2p` (its flags for NVMe), `discard` (copies
+    /// and kernels move nothing, and device memory has no bytes), `cost_NAME` (of the table in `clock.rs`).
     /// False if there is none of that name.
     pub fn set(&self, name: &str, value: i64) -> bool {
         // SAFETY: a NUL-terminated string.
         unsafe { (self.set)(c_text(name).as_ptr(), value) }
+    }
+
+    /// Starts the clock at 0, so that simulated time passes `scale` times as slowly as real time; 0 stops it.
+    pub fn run_clock(&self, scale: f64) {
+        self.set("clock_percent", (scale * 100.0) as i64);
     }
 
     /// Adds a library of host kernels. False if it does not open.
@@ -226,9 +271,14 @@ impl Sim {
     /// What is alive now.
     pub fn report(&self) -> Report {
         let mut text = vec![0; 1 << 16];
-        // SAFETY: the buffer is as long as said.
-        let len = unsafe { (self.report)(text.as_mut_ptr(), text.len()) };
-        Report::parse(&String::from_utf8_lossy(&text[..len.min(text.len())]))
+        loop {
+            // SAFETY: the buffer is as long as said.
+            let len = unsafe { (self.report)(text.as_mut_ptr(), text.len()) };
+            if len <= text.len() {
+                return Report::parse(&String::from_utf8_lossy(&text[..len]));
+            }
+            text.resize(2 * len, 0);
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 
 #![allow(unreachable_pub, clippy::missing_safety_doc)]
 
+use crate::clock::Span;
 use crate::world::{Fault, with};
 use std::ffi::{CStr, c_char};
 use std::fmt::Write as _;
@@ -53,20 +54,7 @@ pub extern "C" fn fst_sim_stream_hook(hook: crate::exports::StreamHook) {
 pub unsafe extern "C" fn fst_sim_set(name: *const c_char, value: i64) -> bool {
     // SAFETY: the caller's contract.
     let name = unsafe { text(name) };
-    with(|w| {
-        match name.as_str() {
-            "driver_version" => w.driver_version = value as i32,
-            "read_only_register" => w.read_only_register = value != 0,
-            "host_pointers" => w.host_pointers = value != 0,
-            "batch_copies" => w.batch_copies = value != 0,
-            "cufile_most" => w.cufile_most = value as usize,
-            "cufile_flags" => w.cufile_flags = value as u32,
-            "cufile_p2p" => w.cufile_p2p = value as u32,
-            "patience" => w.patience = value as u32,
-            _ => return false,
-        }
-        true
-    })
+    with(|w| w.set(&name, value))
 }
 
 /// Adds a library of host kernels; false if it does not open.
@@ -82,7 +70,7 @@ pub unsafe extern "C" fn fst_sim_add_kernels(path: *const c_char) -> bool {
     true
 }
 
-/// The report: lines of `name value` and `violation text`.
+/// The report: lines of `name value`, `span CALL THREAD BEGAN ENDED` and `violation text`.
 fn report() -> String {
     with(|w| {
         let mut out = String::new();
@@ -100,6 +88,17 @@ fn report() -> String {
         let _ = writeln!(out, "contexts {contexts}");
         let _ = writeln!(out, "pending {}", w.pending(None));
         let _ = writeln!(out, "copied_bytes {}", w.copied_bytes);
+        let _ = writeln!(out, "compiled_here {}", w.compiled_here);
+        if let Some(now) = w.clock.now() {
+            let (first, last) = w.clock.copies.unwrap_or_default();
+            let _ = writeln!(out, "clock_ns {now}");
+            let _ = writeln!(out, "first_copy_ns {first}");
+            let _ = writeln!(out, "last_copy_ns {last}");
+            let _ = writeln!(out, "link_busy_ns {}", w.clock.link_busy);
+        }
+        for Span { call, thread, began, ended } in &w.clock.spans {
+            let _ = writeln!(out, "span {call} {thread} {began} {ended}");
+        }
         for violation in &w.violations {
             let _ = writeln!(out, "violation {violation}");
         }

@@ -22,21 +22,27 @@
 //! symbol `fst_sim_kernel_name(grid: *const u32, block: *const u32, params: *mut *mut c_void)` is
 //! looked up in the libraries given to [`Sim::add_kernels`] and then in the process.
 //!
+//! Time costs nothing unless the clock is started ([`Sim::run_clock`]): then calls take as long as a table
+//! says (`clock.rs`), and copies run beside the process at the rate of a link.
+//!
 //! Environment, read when the library is first used and at every reset: `FST_SIM_DEVICES` (1),
 //! `FST_SIM_MEMORY` (bytes per device, 1 GiB), `FST_SIM_FAIL` (`NAME:N:CODE,...`),
+//! `FST_SIM_SET` (`NAME:VALUE,...`, as [`Sim::set`]),
 //! `FST_SIM_KERNELS` (a library of host kernels), `FST_SIM_REPORT` (a file that is given the report
 //! at exit). A program started by a test finds the simulator through [`Sim::environment`].
 
 mod client;
+mod clock;
 mod codes;
 mod control;
 mod exports;
+pub mod fatbin;
 mod memory;
 mod ptx;
 mod queue;
 mod world;
 
-pub use client::{Guard, Report, Sim, SimError};
+pub use client::{Guard, Report, Sim, SimError, Span};
 pub use codes::*;
 
 /// The byte that fills device memory when it is allocated.

@@ -20,6 +20,8 @@ pub(crate) struct DeviceMemory {
     /// Freed and poisoned; a second free of one of these is a double free.
     freed: VecDeque<(u64, usize)>,
     kept: usize,
+    /// Nobody writes or reads the bytes: they are left alone, and need no memory.
+    pub(crate) untouched: bool,
 }
 
 /// Bytes in front of a small allocation: it is aligned to 256 bytes, as the programming guide promises,
@@ -51,7 +53,9 @@ impl DeviceMemory {
                 return None;
             }
             let p = p.add(lead(len));
-            p.write_bytes(FRESH, len.max(1));
+            if !self.untouched {
+                p.write_bytes(FRESH, len.max(1));
+            }
             p as u64
         };
         self.live.insert(address, Block { len, device });
@@ -63,6 +67,10 @@ impl DeviceMemory {
         let Some(block) = self.live.remove(&address) else {
             return Err(self.freed.iter().any(|&(a, _)| a == address));
         };
+        if self.untouched {
+            release(address, block.len);
+            return Ok((block.len, block.device));
+        }
         // SAFETY: the block was live: `len` bytes at `address` are ours.
         unsafe { (address as *mut u8).write_bytes(POISON, block.len) };
         self.freed.push_back((address, block.len));
@@ -228,6 +236,10 @@ impl HostMemory {
     /// Names the pageable range that the call now running may write, or none.
     pub(crate) fn set_call_target(&mut self, target: Option<(u64, usize)>) {
         self.target = target;
+    }
+
+    pub(crate) fn call_target(&self) -> Option<(u64, usize)> {
+        self.target
     }
 
     pub(crate) fn is_call_target(&self, address: u64, len: usize) -> bool {

@@ -1,9 +1,10 @@
 //! Streams: queued work, and when it runs.
 
 use crate::POISON;
+use crate::clock::Engine;
 use crate::codes::*;
 use crate::memory::HostKind;
-use crate::world::{Outcome, World};
+use crate::world::{Due, Outcome, World};
 use std::collections::VecDeque;
 use std::ffi::c_void;
 
@@ -91,6 +92,9 @@ pub(crate) struct Stream {
     pub(crate) queued: u64,
     pub(crate) done: u64,
     work: VecDeque<Work>,
+    /// When each of them ends, and the last that was queued; 0 without a clock.
+    ends: VecDeque<u64>,
+    last: u64,
 }
 
 impl Stream {
@@ -104,7 +108,22 @@ impl Stream {
             queued: 0,
             done: 0,
             work: VecDeque::new(),
+            ends: VecDeque::new(),
+            last: 0,
         }
+    }
+
+    /// When the work up to a position ends.
+    fn ends(&self, upto: u64) -> u64 {
+        let ahead = upto.min(self.queued).saturating_sub(self.done) as usize;
+        ahead.checked_sub(1).and_then(|at| self.ends.get(at).copied()).unwrap_or_default()
+    }
+
+    fn append(&mut self, work: Work) -> u64 {
+        self.work.push_back(work);
+        self.queued += 1;
+        self.queries = 0;
+        self.queued
     }
 
     /// Operations queued that move data.
@@ -147,14 +166,49 @@ impl World {
         }
     }
 
+    /// When the work of a stream up to a position ends.
+    pub(crate) fn ends(&self, stream: u64, upto: u64) -> u64 {
+        self.streams.get(&stream).map_or(0, |s| s.ends(upto))
+    }
+
+    /// Whether the work of a stream up to a position takes longer still.
+    pub(crate) fn takes_longer(&self, stream: u64, upto: u64) -> bool {
+        self.clock.now().is_some_and(|now| self.ends(stream, upto) > now)
+    }
+
+    /// When work that is queued behind all of a stream's ends.
+    fn schedule(&mut self, stream: &Stream, work: &Work) -> u64 {
+        let bytes = |shape: &Shape| (shape.width * shape.rows) as u64;
+        let (engine, bytes) = match work {
+            Work::Copy { src: Source::Snapshot { .. }, shape, .. } => {
+                (Engine::ToDevice, bytes(shape))
+            }
+            Work::Copy { dst, src: Source::Live(src), shape } => {
+                let on_device = |address: u64| self.memory.owner(address, 1).is_some();
+                let engine = match (on_device(*src), on_device(*dst)) {
+                    (false, _) => Engine::ToDevice,
+                    (true, true) => Engine::Within,
+                    (true, false) => Engine::ToHost,
+                };
+                (engine, bytes(shape))
+            }
+            Work::Set { len, .. } => (Engine::Within, *len as u64),
+            Work::Launch { .. } => (Engine::Kernels, 0),
+            Work::Wait { stream: other, upto } => return stream.last.max(self.ends(*other, *upto)),
+            Work::Free { .. } | Work::Record => return stream.last,
+        };
+        self.clock.schedule(stream.device, engine, bytes, stream.last)
+    }
+
     fn append(&mut self, stream: u64, work: Work) -> u64 {
-        let Some(s) = self.streams.get_mut(&stream) else {
+        let Some(mut s) = self.streams.remove(&stream) else {
             return 0;
         };
-        s.work.push_back(work);
-        s.queued += 1;
-        s.queries = 0;
-        s.queued
+        s.last = self.schedule(&s, &work);
+        s.ends.push_back(s.last);
+        let position = s.append(work);
+        self.streams.insert(stream, s);
+        position
     }
 
     /// Queues work on a stream; its position. Nothing runs.
@@ -180,8 +234,19 @@ impl World {
         self.append(stream, work)
     }
 
-    /// Runs a stream's work up to a position, and what that waits for.
+    /// Runs a stream's work up to a position, and what that waits for. Work that takes longer than until now
+    /// runs when the call has waited for it.
     pub(crate) fn drain(&mut self, stream: u64, upto: u64) -> Outcome {
+        if self.takes_longer(stream, upto) {
+            let target = self.host.call_target();
+            self.due.push(Due { stream, upto, target });
+            return Ok(());
+        }
+        self.run_to(stream, upto)
+    }
+
+    /// Runs a stream's work up to a position, and what that waits for, whatever the time.
+    pub(crate) fn run_to(&mut self, stream: u64, upto: u64) -> Outcome {
         loop {
             let Some(s) = self.streams.get_mut(&stream) else {
                 return Ok(());
@@ -196,8 +261,9 @@ impl World {
             let Some(work) = s.work.pop_front() else {
                 return Ok(());
             };
+            s.ends.pop_front();
             let result = match work {
-                Work::Wait { stream, upto } => self.drain(stream, upto),
+                Work::Wait { stream, upto } => self.run_to(stream, upto),
                 work => self.run(device, work),
             };
             if let Some(s) = self.streams.get_mut(&stream) {
@@ -208,6 +274,7 @@ impl World {
                 self.devices[device].error.get_or_insert(code);
                 for s in self.streams.values_mut().filter(|s| s.device == device) {
                     s.work.clear();
+                    s.ends.clear();
                     s.done = s.queued;
                 }
                 return Err(code);
@@ -253,6 +320,10 @@ impl World {
                     return Err(code);
                 }
                 self.check_reachable("destination", dst, shape.dst_span())?;
+                self.copied_bytes += (shape.rows * shape.width) as u64;
+                if self.discard {
+                    return Ok(());
+                }
                 if let Source::Live(address) = src {
                     self.check_reachable("source", address, shape.src_span())?;
                 }
@@ -289,8 +360,8 @@ impl World {
                     }
                 }
                 drop(pinned);
-                self.copied_bytes += (shape.rows * shape.width) as u64;
             }
+            Work::Set { .. } | Work::Launch { .. } if self.discard => {}
             Work::Set { dst, value, len } => {
                 self.check_reachable("destination", dst, len)?;
                 // SAFETY: the range was checked to lie in live memory.
@@ -308,7 +379,7 @@ impl World {
             }
             Work::Free { address } => {
                 if let Ok((len, _)) = self.memory.free(address) {
-                    self.devices[device].used -= len as u64;
+                    self.devices[device].used -= self.taken(len);
                 } else {
                     self.violation("cuMemFreeAsync of memory that is not allocated".into());
                 }

@@ -1,5 +1,6 @@
 //! The simulated machine: devices, contexts, streams, events, memory, faults and what went wrong.
 
+use crate::clock::{Clock, wait_until};
 use crate::codes::*;
 use crate::memory::{DeviceMemory, HostMemory};
 use crate::queue::Stream;
@@ -35,6 +36,14 @@ pub(crate) struct Event {
     pub(crate) queries: u32,
 }
 
+/// Work of a stream, up to a position, that is not over yet.
+pub(crate) struct Due {
+    pub(crate) stream: u64,
+    pub(crate) upto: u64,
+    /// The pageable memory that the call writes.
+    pub(crate) target: Option<(u64, usize)>,
+}
+
 /// A failure to inject: the `nth` use (from 1) of `call` returns `code`.
 pub(crate) struct Fault {
     pub(crate) call: String,
@@ -49,11 +58,20 @@ pub(crate) struct World {
     pub(crate) initialised: bool,
     pub(crate) devices: Vec<Device>,
     pub(crate) memory_limit: u64,
+    /// What allocations of a mebibyte and more take is a multiple of this many bytes.
+    pub(crate) allocation_unit: u64,
     pub(crate) driver_version: i32,
     pub(crate) read_only_register: bool,
     pub(crate) batch_copies: bool,
     /// The device knows registered memory by the host's addresses.
     pub(crate) host_pointers: bool,
+    /// The device has no memory but the host's; it has some, and reads the host's too.
+    pub(crate) integrated: bool,
+    pub(crate) coherent: bool,
+    /// Compute capability, such as 80 for 8.0.
+    pub(crate) capability: u32,
+    /// Modules that had to be compiled from PTX.
+    pub(crate) compiled_here: u64,
     /// "Not ready" answers before a query lets the work run.
     pub(crate) patience: u32,
     pub(crate) streams: BTreeMap<u64, Stream>,
@@ -85,6 +103,11 @@ pub(crate) struct World {
     pub(crate) device_calls: HashMap<(&'static str, usize), u64>,
     pub(crate) violations: Vec<String>,
     pub(crate) copied_bytes: u64,
+    /// Work takes its time and moves nothing; device memory has no bytes of its own.
+    pub(crate) discard: bool,
+    pub(crate) clock: Clock,
+    /// What the call now running has to wait for before it returns.
+    pub(crate) due: Vec<Due>,
     next_id: u64,
 }
 
@@ -115,17 +138,34 @@ pub(crate) fn with<T>(f: impl FnOnce(&mut World) -> T) -> T {
 
 /// One driver call: counts it, injects a failure where asked, runs it.
 pub(crate) fn enter(call: &'static str, f: impl FnOnce(&mut World) -> Outcome) -> i32 {
-    with(|world| {
+    let (mut outcome, due, until) = with(|world| {
+        let began = world.clock.now();
         let context = world.current();
         let device = world.devices.iter().position(|d| Some(d.context) == context);
-        if let Some(code) = world.injected(call, device) {
-            return code;
-        }
-        match f(world) {
-            Ok(()) => SUCCESS,
-            Err(code) => code,
-        }
-    })
+        let outcome = match world.injected(call, device) {
+            Some(code) => Err(code),
+            None => f(world),
+        };
+        let due = std::mem::take(&mut world.due);
+        let ends =
+            due.iter().filter_map(|due| world.clock.moment(world.ends(due.stream, due.upto)));
+        let ends = ends.max();
+        (outcome, due, world.clock.end(call, began).max(ends))
+    });
+    // Others go on meanwhile.
+    if let Some(until) = until {
+        wait_until(until);
+    }
+    if !due.is_empty() {
+        with(|world| {
+            for Due { stream, upto, target } in due {
+                world.host.set_call_target(target);
+                outcome = outcome.and(world.run_to(stream, upto));
+                world.host.set_call_target(None);
+            }
+        });
+    }
+    outcome.map_or_else(|code| code, |()| SUCCESS)
 }
 
 fn env_number(name: &str, default: u64) -> u64 {
@@ -133,6 +173,12 @@ fn env_number(name: &str, default: u64) -> u64 {
 }
 
 impl World {
+    /// What an allocation takes of a device's memory.
+    pub(crate) fn taken(&self, len: usize) -> u64 {
+        let unit = if len < 1 << 20 { 1 } else { self.allocation_unit };
+        (len as u64).next_multiple_of(unit)
+    }
+
     /// Back to a fresh machine. Memory of the old one is released.
     pub(crate) fn reset(&mut self, devices: u64, memory: u64) {
         let libraries = std::mem::take(&mut self.kernel_libraries);
@@ -142,10 +188,12 @@ impl World {
             // A process initialises the driver once.
             initialised: self.initialised,
             memory_limit: memory,
+            allocation_unit: 1,
             driver_version: 13000,
             read_only_register: true,
             batch_copies: true,
             host_pointers: true,
+            capability: 80,
             patience: 2,
             cufile_open: self.cufile_open,
             cufile_most: usize::MAX,
@@ -163,6 +211,13 @@ impl World {
                 Err(e) => self.violation(format!("FST_SIM_KERNELS: {e}")),
             }
         }
+        for item in std::env::var("FST_SIM_SET").unwrap_or_default().split(',') {
+            if let Some((name, Ok(value))) = item.split_once(':').map(|(n, v)| (n, v.parse()))
+                && !self.set(name, value)
+            {
+                self.violation(format!("FST_SIM_SET: there is no setting {name}"));
+            }
+        }
         for item in std::env::var("FST_SIM_FAIL").unwrap_or_default().split(',') {
             let mut parts = item.split(':');
             if let (Some(call), Some(Ok(nth)), Some(Ok(code))) =
@@ -171,6 +226,28 @@ impl World {
                 self.faults.push(Fault { call: call.to_owned(), nth, code });
             }
         }
+    }
+
+    /// Changes a setting; false if there is none of that name.
+    pub(crate) fn set(&mut self, name: &str, value: i64) -> bool {
+        match name {
+            "driver_version" => self.driver_version = value as i32,
+            "read_only_register" => self.read_only_register = value != 0,
+            "allocation_unit" => self.allocation_unit = value as u64,
+            "host_pointers" => self.host_pointers = value != 0,
+            "batch_copies" => self.batch_copies = value != 0,
+            "cufile_most" => self.cufile_most = value as usize,
+            "cufile_flags" => self.cufile_flags = value as u32,
+            "cufile_p2p" => self.cufile_p2p = value as u32,
+            "integrated" => self.integrated = value != 0,
+            "coherent" => self.coherent = value != 0,
+            "capability" => self.capability = value as u32,
+            "patience" => self.patience = value as u32,
+            "discard" => (self.discard, self.memory.untouched) = (value != 0, value != 0),
+            "clock_percent" => self.clock.run(value as f64 / 100.0),
+            _ => return self.clock.costs.set(name, value as u64),
+        }
+        true
     }
 
     /// Counts a use of `call`, on a device where one is concerned; the code to fail with if this use
@@ -228,6 +305,7 @@ impl World {
             device.context = context;
             device.legacy = legacy;
             device.error = None;
+            self.clock.spend(self.clock.costs.context);
             self.streams.insert(legacy, Stream::new(index, true, true));
         }
         Ok(self.devices[index].context)

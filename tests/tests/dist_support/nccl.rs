@@ -45,7 +45,7 @@ impl Nccl {
             let (device, path) = (device.clone(), self.path.clone());
             let join = move || {
                 let nccl = fst::dist::group::Nccl::open_at(&path).unwrap();
-                let stream = Box::new(NcclStream::new(&device).unwrap());
+                let stream = Box::new(NcclStream::new(device.as_cuda().unwrap()).unwrap());
                 let group = NcclGroup::init_with(nccl, Box::new(control), stream).unwrap();
                 // A rank that fails before others have joined would fail their joining.
                 group.barrier().unwrap();

@@ -40,7 +40,7 @@ fn copy(
     pipeline.keep(Arc::new(arena.clone()));
     let route = |block: &Block| -> Result<Landing, SinkError> {
         meanwhile(block);
-        Ok(Landing { ops: case.ops(block, &arena), done: None })
+        Ok(Landing { ops: case.ops(block, &arena), ..Landing::default() })
     };
     let admit = |block: &Block, _wait: bool| -> Result<bool, SinkError> {
         admitted(block);

@@ -33,7 +33,7 @@ fn load(
         let done = Box::new(move || {
             landed.fetch_add(1, Ordering::Relaxed);
         });
-        Ok(Landing { ops: case.ops(block, &arena), done: Some(done) })
+        Ok(Landing { ops: case.ops(block, &arena), done: Some(done), ..Landing::default() })
     };
     let control = Control::new();
     // SAFETY: the arena outlives the call, and extents do not overlap.

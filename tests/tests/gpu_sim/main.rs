@@ -9,7 +9,6 @@ mod arena;
 mod cached;
 mod cufile;
 mod interop;
-mod measure;
 mod pipeline;
 mod presence;
 mod program;

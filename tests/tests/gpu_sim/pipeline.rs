@@ -421,3 +421,44 @@ fn registered_memory_stays_when_its_event_cannot_be_recorded() {
     assert_eq!(sim.report().faults().iter().filter(|f| f.contains("still queued")).count(), 0);
     assert_eq!(pipeline.flush().unwrap_err(), error);
 }
+
+/// A pipeline of four blocks and two streams, and four copies on their way, by the blocks' numbers: the
+/// first and the third on one stream.
+fn four_on_their_way(device: &CudaDevice) -> (Pipeline, [u32; 4]) {
+    let arena = DeviceArena::new(device, 4 * BLOCK as u64).unwrap();
+    let pipeline = Pipeline::new(device, options(4, 2)).unwrap();
+    pipeline.keep(Arc::new(arena.clone()));
+    pipeline.ring().wait_until_pinned();
+    let numbers = [0, 1, 2, 3].map(|at| {
+        let block = pipeline.acquire().unwrap();
+        let number = block.index();
+        let destination = arena.range(at * BLOCK as u64, BLOCK as u64).unwrap();
+        let copy = CopyOp::Linear { source: 0, destination, len: BLOCK as u64 };
+        // SAFETY: the arena is kept by the pipeline; each block has a range of its own.
+        unsafe { pipeline.submit(block, &[copy]).unwrap() };
+        number
+    });
+    (pipeline, numbers)
+}
+
+#[test]
+fn who_waits_takes_the_streams_in_turn() {
+    let Some(sim) = simulated(1, 64 << 20) else { return };
+    assert!(sim.set("patience", 1000));
+    let (pipeline, numbers) = four_on_their_way(&CudaDevice::open(0).unwrap());
+    // Copies end when somebody waits for them: the block says which.
+    let (one, other) = (pipeline.acquire().unwrap(), pipeline.acquire().unwrap());
+    assert_eq!([one.index(), other.index()], [numbers[0], numbers[1]]);
+}
+
+#[test]
+fn the_block_that_came_back_last_is_filled_first() {
+    let _machine = machine();
+    let (pipeline, _) = four_on_their_way(&CudaDevice::open(0).unwrap());
+    pipeline.flush().unwrap();
+    let held = [0; 4].map(|_| pipeline.acquire().unwrap());
+    let numbers: Vec<u32> = held.iter().map(|block| block.index()).collect();
+    held.into_iter().for_each(drop);
+    let again = [0; 4].map(|_| pipeline.acquire().unwrap());
+    assert!(again.iter().map(|block| block.index()).eq(numbers.into_iter().rev()));
+}

@@ -88,7 +88,7 @@ impl Case {
             Pipeline::new(device, PipelineOptions { ring, streams: 3 }).map_err(|e| text(&e))?;
         pipeline.keep(Arc::new(arena.clone()));
         let route = |block: &Block| -> Result<Landing, SinkError> {
-            Ok(Landing { ops: self.ops(block, &arena), done: None })
+            Ok(Landing { ops: self.ops(block, &arena), ..Landing::default() })
         };
         // SAFETY: the pipeline keeps the arena, and extents do not overlap.
         let sink = unsafe { PipelineSink::new(&pipeline, &route) };

@@ -9,7 +9,11 @@ use std::path::PathBuf;
 use fst::{Checkpoint, Engine, Loader, Tensor, Tensors};
 use safetensors::SafeTensors;
 
-pub(crate) const ENGINES: [Engine; 4] = [Engine::Auto, Engine::Uring, Engine::Pread, Engine::Mmap];
+pub(crate) const ENGINES: [Engine; 4] = if cfg!(any(not(target_os = "linux"), fst_portable)) {
+    [Engine::Auto, Engine::Pread, Engine::Auto, Engine::Pread]
+} else {
+    [Engine::Auto, Engine::Uring, Engine::Pread, Engine::Mmap]
+};
 
 #[allow(unused_imports, reason = "each test binary uses its part")]
 pub(crate) use fst_tests::{

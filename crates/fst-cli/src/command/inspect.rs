@@ -74,7 +74,7 @@ struct Total {
 }
 
 pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
-    let checkpoint = reading::open(&args.paths, &args.select)?;
+    let checkpoint = reading::open(&args.paths, &args.select.options())?;
     let chosen = reading::selected(&checkpoint, &args.select)
         .map_err(|error| reading::failure(&args.paths, &checkpoint, &error))?;
     let report = Report::of(&checkpoint, &chosen);
@@ -86,7 +86,7 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
 }
 
 impl<'c> Report<'c> {
-    fn of(checkpoint: &'c Checkpoint, chosen: &[&'c TensorInfo]) -> Self {
+    fn of(checkpoint: &'c Checkpoint, chosen: &'c [TensorInfo]) -> Self {
         let mut dtypes: BTreeMap<Dtype, DtypeReport> = BTreeMap::new();
         for tensor in chosen {
             let dtype = tensor.dtype();

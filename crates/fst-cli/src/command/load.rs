@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use crate::args::LoadArgs;
 use crate::failure::Failure;
-use crate::figures::{CopyFigures, Figures, TouchFigures};
+use crate::figures::{CopyFigures, Figures, RemoteFigures, TouchFigures};
 use crate::interrupt::{self, TemporaryFolder};
 use crate::progress::Progress;
 use crate::ranks;
@@ -69,7 +69,7 @@ fn refuse(args: &LoadArgs) -> Result<(), Failure> {
 }
 
 fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
-    let mut checkpoint = reading::open_and_warn(paths, &args.reading.select)?;
+    let mut checkpoint = reading::open_and_warn(paths, &args.reading.options())?;
     if args.cold {
         checkpoint = open(args, paths)?;
     }
@@ -146,7 +146,7 @@ fn load(args: &LoadArgs, paths: &[PathBuf]) -> Result<(), Failure> {
 
 /// Opens the checkpoint, whose files are taken out of the page cache first where that was asked for.
 fn open(args: &LoadArgs, paths: &[PathBuf]) -> Result<Checkpoint, Failure> {
-    let checkpoint = reading::open(paths, &args.reading.select)?;
+    let checkpoint = reading::open(paths, &args.reading.options())?;
     if !args.cold {
         return Ok(checkpoint);
     }
@@ -154,7 +154,7 @@ fn open(args: &LoadArgs, paths: &[PathBuf]) -> Result<Checkpoint, Failure> {
         forget(shard.path());
     }
     // Headers are read cold as well.
-    reading::open(paths, &args.reading.select)
+    reading::open(paths, &args.reading.options())
 }
 
 /// Takes a file out of the page cache. Where this fails, a load is as correct and only faster.
@@ -270,19 +270,31 @@ fn render(args: &LoadArgs, report: &LoadReport, figures: &Figures, paths: &[Path
         ]);
     }
     facts.row(["read".into(), bytes_read(report)]);
-    if let Some(resident) = report.resident_bytes {
+    if let Some(remote) = &figures.remote {
+        facts.row(["requests".into(), requests(remote)]);
+    }
+    if let Some(resident) = report.resident_bytes.filter(|_| figures.remote.is_none()) {
         facts.row(["cached".into(), share(resident, report.file_bytes)]);
     }
-    if let Some(TouchFigures { huge_gb_per_s, small_gb_per_s: Some(small), takes_small: true }) =
-        figures.first_touch
-    {
-        let (huge, small) = (text::rate(huge_gb_per_s), text::rate(small));
-        facts.row([
-            "memory".into(),
-            format!(
+    let pages = match figures.first_touch {
+        Some(TouchFigures { scarce: true, .. }) => {
+            Some("in small pages: few huge ones are free".to_owned())
+        }
+        Some(TouchFigures {
+            huge_gb_per_s,
+            small_gb_per_s: Some(small),
+            takes_small: true,
+            ..
+        }) => {
+            let (huge, small) = (text::rate(huge_gb_per_s), text::rate(small));
+            Some(format!(
                 "in small pages: fresh ones come at {small} a thread here, huge ones at {huge}"
-            ),
-        ]);
+            ))
+        }
+        _ => None,
+    };
+    if let Some(pages) = pages {
+        facts.row(["memory".into(), pages]);
     }
     if let Some(copy) = &figures.device_copy {
         facts.row(["copied".into(), copied(copy)]);
@@ -366,6 +378,7 @@ fn engine(report: &LoadReport) -> String {
         ("read.buffered", "from storage through the page cache"),
         ("read.cached", "out of the page cache"),
         ("read.mapped", "out of a mapping"),
+        ("read.remote", "by range, from where it is stored"),
     ]
     .into_iter()
     .filter_map(|(stage, way)| {
@@ -396,6 +409,24 @@ fn bytes_read(report: &LoadReport) -> String {
             text::bytes(more)
         ),
     }
+}
+
+/// What was asked of servers, and how they answered.
+fn requests(remote: &RemoteFigures) -> String {
+    let mut out = format!(
+        "{} to {}, answered in {} (99 of 100 in {})",
+        counted(remote.requests, "request"),
+        visible(&remote.endpoints.join(", ")),
+        text::seconds(remote.first_byte_p50_seconds),
+        text::seconds(remote.first_byte_p99_seconds),
+    );
+    if remote.retries > 0 {
+        out += &format!("; {} after failures, {} throttled", remote.retries, remote.throttled);
+    }
+    if remote.repeated_bytes > 0 {
+        out += &format!("; {} came twice", text::bytes(remote.repeated_bytes));
+    }
+    out
 }
 
 /// How much of the files the page cache held.

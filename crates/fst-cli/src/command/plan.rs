@@ -127,7 +127,7 @@ impl Figures {
 
 pub(crate) fn run(args: &PlanArgs) -> Result<(), Failure> {
     check(args)?;
-    let checkpoint = reading::open_and_warn(&args.paths, &args.select)?;
+    let checkpoint = reading::open_and_warn(&args.paths, &args.select.options())?;
     let preset = ranks::preset(&checkpoint, &args.rule, &args.paths, args.world)?;
     let measured = measure(args, &checkpoint)?;
     let topology = topology(args, measured.as_ref());
@@ -136,7 +136,7 @@ pub(crate) fn run(args: &PlanArgs) -> Result<(), Failure> {
     let plan = reading::select(Loader::new(), &args.select)
         .topology(topology)
         .preset(preset)
-        .plan(&checkpoint)
+        .rank_plan(&checkpoint)
         .map_err(|error| reading::failure(&args.paths, &checkpoint, &error))?;
     let planning_seconds = began.elapsed().as_secs_f64();
     let rates = rates(args, plan.topology(), measured.as_ref());
@@ -268,7 +268,6 @@ fn choices(plan: &Plan) -> Vec<Way> {
             Choice::Direct => "direct",
             Choice::Scatter => "scatter",
             Choice::Broadcast => "broadcast",
-            Choice::BroadcastByStorage => "broadcast_by_storage",
             _ => "other",
         };
         let (tensors, bytes) = (class.tensors, class.tensors * class.bytes);
@@ -288,7 +287,6 @@ fn meaning(choice: &str) -> &'static str {
         "direct" => "each rank reads the part that it keeps",
         "scatter" => "read once, each rank receives the part that it keeps",
         "broadcast" => "read once, all ranks receive all of it",
-        "broadcast_by_storage" => "read once per storage, its ranks receive all of it",
         _ => "",
     }
 }

@@ -1,7 +1,9 @@
 //! `fst sum`: the SHA-256 of each tensor's bytes as an engine read them.
 
-use fst::dist::Group;
-use fst::{Checkpoint, Checksum, Dtype, Error, Loader, Manifest, Tensor};
+use std::collections::HashSet;
+
+use fst::dist::{Group, TensorDesc};
+use fst::{Checkpoint, Checksum, Dtype, Error, Loader, Manifest, Plan, Preset, Tensor, Topology};
 use serde::{Deserialize, Serialize};
 
 use crate::args::SumArgs;
@@ -13,6 +15,9 @@ use crate::progress::Progress;
 use crate::ranks::{self, GroupArg};
 use crate::reading;
 use crate::text::{self, counted, visible};
+
+/// Bytes of shards that all ranks together hold at once, unless those of one tensor are more.
+const HELD_AT_ONCE: u64 = 1 << 30;
 
 /// How many sums all ranks together tell at once: some ten megabytes, of the 64 that a group carries.
 const TOLD_AT_ONCE: usize = 1 << 16;
@@ -49,7 +54,7 @@ pub(crate) fn run(args: &SumArgs) -> Result<(), Failure> {
         args.rule.without_ranks()?;
         args.together.without_ranks()?;
     }
-    let checkpoint = reading::open_and_warn(&args.paths, &args.reading.select)?;
+    let checkpoint = reading::open_and_warn(&args.paths, &args.reading.options())?;
     if args.hub {
         return hub::check(&checkpoint, !args.reading.no_progress, args.json);
     }
@@ -127,6 +132,61 @@ fn selection(
     format!("# {of}, {}\n", text::bytes(sizes.sum()))
 }
 
+/// The tensors of a plan, by name, in the order of their files, in batches of which all ranks together keep at
+/// most `most` bytes as they are in the files, unless one tensor has more. Tensors that are fused into one stay together.
+fn batches(plan: &Plan, most: u64) -> Vec<Vec<String>> {
+    let tensors = plan.tensors();
+    // For each tensor the first of those that it is fused with, and for that the bytes that ranks keep.
+    let mut first: Vec<usize> = (0..tensors.len()).collect();
+    let mut kept = vec![0u64; tensors.len()];
+    let ranks: Vec<_> = (0..plan.world()).map(|rank| plan.rank(rank)).collect();
+    let outputs = || ranks.iter().flat_map(|rank| rank.outputs());
+    for output in outputs() {
+        let of = output.tensors.iter().map(|tensor| first[*tensor as usize]).min();
+        for tensor in output.tensors.iter().map(|tensor| *tensor as usize) {
+            let (before, of) = (first[tensor], of.unwrap_or(tensor));
+            (first[before], first[tensor]) = (of, of);
+        }
+    }
+    (0..first.len()).for_each(|tensor| first[tensor] = first[first[tensor]]);
+    for output in outputs() {
+        if let Some(tensor) = output.tensors.first() {
+            kept[first[*tensor as usize]] += output.bytes;
+        }
+    }
+    let mut batches: Vec<Vec<String>> = Vec::new();
+    // For each tensor that is first, its batch.
+    let mut batch = vec![0; tensors.len()];
+    let mut left = 0u64;
+    for (index, tensor) in tensors.iter().enumerate() {
+        if first[index] == index {
+            if batches.is_empty() || kept[index] > left {
+                batches.push(Vec::new());
+                left = most;
+            }
+            left = left.saturating_sub(kept[index]);
+            batch[index] = batches.len() - 1;
+        }
+        if let Some(names) = batches.get_mut(batch[first[index]]) {
+            names.push(tensor.name.clone());
+        }
+    }
+    batches
+}
+
+/// The loader that cuts as `preset` does with all that is selected, whatever part is loaded.
+fn sharded(loader: &Loader, preset: &Preset, checkpoint: &Checkpoint, world: u32) -> Loader {
+    let table: Vec<TensorDesc> = checkpoint.tensors().iter().map(Into::into).collect();
+    let rules = preset.rules(&table, world);
+    loader.clone().shard(move |tensor| rules.shard(&tensor.into()))
+}
+
+/// The loader for a part of what it selects.
+fn part(loader: &Loader, names: &[String]) -> Loader {
+    let names: HashSet<String> = names.iter().cloned().collect();
+    loader.clone().select_with(move |tensor| names.contains(tensor.name()))
+}
+
 /// Sums the shards of `world` ranks, rank by rank.
 fn shards(
     args: &SumArgs,
@@ -135,11 +195,15 @@ fn shards(
     world: u32,
 ) -> Result<(), Failure> {
     let preset = ranks::preset(checkpoint, &args.rule, &args.paths, world)?;
-    let loader = loader.clone().preset(preset);
+    let planner = loader.clone().preset(preset.clone()).topology(Topology::one_node(world));
+    let fail = |error| reading::failure(&args.paths, checkpoint, &error);
+    let batches = batches(&planner.rank_plan(checkpoint).map_err(fail)?, HELD_AT_ONCE);
+    let loader = sharded(loader, &preset, checkpoint, world);
     let devices = args.reading.device().of_ranks(world)?;
     let threads = parallel::cores() / world as usize;
-    let sums = ranks::run(&devices, &args.together, &loader, checkpoint, |rank, tensors| {
-        sums_of(rank, &tensors.iter().collect::<Vec<_>>(), threads)
+    let sums = ranks::run(&devices, &args.together, |group, device| {
+        let loader = loader.clone().device(device).group(group.clone());
+        sums_of_batches(&loader, checkpoint, &batches, group.rank(), threads)
     });
     let sums = sums.map_err(|failure| failure.of(&args.paths, checkpoint))?;
     print_shards(args, checkpoint, sums)
@@ -154,12 +218,20 @@ fn shards_as_one(
 ) -> Result<(), Failure> {
     let (group, loader) = ranks::join(group, &args.reading, &args.together, loader)?;
     let preset = ranks::preset_of(&*group, checkpoint, &args.rule, &args.paths)?;
-    let loader = loader.preset(preset).group(group.clone());
     let fail = |error| reading::failure(&args.paths, checkpoint, &error);
-    let tensors = loader.load(checkpoint).map_err(fail)?;
-    let tensors: Vec<&Tensor> = tensors.iter().collect();
-    let at_once = (TOLD_AT_ONCE / group.world_size() as usize).max(1);
-    let sums = sums_of_all(&*group, &tensors, at_once, &fail)?;
+    let world = group.world_size();
+    let planner = loader.clone().preset(preset.clone()).topology(Topology::one_node(world));
+    let plan = planner.rank_plan(checkpoint).inspect_err(|error| group.abort(&error.to_string()));
+    let batches = batches(&plan.map_err(fail)?, HELD_AT_ONCE);
+    let loader = sharded(&loader, &preset, checkpoint, world).group(group.clone());
+    let at_once = (TOLD_AT_ONCE / world as usize).max(1);
+    let mut sums: Vec<Vec<ShardSum>> = (0..world).map(|_| Vec::new()).collect();
+    for batch in &batches {
+        let tensors = part(&loader, batch).load(checkpoint).map_err(fail)?;
+        let tensors: Vec<&Tensor> = tensors.iter().collect();
+        let now = sums_of_all(&*group, &tensors, at_once, &fail)?;
+        sums.iter_mut().zip(now).for_each(|(sums, now)| sums.extend(now));
+    }
     if group.rank() != 0 {
         return Ok(());
     }
@@ -220,6 +292,22 @@ fn ranks_here(group: &dyn Group) -> Result<usize, Failure> {
     Ok(all.iter().filter(|other| **other == here).count().max(1))
 }
 
+/// Loads a rank's shards batch by batch, and sums them.
+fn sums_of_batches(
+    loader: &Loader,
+    checkpoint: &Checkpoint,
+    batches: &[Vec<String>],
+    rank: u32,
+    threads: usize,
+) -> Result<Vec<ShardSum>, Error> {
+    let mut sums = Vec::new();
+    for batch in batches {
+        let tensors = part(loader, batch).load(checkpoint)?;
+        sums.extend(sums_of(rank, &tensors.iter().collect::<Vec<_>>(), threads)?);
+    }
+    Ok(sums)
+}
+
 /// Hashes on so many threads; the sums are in the order of the tensors.
 fn sums_of(rank: u32, tensors: &[&Tensor], threads: usize) -> Result<Vec<ShardSum>, Error> {
     parallel::map(threads, tensors.len(), |at| {
@@ -229,7 +317,7 @@ fn sums_of(rank: u32, tensors: &[&Tensor], threads: usize) -> Result<Vec<ShardSu
             name: tensor.name().to_owned(),
             dtype: tensor.dtype().as_str().to_owned(),
             shape: tensor.shape().to_vec(),
-            sha256: Checksum::of(tensor)?.sha256.to_string(),
+            sha256: tensor.checksum()?.sha256.to_string(),
         })
     })
 }
@@ -252,9 +340,63 @@ fn print_shards(
 #[cfg(test)]
 mod tests {
     use fst::dist::LocalGroup;
+    use std::sync::Arc;
+
+    use fst::dist::group::Control;
     use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 
     use super::*;
+
+    #[test]
+    fn batches_sum_to_the_same_as_all_at_once_and_keep_what_is_fused_together() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.safetensors");
+        let names = (0..3).flat_map(|layer| {
+            let of = move |name: &str| format!("model.layers.{layer}.{name}.weight");
+            let attention =
+                ["v_proj", "k_proj", "o_proj", "q_proj"].map(|m| format!("self_attn.{m}"));
+            let mlp = ["up_proj", "gate_proj", "down_proj"].map(|m| format!("mlp.{m}"));
+            attention.into_iter().chain(mlp).chain(["input_layernorm".into()]).map(move |n| of(&n))
+        });
+        let bytes: Vec<u8> = (0..24 * 24 * 2).map(|i| (i * 7 % 251) as u8).collect();
+        let views = names.enumerate().map(|(i, name)| {
+            (name, TensorView::new(Dtype::U8, vec![24, 24], &bytes[i..i + 24 * 24]).unwrap())
+        });
+        serialize_to_file(views, None, &path).unwrap();
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        let (world, preset) = (2, Preset::llama().head_dim(12).fused());
+        let planner = Loader::new().preset(preset.clone()).topology(Topology::one_node(world));
+        let plan = planner.rank_plan(&checkpoint).unwrap();
+        let loader = sharded(&Loader::new(), &preset, &checkpoint, world);
+        let sums = |batches: &[Vec<String>]| -> Vec<(u32, String, Vec<usize>, String)> {
+            let mut all = std::thread::scope(|scope| {
+                let ranks: Vec<_> = LocalGroup::host(world)
+                    .into_iter()
+                    .map(|group| {
+                        let (loader, checkpoint) = (&loader, &checkpoint);
+                        scope.spawn(move || {
+                            let rank = group.rank();
+                            let loader = loader.clone().group(Arc::new(group));
+                            sums_of_batches(&loader, checkpoint, batches, rank, 1).unwrap()
+                        })
+                    })
+                    .collect();
+                ranks.into_iter().flat_map(|rank| rank.join().unwrap()).collect::<Vec<_>>()
+            });
+            all.sort_by(|a, b| (a.rank, &a.name).cmp(&(b.rank, &b.name)));
+            all.into_iter().map(|sum| (sum.rank, sum.name, sum.shape, sum.sha256)).collect()
+        };
+        let [whole] = &batches(&plan, u64::MAX)[..] else { panic!("one batch") };
+        assert_eq!(whole.len(), 24);
+        let expected = sums(std::slice::from_ref(whole));
+        assert!(expected.iter().any(|(_, name, ..)| name.contains("qkv_proj")), "{expected:?}");
+        for (most, count) in [(1, 5 * 3), (24 * 24 * 4, 9)] {
+            let batches = batches(&plan, most);
+            assert_eq!(batches.concat().len(), 24);
+            assert!(batches.len() <= count && batches.len() > 5, "{batches:?}");
+            assert_eq!(sums(&batches), expected);
+        }
+    }
 
     #[test]
     fn sums_told_piece_by_piece_are_all_there() {
@@ -286,7 +428,7 @@ mod tests {
             for ((rank, told), count) in (0u32..).zip(&told).zip(counts) {
                 assert_eq!(told.len(), count, "rank {rank}, {at_once} at once");
                 for (told, tensor) in told.iter().zip(&tensors) {
-                    let sum = Checksum::of(tensor).unwrap().sha256.to_string();
+                    let sum = tensor.checksum().unwrap().sha256.to_string();
                     assert_eq!(
                         (told.rank, &*told.name, &*told.sha256),
                         (rank, tensor.name(), &*sum)

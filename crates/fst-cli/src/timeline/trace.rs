@@ -56,6 +56,7 @@ pub(crate) fn way(stage: Stage) -> &'static str {
         Stage::Cached => "copy cached",
         Stage::Buffered => "read buffered",
         Stage::Mapped => "copy mapped",
+        Stage::Remote => "read remote",
         other => other.as_str(),
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use safetensors::slice::IndexOp;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -219,6 +220,16 @@ fn slices_are_those_of_the_official_bytes() {
         entry["shape"] = json!(shape);
         entry["sha256"] = json!(sha256(&slice(&view, dim, range.clone())));
         args.extend(["--slice".into(), format!("{name}:{dim}:{}..{}", range.start, range.end)]);
+    }
+    // Columns of some rows, and these in another order than that of the file.
+    let (name, view) = ("h.0.mlp.c_proj.weight", file.tensor("h.0.mlp.c_proj.weight").unwrap());
+    let rows = [40..60, 3..9].map(|rows| view.slice((rows, 1..20)).unwrap());
+    let bytes: Vec<u8> = rows.into_iter().flatten().flatten().copied().collect();
+    let entry = expected.get_mut(name).unwrap();
+    entry["shape"] = json!([26, 19]);
+    entry["sha256"] = json!(sha256(&bytes));
+    for slice in ["0:40..60", "1:1..20", "0:3..9"] {
+        args.extend(["--slice".into(), format!("{name}:{slice}")]);
     }
     for engine in ENGINES {
         let mut args: Vec<&str> = args.iter().map(String::as_str).collect();

@@ -1,20 +1,36 @@
 //! The reading thread: units of the coming rounds into blocks, and what the rank keeps for itself.
 
+use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::time::Instant;
 
-use super::{ExchangeReport, Region};
-use crate::backend::{Backend, Cause, CopyAt, ReadAt};
+use super::{ExchangeReport, Landing, Region};
+use crate::backend::{Arriving, Backend, Cause, CopyAt, ReadAt};
 use crate::error::ExchangeError;
 use crate::group::Group;
 use crate::rank::{DirectRead, RankPlan, Round};
 use crate::schedule::Piece;
 use crate::tensor::Strided;
 
-/// A block with the bytes of a unit, from `addr` on.
-pub(super) struct Filled {
+/// A block with the bytes of a unit, from `addr` on, once these have been [waited](Batch::wait) for.
+pub(super) struct Filled<'a> {
     pub(super) block: u64,
     pub(super) addr: u64,
+    pub(super) bytes: Batch<'a>,
+}
+
+/// The bytes of one batch of reads.
+pub(super) struct Batch<'a> {
+    arriving: Arriving<'a>,
+    /// The first of the reads, for errors.
+    first: Option<ReadAt>,
+}
+
+impl Batch<'_> {
+    /// Waits until the bytes are there.
+    pub(super) fn wait(self, view: &RankPlan<'_>) -> Result<(), ExchangeError> {
+        self.arriving.wait().map_err(|source| read_error(view, self.first.as_ref(), source))
+    }
 }
 
 pub(super) struct Reading<'a> {
@@ -22,25 +38,31 @@ pub(super) struct Reading<'a> {
     pub(super) group: &'a dyn Group,
     pub(super) backend: &'a dyn Backend,
     pub(super) outputs: &'a [Region],
+    pub(super) landing: &'a Landing<'a>,
     pub(super) report: ExchangeReport,
+    /// What was read for the rank itself and may be on its way still.
+    pub(super) own: VecDeque<(Batch<'a>, Vec<ReadAt>)>,
 }
 
 /// Requests of one batch of direct reads: enough to keep a deep queue busy.
 const BATCH: usize = 256;
 
-impl Reading<'_> {
+/// Batches of what the rank keeps for itself that are on their way at once.
+const AHEAD: usize = 2;
+
+impl<'a> Reading<'a> {
     /// Ends early, without error, when the trading thread is gone.
     pub(super) fn run(
         &mut self,
         free: &Receiver<u64>,
-        fill: Sender<Filled>,
+        fill: Sender<Filled<'a>>,
     ) -> Result<(), ExchangeError> {
         let view = self.view;
         let mut direct = view.direct_reads().peekable();
         // Rows are read with the gaps between them only where there is memory to pick them from.
         let gap = (view.staging_bytes() > 0).then(|| view.plan().coalesce_gap());
         let mut own = DirectQueue { gap, list: Vec::new() };
-        for round in view.rounds().filter(|round| round.unit_bytes(round.member()) > 0) {
+        for round in view.rounds().filter(|round| round.unit_bytes(round.rank()) > 0) {
             let block = loop {
                 match free.try_recv() {
                     Ok(block) => break block,
@@ -67,7 +89,7 @@ impl Reading<'_> {
         loop {
             own.refill(&mut direct);
             if own.list.is_empty() {
-                return Ok(());
+                return self.settle(0);
             }
             if !self.direct(&mut own, block)? {
                 match free.recv() {
@@ -79,10 +101,10 @@ impl Reading<'_> {
     }
 
     /// Reads a unit into a block. The first byte is congruent to its file offset, as direct I/O likes.
-    fn unit(&mut self, round: &Round<'_>, block: u64) -> Result<Filled, ExchangeError> {
+    fn unit(&mut self, round: &Round<'_>, block: u64) -> Result<Filled<'a>, ExchangeError> {
         let mut ranges: Vec<ReadAt> = Vec::new();
         let mut addr = 0;
-        for Piece { tensor, range } in round.unit(round.member()) {
+        for Piece { tensor, range } in round.unit(round.rank()) {
             let desc = &self.view.plan().tensors()[tensor as usize];
             let (shard, offset) = (desc.shard, desc.file_range.start + range.start);
             let len = range.end - range.start;
@@ -97,8 +119,19 @@ impl Reading<'_> {
                 _ => ranges.push(ReadAt { tensor, shard, offset, len, addr: to }),
             }
         }
-        self.read(&ranges)?;
-        Ok(Filled { block, addr })
+        let bytes = self.read(&ranges)?;
+        Ok(Filled { block, addr, bytes })
+    }
+
+    /// Waits for what was read for the rank itself, but for the last `left` batches.
+    fn settle(&mut self, left: usize) -> Result<(), ExchangeError> {
+        while self.own.len() > left
+            && let Some((batch, ranges)) = self.own.pop_front()
+        {
+            batch.wait(self.view)?;
+            ranges.iter().for_each(|range| self.landing.add(range.addr, range.len));
+        }
+        Ok(())
     }
 
     /// Reads some of what this rank keeps for itself; `false` if that needs a block and there is none.
@@ -127,7 +160,8 @@ impl Reading<'_> {
                 let part = Strided { count: rows, ..copy };
                 let offset = desc.file_range.start + copy.src;
                 let (tensor, shard, len) = (job.tensor, desc.shard, part.src_span());
-                self.read(&[ReadAt { tensor, shard, offset, len, addr: block }])?;
+                let read = [ReadAt { tensor, shard, offset, len, addr: block }];
+                self.read(&read)?.wait(self.view)?;
                 let copy = CopyAt {
                     src: block,
                     dst: base + copy.dst,
@@ -161,39 +195,46 @@ impl Reading<'_> {
             }
         }
         if !ranges.is_empty() {
-            self.read(&ranges)?;
+            let batch = self.read(&ranges)?;
+            self.own.push_back((batch, ranges));
+            self.settle(AHEAD)?;
+            return Ok(true);
         }
-        Ok(!ranges.is_empty())
+        Ok(false)
     }
 
-    fn read(&mut self, ranges: &[ReadAt]) -> Result<(), ExchangeError> {
+    fn read(&mut self, ranges: &[ReadAt]) -> Result<Batch<'a>, ExchangeError> {
         let start = Instant::now();
-        // SAFETY: blocks belong to this thread until they are sent; direct reads go to parts of the
-        // outputs that the plan gives to nobody else.
-        let read = unsafe { self.backend.read(ranges) };
+        // SAFETY: blocks belong to this thread until they are sent, and then to who waits for what is on its
+        // way; direct reads go to parts of the outputs that the plan gives to nobody else.
+        let read = unsafe { self.backend.read_ahead(ranges) };
         // The others wait for the disk, not for the dead.
         self.group.alive();
         self.report.read += start.elapsed();
         self.report.read_bytes += ranges.iter().map(|range| range.len).sum::<u64>();
-        read.map_err(|(index, source)| self.read_error(ranges.get(index), source))
-    }
-
-    fn read_error(&self, range: Option<&ReadAt>, source: Cause) -> ExchangeError {
-        let tensors = self.view.plan().tensors();
-        let name = range.and_then(|range| tensors.get(range.tensor as usize));
-        ExchangeError::Read {
-            rank: self.view.rank(),
-            tensor: name.map(|desc| desc.name.clone()).unwrap_or_default(),
-            shard: range.map_or(0, |range| range.shard),
-            range: range.map_or(0..0, |range| range.offset..range.offset + range.len),
-            source,
+        match read {
+            Ok(arriving) => Ok(Batch { arriving, first: ranges.first().copied() }),
+            Err((index, source)) => Err(read_error(self.view, ranges.get(index), source)),
         }
     }
 
     fn copy(&self, copies: &[CopyAt]) -> Result<(), ExchangeError> {
         // SAFETY: from this thread's block to outputs that the plan gives to nobody else.
         let copied = unsafe { self.backend.copy(copies) };
-        copied.map_err(|source| ExchangeError::Copy { rank: self.view.rank(), source })
+        copied.map_err(|source| ExchangeError::Copy { rank: self.view.rank(), source })?;
+        self.landing.copied(copies);
+        Ok(())
+    }
+}
+
+fn read_error(view: &RankPlan<'_>, range: Option<&ReadAt>, source: Cause) -> ExchangeError {
+    let name = range.and_then(|range| view.plan().tensors().get(range.tensor as usize));
+    ExchangeError::Read {
+        rank: view.rank(),
+        tensor: name.map(|desc| desc.name.clone()).unwrap_or_default(),
+        shard: range.map_or(0, |range| range.shard),
+        range: range.map_or(0..0, |range| range.offset..range.offset + range.len),
+        source,
     }
 }
 

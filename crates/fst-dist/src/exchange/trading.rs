@@ -4,7 +4,7 @@ use std::sync::mpsc::{Receiver, Sender};
 use std::time::Instant;
 
 use super::reading::Filled;
-use super::{ExchangeReport, Region};
+use super::{ExchangeReport, Landing, Region};
 use crate::backend::{Backend, CopyAt};
 use crate::error::ExchangeError;
 use crate::group::{Group, Op};
@@ -18,6 +18,7 @@ pub(super) struct Trading<'a> {
     pub(super) group: &'a dyn Group,
     pub(super) backend: &'a dyn Backend,
     pub(super) outputs: &'a [Region],
+    pub(super) landing: &'a Landing<'a>,
     /// Staging for packed messages and for messages to unpack.
     pub(super) pack: u64,
     pub(super) receive: u64,
@@ -27,39 +28,39 @@ pub(super) struct Trading<'a> {
 impl Trading<'_> {
     pub(super) fn run(
         &mut self,
-        fills: &Receiver<Filled>,
+        fills: &Receiver<Filled<'_>>,
         free: Sender<u64>,
     ) -> Result<(), ExchangeError> {
         for round in self.view.rounds() {
             let mut filled = None;
-            if round.unit_bytes(round.member()) > 0 {
+            if round.unit_bytes(round.rank()) > 0 {
                 let start = Instant::now();
                 // The reading thread ends early on an error only, which it tells itself.
                 let Ok(unit) = fills.recv() else { return Ok(()) };
+                let Filled { block, addr, bytes } = unit;
+                bytes.wait(self.view)?;
                 self.report.wait += start.elapsed();
-                self.keep(&round, &unit)?;
-                filled = Some(unit);
+                self.keep(&round, addr)?;
+                filled = Some((block, addr));
             }
-            let addr = filled.as_ref().map(|unit| unit.addr);
-            let everyone = round.members().len() == self.view.plan().world() as usize;
-            if round.kind() == LineKind::Broadcast && everyone {
-                self.broadcast(&round, addr)?;
-            } else {
-                self.scatter(&round, addr)?;
+            let addr = filled.map(|(_, addr)| addr);
+            match round.kind() {
+                LineKind::Broadcast => self.broadcast(&round, addr)?,
+                LineKind::Scatter => self.scatter(&round, addr)?,
             }
-            if let Some(unit) = filled {
+            if let Some((block, _)) = filled {
                 // The reading thread may be done and gone.
-                let _ = free.send(unit.block);
+                let _ = free.send(block);
             }
         }
         Ok(())
     }
 
     /// Moves what this rank keeps of its own unit to its place.
-    fn keep(&mut self, round: &Round<'_>, unit: &Filled) -> Result<(), ExchangeError> {
+    fn keep(&mut self, round: &Round<'_>, addr: u64) -> Result<(), ExchangeError> {
         let mut copies = Vec::new();
-        let mut at = unit.addr;
-        for piece in round.unit(round.member()) {
+        let mut at = addr;
+        for piece in round.unit(round.rank()) {
             if let Some((output, geometry)) = self.view.geometry(piece.tensor) {
                 let base = self.outputs[output as usize].addr;
                 geometry.copies(&piece.range, |copy| {
@@ -72,10 +73,10 @@ impl Trading<'_> {
         self.copy(&copies)
     }
 
-    /// Where the bytes that this rank receives of a member's unit go, in the order of the message.
-    fn incoming(&self, round: &Round<'_>, member: usize) -> Message {
+    /// Where the bytes that this rank receives of another's unit go, in the order of the message.
+    fn incoming(&self, round: &Round<'_>, from: u32) -> Message {
         let mut message = Message::default();
-        for piece in round.unit(member) {
+        for piece in round.unit(from) {
             if let Some((output, geometry)) = self.view.geometry(piece.tensor) {
                 let base = self.outputs[output as usize].addr;
                 geometry.copies(&piece.range, |copy| {
@@ -90,7 +91,7 @@ impl Trading<'_> {
     fn outgoing(&self, round: &Round<'_>, addr: u64, to: u32) -> Message {
         let mut message = Message::default();
         let mut at = addr;
-        for piece in round.unit(round.member()) {
+        for piece in round.unit(round.rank()) {
             let geometry = self.view.plan().geometry(piece.tensor, to);
             geometry.copies(&piece.range, |copy| {
                 let src = at + copy.src - piece.range.start;
@@ -102,16 +103,16 @@ impl Trading<'_> {
     }
 
     fn scatter(&mut self, round: &Round<'_>, addr: Option<u64>) -> Result<(), ExchangeError> {
-        let (count, member) = (round.members().len(), round.member());
+        let (world, rank) = (u64::from(self.view.plan().world()), u64::from(round.rank()));
         let buffers = self.view.plan().buffers();
         let peers = buffers.receive_blocks as usize;
         // Each step is a permutation: nobody gets more than its part at a time.
-        let shifts: Vec<usize> = (1..count).collect();
+        let shifts: Vec<u64> = (1..world).collect();
         for shifts in shifts.chunks(peers) {
             let (mut batch, mut packs, mut unpacks) = (Vec::new(), Vec::new(), Vec::new());
             let mut pack = self.pack;
             for (index, shift) in shifts.iter().enumerate() {
-                let to = round.members()[(member + shift) % count];
+                let to = ((rank + shift) % world) as u32;
                 if let Some(addr) = addr {
                     let message = self.outgoing(round, addr, to);
                     let bytes = message.bytes;
@@ -128,11 +129,11 @@ impl Trading<'_> {
                     }
                     self.report.sent_bytes += bytes;
                 }
-                let from = (member + count - shift) % count;
+                let from = ((rank + world - shift) % world) as u32;
                 let message = self.incoming(round, from);
                 let staged = self.receive + index as u64 * buffers.block;
                 if let Some(into) = self.receive_into(&message, staged, &mut unpacks) {
-                    batch.push(Op::Recv { from: round.members()[from], into });
+                    batch.push(Op::Recv { from, into });
                 }
             }
             self.trade(&packs, batch, &unpacks)?;
@@ -142,14 +143,14 @@ impl Trading<'_> {
 
     fn broadcast(&mut self, round: &Round<'_>, addr: Option<u64>) -> Result<(), ExchangeError> {
         let buffers = self.view.plan().buffers();
-        let others = u64::from(self.view.plan().world() - 1);
-        let roots: Vec<usize> =
-            (0..round.members().len()).filter(|&root| round.unit_bytes(root) > 0).collect();
+        let world = self.view.plan().world();
+        let others = u64::from(world - 1);
+        let roots: Vec<u32> = (0..world).filter(|&root| round.unit_bytes(root) > 0).collect();
         for roots in roots.chunks(buffers.receive_blocks as usize) {
             let (mut batch, mut unpacks) = (Vec::new(), Vec::new());
             for (index, &root) in roots.iter().enumerate() {
                 let bytes = round.unit_bytes(root);
-                if root == round.member()
+                if root == round.rank()
                     && let Some(addr) = addr
                 {
                     batch.push(Op::Broadcast { data: self.src(addr, bytes) });
@@ -159,7 +160,7 @@ impl Trading<'_> {
                 let message = self.incoming(round, root);
                 let staged = self.receive + index as u64 * buffers.block;
                 if let Some(into) = self.receive_into(&message, staged, &mut unpacks) {
-                    batch.push(Op::BroadcastFrom { root: round.members()[root], into });
+                    batch.push(Op::BroadcastFrom { root, into });
                 }
             }
             self.trade(&[], batch, &unpacks)?;
@@ -201,10 +202,13 @@ impl Trading<'_> {
     ) -> Result<(), ExchangeError> {
         self.copy(packs)?;
         let start = Instant::now();
+        // What goes through staging memory lands when it is unpacked.
+        let received: Vec<(u64, usize)> = batch.iter().filter_map(into_of).collect();
         if !batch.is_empty() {
             self.group.exchange(batch)?;
         }
         self.report.exchange += start.elapsed();
+        received.iter().for_each(|(addr, len)| self.landing.add(*addr, *len as u64));
         self.copy(unpacks)
     }
 
@@ -217,7 +221,17 @@ impl Trading<'_> {
         // gives to them alone.
         let copied = unsafe { self.backend.copy(copies) };
         self.report.copy += start.elapsed();
-        copied.map_err(|source| ExchangeError::Copy { rank: self.view.rank(), source })
+        copied.map_err(|source| ExchangeError::Copy { rank: self.view.rank(), source })?;
+        self.landing.copied(copies);
+        Ok(())
+    }
+}
+
+/// Where an operation receives.
+fn into_of(op: &Op<'_>) -> Option<(u64, usize)> {
+    match op {
+        Op::Recv { into, .. } | Op::BroadcastFrom { into, .. } => Some((into.addr(), into.len())),
+        _ => None,
     }
 }
 

@@ -5,11 +5,10 @@
 //! is behind the lock.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{Control, DEFAULT_DEADLINE, Group, Op, Signs, check_peers};
+use super::{Control, DEFAULT_DEADLINE, Group, Occupancy, Op, Signs, check_peers};
 use crate::error::GroupError;
 use crate::memory::{Dst, Space, Src};
 
@@ -121,7 +120,7 @@ pub struct LocalGroup {
     rank: u32,
     world: u32,
     gathers: Mutex<u64>,
-    occupied: AtomicBool,
+    occupancy: Occupancy,
 }
 
 impl std::fmt::Debug for LocalGroup {
@@ -156,7 +155,7 @@ impl LocalGroup {
             rank,
             world,
             gathers: Mutex::new(0),
-            occupied: AtomicBool::new(false),
+            occupancy: Occupancy::default(),
         };
         (0..world).map(handle).collect()
     }
@@ -373,8 +372,8 @@ impl Group for LocalGroup {
         self.shared.copier.reaches(space)
     }
 
-    fn occupied(&self) -> &AtomicBool {
-        &self.occupied
+    fn occupancy(&self) -> &Occupancy {
+        &self.occupancy
     }
 
     fn exchange(&self, batch: Vec<Op<'_>>) -> Result<(), GroupError> {

@@ -9,11 +9,11 @@ mod local;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod nccl;
+mod occupied;
 mod signs;
 mod tcp;
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 pub use launch::LaunchEnv;
@@ -22,6 +22,7 @@ pub use local::{Copier, CopyError, HostCopier, LocalGroup};
 #[cfg(feature = "mpi")]
 pub use mpi::MpiGroup;
 pub use nccl::{DeviceStream, Nccl, NcclGroup, UniqueId};
+pub use occupied::{Occupancy, Occupied};
 pub use signs::{Signs, Waiting};
 pub use tcp::TcpControl;
 
@@ -109,6 +110,47 @@ pub trait Control: Send + Sync + fmt::Debug {
     }
 }
 
+/// A rank that leaves control to another handle of it, and so has [`Control`]: what moves bytes beside
+/// a [`TcpControl`], for instance.
+pub trait Controlled: Send + Sync + fmt::Debug {
+    /// That handle.
+    fn control(&self) -> &dyn Control;
+}
+
+impl<T: Controlled> Control for T {
+    fn rank(&self) -> u32 {
+        self.control().rank()
+    }
+
+    fn world_size(&self) -> u32 {
+        self.control().world_size()
+    }
+
+    fn deadline(&self) -> Duration {
+        self.control().deadline()
+    }
+
+    fn signs(&self) -> &Signs {
+        self.control().signs()
+    }
+
+    fn alive(&self) {
+        self.control().alive();
+    }
+
+    fn gather_messages(&self, message: &[u8]) -> Result<Vec<Vec<u8>>, GroupError> {
+        self.control().gather_messages(message)
+    }
+
+    fn abort(&self, cause: &str) {
+        self.control().abort(cause);
+    }
+
+    fn failure(&self) -> Option<GroupError> {
+        self.control().failure()
+    }
+}
+
 /// Ranks that exchange bytes.
 ///
 /// Between two ranks messages arrive in the order in which they were sent. A group is a handle of one
@@ -118,8 +160,8 @@ pub trait Group: Control {
     /// not reach is refused before anything is read.
     fn reaches(&self, space: Space) -> bool;
 
-    /// Set while a load has the group ([`Occupied`]); a flag of this handle's own, false at first.
-    fn occupied(&self) -> &AtomicBool;
+    /// Whether a load has the group ([`Occupied`]): this handle's own, and new with it.
+    fn occupancy(&self) -> &Occupancy;
 
     /// Carries out a batch, all transfers at the same time; returns when this rank's memory is free to
     /// use again and what it receives has arrived. Ranks that broadcast or receive broadcasts
@@ -147,36 +189,7 @@ pub trait Group: Control {
     }
 }
 
-/// A group taken by one load; others can take it when this is dropped.
-#[derive(Debug)]
-pub struct Occupied<'g>(&'g (dyn Group + 'g));
-
-impl<'g> std::ops::Deref for Occupied<'g> {
-    type Target = dyn Group + 'g;
-
-    fn deref(&self) -> &Self::Target {
-        self.0
-    }
-}
-
-impl Drop for Occupied<'_> {
-    fn drop(&mut self) {
-        self.0.occupied().store(false, Ordering::Release);
-    }
-}
-
 impl dyn Group + '_ {
-    /// Takes the group for one load: the messages of two at once would be taken for each other's.
-    ///
-    /// # Errors
-    /// [`GroupError::Busy`] while another load has it. The group is as good as before.
-    pub fn occupy(&self) -> Result<Occupied<'_>, GroupError> {
-        match self.occupied().swap(true, Ordering::Acquire) {
-            true => Err(GroupError::Busy { rank: self.rank() }),
-            false => Ok(Occupied(self)),
-        }
-    }
-
     /// The bytes of `root` to all ranks: `root` gives, the others receive, `data`.
     ///
     /// # Errors

@@ -12,7 +12,6 @@
 use std::collections::VecDeque;
 use std::mem::ManuallyDrop;
 use std::os::raw::{c_int, c_void};
-use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -20,7 +19,7 @@ use mpi::Threading;
 use mpi::environment::Universe;
 use mpi::ffi;
 
-use super::{Control, Group, Op, Signs, check_peers};
+use super::{Control, Group, Occupancy, Op, Signs, check_peers};
 use crate::error::GroupError;
 use crate::memory::{Dst, Space, Src};
 
@@ -49,7 +48,7 @@ pub struct MpiGroup {
     rank: u32,
     world: u32,
     deadline: Duration,
-    occupied: AtomicBool,
+    occupancy: Occupancy,
     universe: ManuallyDrop<Universe>,
 }
 
@@ -135,7 +134,7 @@ impl MpiGroup {
             rank,
             world,
             deadline,
-            occupied: AtomicBool::new(false),
+            occupancy: Occupancy::default(),
             universe,
         })
     }
@@ -526,8 +525,8 @@ impl Group for MpiGroup {
         space == Space::Host
     }
 
-    fn occupied(&self) -> &AtomicBool {
-        &self.occupied
+    fn occupancy(&self) -> &Occupancy {
+        &self.occupancy
     }
 
     fn exchange(&self, batch: Vec<Op<'_>>) -> Result<(), GroupError> {

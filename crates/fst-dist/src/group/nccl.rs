@@ -13,13 +13,12 @@ use std::ffi::{CStr, c_char, c_int, c_void};
 use std::fmt;
 use std::mem::ManuallyDrop;
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use libloading::Library;
 
-use super::{Control, Group, LaunchEnv, Op, Signs, TcpControl, check_peers};
+use super::{Control, Controlled, Group, LaunchEnv, Occupancy, Op, TcpControl, check_peers};
 use crate::backend::Cause;
 use crate::error::GroupError;
 use crate::memory::Space;
@@ -254,7 +253,7 @@ pub struct NcclGroup {
     stream: Box<dyn DeviceStream>,
     /// `None` once aborted.
     comm: Mutex<Option<OwnedComm>>,
-    occupied: AtomicBool,
+    occupancy: Occupancy,
 }
 
 #[derive(Clone, Copy)]
@@ -328,8 +327,8 @@ impl NcclGroup {
         control: Box<dyn Control>,
         stream: Box<dyn DeviceStream>,
     ) -> Result<Self, GroupError> {
-        let (comm, occupied) = (Mutex::new(None), AtomicBool::new(false));
-        let group = Self { nccl, control, stream, comm, occupied };
+        let (comm, occupancy) = (Mutex::new(None), Occupancy::default());
+        let group = Self { nccl, control, stream, comm, occupancy };
         let (world, rank) = (group.world_size() as c_int, group.rank() as c_int);
         let mut comm: Comm = std::ptr::null_mut();
         let made = group.current().and_then(|_current| {
@@ -388,7 +387,7 @@ impl NcclGroup {
             return Err(GroupError::Peer { peer: control.rank(), rank, world });
         }
         let comm = Mutex::new(Some(OwnedComm { comm, ours: false }));
-        Ok(Self { nccl, control, stream, comm, occupied: AtomicBool::new(false) })
+        Ok(Self { nccl, control, stream, comm, occupancy: Occupancy::default() })
     }
 
     /// The library.
@@ -541,37 +540,9 @@ fn broke(control: &dyn Control, error: GroupError) -> GroupError {
     error
 }
 
-impl Control for NcclGroup {
-    fn rank(&self) -> u32 {
-        self.control.rank()
-    }
-
-    fn world_size(&self) -> u32 {
-        self.control.world_size()
-    }
-
-    fn deadline(&self) -> Duration {
-        self.control.deadline()
-    }
-
-    fn signs(&self) -> &Signs {
-        self.control.signs()
-    }
-
-    fn alive(&self) {
-        self.control.alive();
-    }
-
-    fn gather_messages(&self, message: &[u8]) -> Result<Vec<Vec<u8>>, GroupError> {
-        self.control.gather_messages(message)
-    }
-
-    fn abort(&self, cause: &str) {
-        self.control.abort(cause);
-    }
-
-    fn failure(&self) -> Option<GroupError> {
-        self.control.failure()
+impl Controlled for NcclGroup {
+    fn control(&self) -> &dyn Control {
+        &*self.control
     }
 }
 
@@ -581,8 +552,8 @@ impl Group for NcclGroup {
         space == Space::Device(self.stream.ordinal())
     }
 
-    fn occupied(&self) -> &AtomicBool {
-        &self.occupied
+    fn occupancy(&self) -> &Occupancy {
+        &self.occupancy
     }
 
     fn exchange(&self, batch: Vec<Op<'_>>) -> Result<(), GroupError> {

@@ -1,8 +1,9 @@
 //! What the workers of one read share: the cursor over the blocks, the first error, and the rules
 //! of when a block is complete.
 
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
@@ -10,24 +11,34 @@ use std::time::Instant;
 
 use super::depth::Depth;
 use crate::buffer::HUGE_PAGE;
-use crate::engine::{CachePolicy, Control, ReadOptions};
+use crate::engine::{CachePolicy, Control, Pick, ReadOptions};
 use crate::error::Error;
 use crate::file::SourceFile;
 use crate::plan::{Block, ReadPlan};
-use crate::residency;
-use crate::sink::{Sink, Target};
+use crate::sink::{Sink, SinkError, Target};
+use crate::source::Unfilled;
 use crate::stats::{Event, Stage, WorkerStats};
 use crate::sys;
 
 /// The way of one block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Route {
-    /// Around the page cache, from this descriptor.
-    Direct(RawFd),
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Route<'a> {
+    /// Around the page cache, by this handle.
+    Direct(&'a File),
     /// Copied out of the page cache, which holds (nearly) all of it.
     Cached,
     /// Through the page cache, which must first be filled from storage.
     Buffered,
+    /// From a source that is no local file.
+    Remote,
+}
+
+/// Blocks that a worker has taken, and has no memory for yet.
+#[derive(Debug, Default)]
+pub(super) struct Hand<'a> {
+    ordered: Option<&'a Block>,
+    /// It had memory of the sink's, and lacks what comes back by itself.
+    preferred: Option<&'a Block>,
 }
 
 #[derive(Debug)]
@@ -111,28 +122,93 @@ impl<'a> Job<'a> {
         })
     }
 
-    /// The next block that nobody reads yet, unless the read is over.
-    pub(super) fn next(&self) -> Option<&'a Block> {
-        if self.is_stopped() {
-            return None;
-        }
-        let blocks = self.plan.blocks();
-        let take = |block: &&'a Block| {
-            self.taken.get(block.index as usize).is_some_and(|taken| !taken.swap(true, Relaxed))
-        };
-        let preferred = self.control.pick(|extents| {
-            // Blocks have the order of their extents.
-            let from = blocks.partition_point(|block| block.extents.end <= extents.start);
-            blocks[from..].iter().take_while(|block| block.extents.start < extents.end).find(take)
-        });
-        preferred.or_else(|| {
-            loop {
-                let block = blocks.get(self.cursor.fetch_add(1, Relaxed))?;
-                if take(&block) {
-                    return Some(block);
+    /// The next block that nobody reads yet, with memory for it. `None` when there is no memory now, or the read
+    /// is over; with `wait`, only when the read is over.
+    ///
+    /// Who waits for memory does so with the first block of the plan that nobody has, and leaves that in
+    /// `hand` for blocks that are preferred and have memory. So a block of memory that is there never
+    /// waits for one of memory that is not.
+    pub(super) fn next(
+        &self,
+        hand: &mut Hand<'a>,
+        wait: bool,
+        stats: &mut WorkerStats,
+    ) -> Option<(&'a Block, Target)> {
+        let began = Instant::now();
+        let next = loop {
+            if self.is_stopped() {
+                break None;
+            }
+            let preferred = hand.preferred.or_else(|| self.preferred());
+            hand.preferred = preferred;
+            let ordered =
+                if preferred.is_none() { hand.ordered.or_else(|| self.ordered()) } else { None };
+            let Some(block) = preferred.or(ordered) else { break None };
+            if preferred.is_none() {
+                hand.ordered = ordered;
+            }
+            match self.sink.0.reserve(block, wait) {
+                Ok(Some(target)) => {
+                    let taken =
+                        if preferred.is_some() { &mut hand.preferred } else { &mut hand.ordered };
+                    *taken = None;
+                    break Some((block, target));
+                }
+                // Sinks wait for a short while at a time: the read may have ended meanwhile.
+                Ok(None) if wait => {}
+                Ok(None) => break None,
+                Err(error) => {
+                    self.refused(error);
+                    break None;
                 }
             }
+        };
+        stats.reserve += began.elapsed();
+        next
+    }
+
+    fn take(&self, block: &Block) -> bool {
+        self.taken.get(block.index as usize).is_some_and(|taken| !taken.swap(true, Relaxed))
+    }
+
+    /// The next block in the order of the plan.
+    fn ordered(&self) -> Option<&'a Block> {
+        loop {
+            let block = self.plan.blocks().get(self.cursor.fetch_add(1, Relaxed))?;
+            if self.take(block) {
+                return Some(block);
+            }
+        }
+    }
+
+    /// The next block that is preferred and has memory.
+    fn preferred(&self) -> Option<&'a Block> {
+        let blocks = self.plan.blocks();
+        self.control.pick(|extents| {
+            // Blocks have the order of their extents.
+            let from = blocks.partition_point(|block| block.extents.end <= extents.start);
+            let wanted =
+                blocks[from..].iter().take_while(|block| block.extents.start < extents.end);
+            for block in wanted {
+                // Those that others hold may wait for memory, too.
+                match self.sink.0.prefer(block) {
+                    Ok(true) if self.take(block) => return Pick::Found(block),
+                    Ok(true) => {}
+                    Ok(false) => return Pick::Later,
+                    Err(error) => {
+                        self.refused(error);
+                        return Pick::Later;
+                    }
+                }
+            }
+            Pick::Nothing
         })
+    }
+
+    /// Ends the read by what a sink said.
+    fn refused(&self, error: SinkError) {
+        let cancelled = matches!(error.downcast_ref(), Some(Error::Cancelled));
+        self.fail(if cancelled { Error::Cancelled } else { Error::Sink(error) });
     }
 
     pub(super) fn is_stopped(&self) -> bool {
@@ -163,31 +239,6 @@ impl<'a> Job<'a> {
 
     pub(super) fn file(&self, block: &Block) -> &'a SourceFile {
         &self.files[block.file as usize]
-    }
-
-    /// Memory for a block. `None` when there is none now, or the read is over; with `wait`, only
-    /// when the read is over.
-    pub(super) fn reserve(
-        &self,
-        block: &Block,
-        wait: bool,
-        stats: &mut WorkerStats,
-    ) -> Option<Target> {
-        let began = Instant::now();
-        let target = loop {
-            match self.sink.0.reserve(block, wait) {
-                // Sinks wait for a short while at a time: the read may have ended meanwhile.
-                Ok(None) if wait && !self.is_stopped() => {}
-                Ok(target) => break target,
-                Err(error) => {
-                    let cancelled = matches!(error.downcast_ref(), Some(Error::Cancelled));
-                    self.fail(if cancelled { Error::Cancelled } else { Error::Sink(error) });
-                    break None;
-                }
-            }
-        };
-        stats.reserve += began.elapsed();
-        target
     }
 
     /// Faults in a piece of a target's memory, from `done` on, if it is fresh, so that the kernel
@@ -250,14 +301,15 @@ impl<'a> Job<'a> {
     }
 
     /// Chooses the way of a block by what the page cache holds of it.
-    pub(super) fn route(&self, block: &Block) -> Route {
+    pub(super) fn route(&self, block: &Block) -> Route<'a> {
         let file = self.file(block);
-        let direct = || file.direct().map_or(Route::Buffered, |f| Route::Direct(f.as_raw_fd()));
+        let direct = || file.direct().map_or(Route::Buffered, Route::Direct);
         let resident = |part: u64| {
-            residency::resident_bytes(file.buffered(), block.offset, block.need)
+            file.resident_bytes_of(block.offset, block.need)
                 .is_ok_and(|bytes| bytes >= block.need / 8 * part)
         };
         match self.cache {
+            _ if file.source().is_some() => Route::Remote,
             CachePolicy::Direct => direct(),
             // A few missing pages cost less than reading all of the block again.
             CachePolicy::Residency if resident(7) => Route::Cached,
@@ -292,14 +344,15 @@ impl<'a> Job<'a> {
         target: &Target,
         mut done: u64,
     ) -> Result<(), Error> {
-        let fd = self.file(block).buffered().as_raw_fd();
+        let unsupported = || self.read_error(block, done, io::ErrorKind::Unsupported.into());
+        let file = self.file(block).buffered().ok_or_else(unsupported)?;
         let mut retries = 0;
         while done < block.need {
             let len = (block.need - done) as usize;
             // SAFETY: the sink lends at least `block.len >= need` bytes from `ptr`, to this
             // worker alone.
             let read = unsafe {
-                sys::pread(fd, target.ptr().as_ptr().add(done as usize), len, block.offset + done)
+                sys::pread(file, target.ptr().as_ptr().add(done as usize), len, block.offset + done)
             };
             match read {
                 Ok(0) => return Err(self.early_end(block, block.offset + done)),
@@ -313,9 +366,34 @@ impl<'a> Job<'a> {
         Ok(())
     }
 
+    /// Reads a block from a source that is no local file: from its first wanted byte on, for alignment gains
+    /// nothing there.
+    ///
+    /// # Safety
+    ///
+    /// As for [`read_buffered`](Self::read_buffered).
+    pub(super) unsafe fn read_remote(&self, block: &Block, target: &Target) -> Result<(), Error> {
+        let Some(source) = self.file(block).source() else { return Ok(()) };
+        let first = self.plan.extents().get(block.extents.start as usize);
+        let skip = first.map_or(0, |extent| extent.offset.saturating_sub(block.offset));
+        let skip = skip.min(block.need);
+        // SAFETY: the sink lends at least `block.len >= need >= skip` bytes from `ptr`, to this worker alone.
+        let memory = unsafe {
+            let start = target.ptr().as_ptr().add(skip as usize).cast::<MaybeUninit<u8>>();
+            std::slice::from_raw_parts_mut(start, (block.need - skip) as usize)
+        };
+        let cancelled = || self.is_stopped();
+        let mut into = Unfilled::new(memory, &cancelled);
+        source.read(block.offset + skip, &mut into)?;
+        match into.missing() as u64 {
+            0 => Ok(()),
+            missing => Err(self.early_end(block, block.need_end() - missing)),
+        }
+    }
+
     /// Whether a failed read is worth repeating.
     pub(super) fn retry(&self, error: &io::Error, retries: u32) -> bool {
-        let again = matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN));
+        let again = matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock);
         if again && retries > 16 {
             std::thread::yield_now();
         }

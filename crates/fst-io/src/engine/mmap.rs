@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
 
-use super::job::Job;
+use super::job::{Hand, Job};
 use crate::buffer::HUGE_PAGE;
 use crate::error::Error;
 use crate::plan::Block;
@@ -32,10 +32,8 @@ pub(super) fn work(job: &Job<'_>, worker: usize) -> WorkerStats {
     let mut stats = WorkerStats::default();
     // Blocks come file by file, so that one mapping at a time is enough.
     let mut mapping: Option<(u32, MmapRaw)> = None;
-    while let Some(block) = job.next() {
-        let Some(target) = job.reserve(block, true, &mut stats) else {
-            break;
-        };
+    let mut hand = Hand::default();
+    while let Some((block, target)) = job.next(&mut hand, true, &mut stats) {
         let began = Instant::now();
         match copy(job, block, &target, &mut mapping) {
             Ok(()) => {
@@ -58,11 +56,13 @@ fn copy(
     mapping: &mut Option<(u32, MmapRaw)>,
 ) -> Result<(), Error> {
     let file = job.file(block);
+    let unsupported = || job.read_error(block, 0, std::io::ErrorKind::Unsupported.into());
+    let opened = file.buffered().ok_or_else(unsupported)?;
     let map = match mapping {
         Some((number, map)) if *number == block.file => map,
         _ => {
             let map = MmapOptions::new()
-                .map_raw_read_only(file.buffered())
+                .map_raw_read_only(opened)
                 .map_err(|e| job.read_error(block, 0, e))?;
             // Read-ahead is an optimisation; without it the copy is slower.
             let _ = map.advise(Advice::Sequential);
@@ -88,8 +88,8 @@ fn copy(
         match copied {
             Ok(0) => return Err(job.early_end(block, block.offset + done)),
             Ok(n) => (done, retries) = (done + n as u64, 0),
-            Err(e) if e.raw_os_error() == Some(libc::EFAULT) => {
-                return Err(match file.buffered().metadata() {
+            Err(e) if sys::is_fault(&e) => {
+                return Err(match opened.metadata() {
                     Ok(now) if now.len() < block.need_end() => job.early_end(block, now.len()),
                     // A page that cannot be read in: what `pread` calls EIO.
                     _ => job.read_error(block, done, std::io::Error::from_raw_os_error(libc::EIO)),

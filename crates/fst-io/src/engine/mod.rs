@@ -7,10 +7,15 @@
 //! for the sink when that has no memory to lend. On machines of several NUMA nodes, workers stay
 //! beside the storage that they read.
 
+// Some of both is for io_uring only.
+#[cfg_attr(any(not(target_os = "linux"), fst_portable), allow(dead_code))]
 mod depth;
+#[cfg_attr(any(not(target_os = "linux"), fst_portable), allow(dead_code))]
 mod job;
+#[cfg_attr(any(not(target_os = "linux"), fst_portable), path = "../portable/mmap.rs")]
 mod mmap;
 mod pread;
+#[cfg_attr(any(not(target_os = "linux"), fst_portable), path = "../portable/uring.rs")]
 mod uring;
 
 use std::collections::BTreeSet;
@@ -51,10 +56,13 @@ pub enum Engine {
     Mmap,
     /// NVIDIA GPUDirect Storage (cuFile), for loads into device memory.
     Gds,
+    /// Threads that ask [sources](crate::source::Source) for ranges, one each at a time. Used for files that
+    /// are not local, and for nothing else.
+    Object,
 }
 
 impl Engine {
-    /// All engines by name.
+    /// The engines that can be asked for, by name.
     pub const ALL: [Self; 5] = [Self::Auto, Self::Uring, Self::Pread, Self::Mmap, Self::Gds];
 
     /// The engine's name, as programs take it.
@@ -65,6 +73,7 @@ impl Engine {
             Self::Pread => "pread",
             Self::Mmap => "mmap",
             Self::Gds => "gds",
+            Self::Object => "object",
         }
     }
 }
@@ -117,6 +126,7 @@ impl ResolvedEngine {
             Engine::Mmap => mmap::refusal(),
             Engine::Pread => None,
             Engine::Gds => Some("cuFile reads into device memory only".to_owned()),
+            Engine::Object => Some("it reads no local files".to_owned()),
         };
         let (used, reason) = match (asked, refusal) {
             (Engine::Auto, None) => (Engine::Uring, "io_uring is available".to_owned()),
@@ -128,7 +138,28 @@ impl ResolvedEngine {
         };
         Ok(Self { asked, used, reason })
     }
+
+    /// The engine that runs for `asked` where files are [not local](SourceFile::remote).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::EngineUnavailable`] when an engine for local files was asked for by name.
+    pub fn resolve_remote(asked: Engine) -> Result<Self, Error> {
+        match asked {
+            Engine::Auto | Engine::Object => {
+                let reason = "the files are not local".to_owned();
+                Ok(Self { asked, used: Engine::Object, reason })
+            }
+            engine => {
+                let reason = "it reads local files only; use auto for others".to_owned();
+                Err(Error::EngineUnavailable { engine, reason })
+            }
+        }
+    }
 }
+
+/// Ranges of sources that are asked for at the same time, unless told otherwise.
+const REMOTE_WORKERS: usize = 16;
 
 /// When to go through the page cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -173,6 +204,15 @@ pub struct Control {
     prefers: AtomicBool,
 }
 
+/// What there is among extents that are preferred.
+enum Pick<T> {
+    Found(T),
+    /// Nothing now.
+    Later,
+    /// Nothing any more.
+    Nothing,
+}
+
 impl Control {
     /// A fresh handle.
     pub fn new() -> Self {
@@ -204,29 +244,28 @@ impl Control {
     }
 
     /// Has the blocks of these extents of the plan read before all others that nobody reads yet, those
-    /// preferred before included. Without effect on blocks that are read already, or that a
-    /// [part](ReadPlan::only) of the plan lacks.
-    ///
-    /// A sink whose memory comes in the order of the blocks must have room for all of them.
+    /// preferred before included, as soon as the sink [has memory](Sink::prefer) for them. Without effect on
+    /// blocks that are read already, or that a [part](ReadPlan::only) of the plan lacks.
     pub fn prefer(&self, extents: Range<u32>) {
         self.preferred.lock().unwrap_or_else(|e| e.into_inner()).push(extents);
         self.prefers.store(true, Release);
     }
 
-    /// What `pick` finds among the extents preferred last; where it finds nothing more, among those before.
-    fn pick<T>(&self, mut pick: impl FnMut(&Range<u32>) -> Option<T>) -> Option<T> {
+    /// What `pick` finds among the extents preferred last; where there is nothing, or nothing yet, among
+    /// those before.
+    fn pick<T>(&self, mut pick: impl FnMut(&Range<u32>) -> Pick<T>) -> Option<T> {
         if !self.prefers.load(Acquire) {
             return None;
         }
         let mut preferred = self.preferred.lock().unwrap_or_else(|e| e.into_inner());
-        while let Some(extents) = preferred.last() {
-            let found = pick(extents);
-            if found.is_some() {
-                return found;
+        for at in (0..preferred.len()).rev() {
+            match pick(&preferred[at]) {
+                Pick::Found(found) => return Some(found),
+                Pick::Later => {}
+                Pick::Nothing => drop(preferred.remove(at)),
             }
-            preferred.pop();
         }
-        self.prefers.store(false, Release);
+        self.prefers.store(!preferred.is_empty(), Release);
         None
     }
 
@@ -263,21 +302,25 @@ pub fn read(
     control: &Control,
 ) -> Result<ReadStats, Error> {
     let started = Instant::now();
-    let engine = ResolvedEngine::resolve(options.engine)?;
+    // A part of a load may read from few of its files: to look at all each time would take long.
+    let numbers: BTreeSet<u32> = plan.blocks().iter().map(|block| block.file).collect();
+    let read = || numbers.iter().filter_map(|number| files.get(*number as usize));
+    let engine = match read().any(|file| file.source().is_some()) {
+        true => ResolvedEngine::resolve_remote(options.engine)?,
+        false => ResolvedEngine::resolve(options.engine)?,
+    };
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let workers = options.workers.unwrap_or_else(|| match engine.used {
         // Copies out of the page cache scale with cores; direct reads keep one busy a little.
         Engine::Uring => cores.clamp(1, 16),
         // The number of threads is the number of reads in flight.
         Engine::Pread => (2 * cores).clamp(8, 32),
+        Engine::Object => REMOTE_WORKERS,
         _ => cores.clamp(1, 16),
     });
     let workers = workers.clamp(1, plan.blocks().len().max(1));
     let depth = Depth::new(options.depth, workers, plan.limits().block);
     let job = Job::new(files, plan, sink, options, control, started, depth)?;
-    // A part of a load may read from few of its files: to look at all each time would take long.
-    let numbers: BTreeSet<u32> = plan.blocks().iter().map(|block| block.file).collect();
-    let read = || numbers.iter().filter_map(|number| files.get(*number as usize));
     let near = numa::processors_near(read());
     let run = |worker: usize| {
         let _bound = near.as_ref().and_then(Bound::to);
@@ -314,7 +357,7 @@ pub fn read(
         _ => workers,
     };
     job.finish()?;
-    read().try_for_each(SourceFile::verify_unchanged)?;
+    SourceFile::verify_all(read())?;
     stats.seconds = started.elapsed().as_secs_f64();
     Ok(stats)
 }

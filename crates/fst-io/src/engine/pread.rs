@@ -1,10 +1,12 @@
 //! Threads that call `pread(2)`: works everywhere. As many reads are in flight as there are
-//! threads; cold blocks go around the page cache where the file system allows it.
+//! threads; cold blocks go around the page cache where the file system allows it. What is no local file is
+//! asked for its bytes in the same way.
 
-use std::os::fd::RawFd;
+use std::fs::File;
+use std::io;
 use std::time::Instant;
 
-use super::job::{Job, REQUEST, Route};
+use super::job::{Hand, Job, REQUEST, Route};
 use crate::error::Error;
 use crate::plan::Block;
 use crate::sink::Target;
@@ -13,10 +15,8 @@ use crate::sys;
 
 pub(super) fn work(job: &Job<'_>, worker: usize) -> WorkerStats {
     let mut stats = WorkerStats::default();
-    while let Some(block) = job.next() {
-        let Some(target) = job.reserve(block, true, &mut stats) else {
-            break;
-        };
+    let mut hand = Hand::default();
+    while let Some((block, target)) = job.next(&mut hand, true, &mut stats) {
         let route = job.route(block);
         if let Route::Direct(_) = route {
             let mut touched = 0;
@@ -28,8 +28,9 @@ pub(super) fn work(job: &Job<'_>, worker: usize) -> WorkerStats {
         // SAFETY: `target` was just lent for this block, and this is the only read into it.
         let result = unsafe {
             match route {
-                Route::Direct(fd) => read_direct(job, block, &target, fd),
+                Route::Direct(file) => read_direct(job, block, &target, file),
                 Route::Cached | Route::Buffered => job.read_buffered(block, &target, 0),
+                Route::Remote => job.read_remote(block, &target),
             }
         };
         match result {
@@ -38,6 +39,7 @@ pub(super) fn work(job: &Job<'_>, worker: usize) -> WorkerStats {
                     Route::Direct(_) => Stage::Direct,
                     Route::Cached => Stage::Cached,
                     Route::Buffered => Stage::Buffered,
+                    Route::Remote => Stage::Remote,
                 };
                 job.record(&mut stats, stage, block, began, worker);
                 job.landed(block, target, &mut stats);
@@ -60,19 +62,19 @@ unsafe fn read_direct(
     job: &Job<'_>,
     block: &Block,
     target: &Target,
-    fd: RawFd,
+    file: &File,
 ) -> Result<(), Error> {
     let (mut done, mut retries) = (0, 0);
     while done < block.need && done % job.file(block).align() == 0 {
         let len = (block.len - done).min(REQUEST) as usize;
         // SAFETY: the sink lends at least `block.len` bytes from `ptr`, to this worker alone.
         let read = unsafe {
-            sys::pread(fd, target.ptr().as_ptr().add(done as usize), len, block.offset + done)
+            sys::pread(file, target.ptr().as_ptr().add(done as usize), len, block.offset + done)
         };
         match read {
             Ok(0) => break,
             Ok(n) => (done, retries) = (done + n as u64, 0),
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+            Err(e) if e.kind() == io::ErrorKind::InvalidInput => {
                 job.file(block).refuse_direct();
                 break;
             }

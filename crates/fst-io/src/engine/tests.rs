@@ -91,7 +91,7 @@ fn bytes_pass_through_scratch_as_they_are() {
     let limits = Limits { block: 64 * KIB, align: files[0].align(), ..Limits::default() };
     let plan = ReadPlan::new(vec![Extent::new(0, 3..bytes.len() as u64)], limits).unwrap();
     for engine in ENGINES {
-        if uring_refusal().is_some() && engine == Engine::Uring {
+        if ResolvedEngine::resolve(engine).is_err() {
             continue;
         }
         let seen = Mutex::new(vec![0; bytes.len()]);
@@ -115,7 +115,7 @@ fn only_files_that_are_read_from_must_not_change() {
     let files = paths.each_ref().map(|path| SourceFile::open(path, None).unwrap());
     OpenOptions::new().append(true).open(&paths[1]).unwrap().set_len(200 * KIB).unwrap();
     for engine in ENGINES {
-        if uring_refusal().is_some() && engine == Engine::Uring {
+        if ResolvedEngine::resolve(engine).is_err() {
             continue;
         }
         let read = |file: u32| {
@@ -146,7 +146,7 @@ fn an_error_in_mid_file_names_the_byte_where_it_is() {
     let page = crate::sys::page_size() as u64;
     let border = start + good.next_multiple_of(page);
     for engine in ENGINES {
-        if uring_refusal().is_some() && engine == Engine::Uring {
+        if ResolvedEngine::resolve(engine).is_err() {
             continue;
         }
         let memory = Path::new("/proc/self/mem");
@@ -184,7 +184,7 @@ fn direct_reads_refused_when_tried_go_through_the_cache() {
     let len = 700 * KIB + 77;
     fs::write(&path, noise(len)).unwrap();
     for engine in [Engine::Uring, Engine::Pread] {
-        if uring_refusal().is_some() && engine == Engine::Uring {
+        if ResolvedEngine::resolve(engine).is_err() {
             continue;
         }
         let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(&path);

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, opcode, squeue, types};
 
-use super::job::{Job, REQUEST, Route};
+use super::job::{Hand, Job, REQUEST, Route};
 use super::pread;
 use crate::error::Error;
 use crate::file::SourceFile;
@@ -34,6 +34,11 @@ const FRESH_AHEAD: u64 = 256 << 20;
 /// How long the kernel may say that it is short of resources, while nothing completes, before that
 /// counts as a failure of the ring.
 const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 30 });
+
+/// The descriptor of a file; of what is no local file -1, which the system refuses.
+fn descriptor(file: &SourceFile) -> RawFd {
+    file.buffered().map_or(-1, AsRawFd::as_raw_fd)
+}
 
 /// Why io_uring cannot be used here, or `None` when it can.
 ///
@@ -93,7 +98,7 @@ impl Registered {
         let submitter = ring.submitter();
         let both = |file: &SourceFile| {
             // -1 leaves a place empty.
-            [file.buffered().as_raw_fd(), file.direct_if_open().map_or(-1, AsRawFd::as_raw_fd)]
+            [descriptor(file), file.direct_if_open().map_or(-1, AsRawFd::as_raw_fd)]
         };
         let mut files: Vec<RawFd> = job.files.iter().flat_map(both).collect();
         if submitter.register_files(&files).is_err() {
@@ -166,8 +171,7 @@ struct Worker<'j, 'a> {
     broken: bool,
     /// Blocks whose memory is there, not yet handed to the kernel.
     ready: VecDeque<Flight<'a>>,
-    /// A block for which there was no memory.
-    in_hand: Option<&'a Block>,
+    hand: Hand<'a>,
     stats: WorkerStats,
 }
 
@@ -184,7 +188,7 @@ impl<'j, 'a> Worker<'j, 'a> {
             queued: VecDeque::with_capacity(depth),
             broken: false,
             ready: VecDeque::with_capacity(AHEAD),
-            in_hand: None,
+            hand: Hand::default(),
             stats: WorkerStats::default(),
         }
     }
@@ -224,23 +228,17 @@ impl<'j, 'a> Worker<'j, 'a> {
     /// Makes the next block ready to be read: gets memory for it and faults that in. Resident
     /// blocks are copied at once. False when there are no more blocks, or no memory now.
     fn prepare(&mut self) -> bool {
-        let block = self.in_hand.take().filter(|_| !self.job.is_stopped());
-        let Some(block) = block.or_else(|| self.job.next()) else {
-            return false;
-        };
         // With requests in flight, waiting for them is waiting for memory too; without, the sink
         // must block, or the loop would spin.
         let wait = self.in_flight() == 0;
-        let Some(target) = self.job.reserve(block, wait, &mut self.stats) else {
-            if !wait && !self.job.is_stopped() {
-                self.in_hand = Some(block);
-            }
+        let Some((block, target)) = self.job.next(&mut self.hand, wait, &mut self.stats) else {
             return false;
         };
         let began = Instant::now();
         let (fd, direct) = match self.job.route(block) {
-            Route::Direct(fd) => (fd, true),
-            Route::Buffered => (self.job.file(block).buffered().as_raw_fd(), false),
+            Route::Direct(file) => (file.as_raw_fd(), true),
+            // Files that are not local are read by another engine: the system refuses their descriptor.
+            Route::Buffered | Route::Remote => (descriptor(self.job.file(block)), false),
             Route::Cached => {
                 self.copy(block, target, began);
                 return true;

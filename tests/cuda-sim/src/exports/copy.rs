@@ -111,6 +111,7 @@ fn copy(
             }
         }
     };
+    w.clock.spend_each(w.clock.costs.copy, w.clock.costs.copy_more);
     let position = w.enqueue(stream, Work::Copy { dst, src: source, shape });
     if must_finish {
         w.host.set_call_target(target);
@@ -126,6 +127,7 @@ fn set(w: &mut World, dst: u64, value: u8, len: usize, stream: u64) -> Result<(u
     if len > 0 {
         on_device(w, Side::Device, dst, len)?;
     }
+    w.clock.spend(w.clock.costs.copy);
     Ok((stream, w.enqueue(stream, Work::Set { dst, value, len })))
 }
 

@@ -59,13 +59,15 @@ api! {
             10 => 32,                                   // WARP_SIZE
             11 => i32::MAX,                             // MAX_PITCH
             16 => 4,                                    // MULTIPROCESSOR_COUNT
+            18 => w.integrated as i32,                  // INTEGRATED
             19 => 1,                                    // CAN_MAP_HOST_MEMORY
             34 => device,                               // PCI_DEVICE_ID
             39 => 1536,                                 // MAX_THREADS_PER_MULTIPROCESSOR
             40 => 2,                                    // ASYNC_ENGINE_COUNT
             41 => 1,                                    // UNIFIED_ADDRESSING
-            75 => 8,                                    // COMPUTE_CAPABILITY_MAJOR
-            76 => 0,                                    // COMPUTE_CAPABILITY_MINOR
+            75 => (w.capability / 10) as i32,           // COMPUTE_CAPABILITY_MAJOR
+            76 => (w.capability % 10) as i32,           // COMPUTE_CAPABILITY_MINOR
+            88 | 100 => (w.integrated || w.coherent) as i32, // PAGEABLE_MEMORY_ACCESS, _USES_HOST_PAGE_TABLES
             91 => w.host_pointers as i32,               // CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
             99 => 1,                                    // HOST_REGISTER_SUPPORTED
             113 => w.read_only_register as i32,         // READ_ONLY_HOST_REGISTER_SUPPORTED

@@ -14,11 +14,13 @@ fn allocate(w: &mut World, out: *mut u64, len: usize) -> Outcome {
     if len == 0 {
         return Err(ERROR_INVALID_VALUE);
     }
-    if w.devices[here].used + len as u64 > w.memory_limit {
+    let taken = w.taken(len);
+    if w.devices[here].used + taken > w.memory_limit {
         return Err(ERROR_OUT_OF_MEMORY);
     }
     let address = w.memory.allocate(here, len).ok_or(ERROR_OUT_OF_MEMORY)?;
-    w.devices[here].used += len as u64;
+    w.devices[here].used += taken;
+    w.clock.spend_on(w.clock.costs.allocate, w.clock.costs.allocate_mib, len);
     put(out, address)
 }
 
@@ -75,7 +77,8 @@ api! {
         }
         match w.memory.free(address) {
             Ok((len, device)) => {
-                w.devices[device].used -= len as u64;
+                w.devices[device].used -= w.taken(len);
+                w.clock.spend(w.clock.costs.free);
                 Ok(())
             }
             Err(twice) => {
@@ -100,12 +103,14 @@ api! {
             return Err(ERROR_INVALID_VALUE);
         }
         let address = w.host.allocate(here, len).ok_or(ERROR_OUT_OF_MEMORY)?;
+        w.clock.spend_on(w.clock.costs.pin, w.clock.costs.pin_mib, len);
         put(out, address)
     }
     fn cuMemFreeHost(p: *mut c_void) |w| {
         w.here()?;
         let address = p as u64;
         if let Some(len) = w.host.len_at(address) {
+            w.clock.spend_on(w.clock.costs.unpin, w.clock.costs.unpin_mib, len);
             w.check_unused("cuMemFreeHost", address, len);
         }
         if w.host.remove(address, true).is_none() {
@@ -122,10 +127,14 @@ api! {
         if flags & READ_ONLY != 0 && !w.read_only_register {
             return Err(ERROR_NOT_SUPPORTED);
         }
+        w.clock.spend_on(w.clock.costs.pin, w.clock.costs.pin_mib, len);
         if !populate(p as u64, len) {
             return Err(ERROR_INVALID_VALUE);
         }
         let (writable, file) = mapping(p as u64);
+        if file && let Some(code) = w.injected("register:file", Some(here)) {
+            return Err(code);
+        }
         // What the process itself may not write is for reading only.
         if !writable && flags & READ_ONLY == 0 {
             return Err(ERROR_INVALID_VALUE);
@@ -140,6 +149,7 @@ api! {
         w.here()?;
         let address = p as u64;
         if let Some(len) = w.host.len_at(address) {
+            w.clock.spend_on(w.clock.costs.unpin, w.clock.costs.unpin_mib, len);
             w.check_unused("cuMemHostUnregister", address, len);
         }
         if w.host.remove(address, false).is_none() {

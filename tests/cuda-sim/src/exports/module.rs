@@ -1,7 +1,9 @@
-//! Modules and launches: PTX gives names and parameter sizes, host functions do the work.
+//! Modules and launches: PTX (of a fat binary, too) gives names and parameter sizes, host functions do the
+//! work.
 
 use super::{api, put};
 use crate::codes::*;
+use crate::fatbin;
 use crate::queue::{HostKernel, Work};
 use crate::world::{Outcome, World};
 use std::ffi::{CStr, c_char, c_void};
@@ -11,10 +13,34 @@ fn load(w: &mut World, out: *mut u64, image: *const c_void) -> Outcome {
     if image.is_null() {
         return Err(ERROR_INVALID_VALUE);
     }
-    // SAFETY: the image is PTX text, NUL-terminated, as the API asks.
-    let text = unsafe { CStr::from_ptr(image.cast::<c_char>()) };
-    let entries = text.to_str().ok().and_then(crate::ptx::entries).ok_or(ERROR_INVALID_PTX)?;
+    // SAFETY: PTX is NUL-terminated, and one of ours is longer than a fat binary's header; as the API asks.
+    let header = unsafe { std::slice::from_raw_parts(image.cast::<u8>(), 16) };
+    let (text, compiled) = match fatbin::len(header) {
+        Some(_) if !image.addr().is_multiple_of(8) => return Err(ERROR_INVALID_VALUE),
+        Some(len) => {
+            // SAFETY: the length that the header says.
+            let bytes = unsafe { std::slice::from_raw_parts(image.cast::<u8>(), len) };
+            let images = fatbin::images(bytes).ok_or(ERROR_INVALID_IMAGE)?;
+            let fits = |image: &fatbin::Image| {
+                let (has, wants) = (w.capability, image.architecture);
+                image.is_code && has / 10 == wants / 10 && has >= wants
+            };
+            let compiled = images.iter().any(fits);
+            let ptx = images.into_iter().find(|image| !image.is_code);
+            (ptx.ok_or(ERROR_NO_BINARY_FOR_GPU)?.bytes, compiled)
+        }
+        None => {
+            // SAFETY: PTX text, NUL-terminated, as the API asks.
+            (unsafe { CStr::from_ptr(image.cast::<c_char>()) }.to_bytes().to_vec(), false)
+        }
+    };
+    let text = std::str::from_utf8(&text).map_err(|_| ERROR_INVALID_PTX)?;
+    let entries = crate::ptx::entries(text).ok_or(ERROR_INVALID_PTX)?;
     let id = w.id();
+    let kibibytes = (text.len() as u64) >> 10;
+    let costs = &w.clock.costs;
+    w.clock.spend(if compiled { costs.module } else { kibibytes * costs.jit_kib });
+    w.compiled_here += u64::from(!compiled);
     w.modules.insert(id, (here, entries));
     put(out, id)
 }
@@ -123,6 +149,7 @@ api! {
                 }
             })
             .collect();
+        w.clock.spend(w.clock.costs.launch);
         w.enqueue(stream, Work::Launch { kernel, grid, block, params });
         Ok(())
     }

@@ -10,6 +10,7 @@ use std::sync::{Mutex, PoisonError};
 fn create(w: &mut World, out: *mut u64, flags: u32) -> Outcome {
     let here = w.here()?;
     let id = w.id();
+    w.clock.spend(w.clock.costs.stream);
     w.streams.insert(id, Stream::new(here, false, flags & 1 == 0));
     put(out, id)
 }
@@ -51,6 +52,7 @@ api! {
     fn cuEventCreate(out: *mut u64, _flags: u32) |w| {
         let device = w.here()?;
         let id = w.id();
+        w.clock.spend(w.clock.costs.event);
         w.events.insert(id, Event { device, record: None, queries: 0 });
         put(out, id)
     }
@@ -75,6 +77,9 @@ api! {
         w.here()?;
         let Some((stream, upto)) = event(w, handle)?.record else { return Ok(()) };
         let patience = w.patience;
+        if w.takes_longer(stream, upto) {
+            return Err(ERROR_NOT_READY);
+        }
         if w.streams.get(&stream).is_some_and(|s| s.done < upto)
             && let Some(e) = w.events.get_mut(&handle)
         {
@@ -134,8 +139,11 @@ pub unsafe extern "C" fn cuStreamQuery(stream: u64) -> i32 {
     let code = enter("cuStreamQuery", |w| {
         let id = w.stream(stream)?;
         let patience = w.patience;
+        let upto = w.streams.get(&id).map_or(0, |s| s.queued);
+        if w.takes_longer(id, upto) {
+            return Err(ERROR_NOT_READY);
+        }
         let Some(s) = w.streams.get_mut(&id) else { return Ok(()) };
-        let upto = s.queued;
         if s.done < upto {
             s.queries += 1;
             if s.queries <= patience {

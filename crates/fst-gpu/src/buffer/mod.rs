@@ -1,6 +1,0 @@
-//! Memory: arenas on devices, pinned staging blocks on the host,
-//! and host memory of the caller's that copy engines may read.
-
-pub mod device;
-pub mod pinned;
-pub mod registered;
