@@ -133,7 +133,8 @@ impl Split {
             return start..start + each + u64::from(rank < extra);
         }
         let block = count.div_ceil(world);
-        (rank * block).min(count)..((rank + 1) * block).min(count)
+        // Of an empty tensor `count` may be all that fits: the last end is then beyond it.
+        rank.saturating_mul(block).min(count)..(rank + 1).saturating_mul(block).min(count)
     }
 
     /// Ranks at which the size of the block of `count` units may change.

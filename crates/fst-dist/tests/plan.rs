@@ -281,6 +281,16 @@ fn padding_does_not_make_a_shape_overflow_that_is_empty() {
     assert!(matches!(error, PlanError::Shard { .. }), "{error:?}");
 }
 
+#[test]
+fn the_last_part_of_a_dimension_ends_within_a_number() {
+    let shape = vec![0, u64::MAX, 0];
+    let table = [TensorDesc { name: "t".into(), bits: 4, shape, shard: 0, file_range: 0..0 }];
+    let planner = Planner::new(Topology::one_node(4096));
+    let plan = planner.plan(table, |_| Split::along(1).heads(1).into()).unwrap();
+    let last = plan.rank(4095).outputs()[0].shape.clone();
+    assert_eq!(last, [0, (1 << 52) - 1, 0]);
+}
+
 /// Dimensions and numbers around those that overflow.
 fn extreme() -> impl Strategy<Value = u64> {
     prop_oneof![
