@@ -98,12 +98,17 @@ fn a_second_load_takes_what_the_first_left() {
             assert!(last < first / 2 + 500, "{costs:?}");
         }
     }
-    // Memory checks count what is kept; who needs it gets it.
+    // Memory checks count what is kept; who needs it gets it. What other processes take and give back meanwhile
+    // shows as well: so it is tried again.
     let available = || fst::AvailableMemory::now().unwrap().bytes;
-    let kept = fst::io::kept_bytes();
-    let before = available();
-    assert_eq!(fst::io::release_kept(), kept);
-    assert!(available().abs_diff(before) < kept / 2, "{kept} kept");
+    let unchanged = (0..20).any(|_| {
+        drop(Loader::new().keep_memory(bound).load(&checkpoints[0]).unwrap());
+        let (kept, before) = (fst::io::kept_bytes(), available());
+        assert!(kept >= bytes, "{kept} of {bytes} bytes");
+        assert_eq!(fst::io::release_kept(), kept);
+        available().abs_diff(before) < kept / 2
+    });
+    assert!(unchanged, "what is kept does not count as available");
     // The bound holds, whoever dropped what.
     let loader = Loader::new().keep_memory(40 << 20);
     let tensors: Vec<Tensor> = loader.load(&checkpoints[0]).unwrap().into_iter().collect();
