@@ -14,7 +14,7 @@ use crate::index::{Index, MAX_INDEX_LEN};
 use crate::names::NameTable;
 use crate::reading;
 use crate::remote::{self, Cache, Object};
-use crate::{Dtype, Error, Header, HeaderTensor, Metadata, open};
+use crate::{Dtype, Error, Header, HeaderTensor, Metadata, hub, open};
 
 /// The tensors of a checkpoint and the files that hold them. Headers only: no file stays open but those that
 /// were [given](Checkpoint::from_files) open.
@@ -227,6 +227,27 @@ impl Checkpoint {
     /// disagrees, and a tensor's name in two shards, or in one that is there twice.
     pub fn open(path: impl AsRef<Path>) -> Result<Checkpoint, Error> {
         Self::open_all([path])
+    }
+
+    /// Opens a model of the Hugging Face hub, `org/name`, that was downloaded into the hub's local cache
+    /// ([`hub::find`](crate::hub::find) says where and which revision that is). The network is never used.
+    ///
+    /// ```no_run
+    /// use fst_format::{Checkpoint, Error};
+    ///
+    /// match Checkpoint::open_cached("org/name", Some("v1.0")) {
+    ///     Ok(checkpoint) => println!("{} tensors", checkpoint.tensors().len()),
+    ///     Err(error @ Error::NotCached { .. }) => eprintln!("{error}"), // says what downloads it
+    ///     Err(error) => return Err(error),
+    /// }
+    /// # Ok::<(), Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotCached`], and as [`Checkpoint::open`] and [`hub::find`](crate::hub::find).
+    pub fn open_cached(id: &str, revision: Option<&str>) -> Result<Checkpoint, Error> {
+        Self::open(hub::find(id, revision)?)
     }
 
     /// Opens several paths, each as [`Checkpoint::open`] would, as one checkpoint.

@@ -369,6 +369,22 @@ pub enum Error {
         /// Names of its snapshots, sorted.
         snapshots: Vec<String>,
     },
+    /// A model of the Hugging Face hub, or this revision of it, is not in the hub's cache on this machine.
+    #[error("{}", Uncached(id, revision.as_deref(), folder.as_deref()))]
+    NotCached {
+        /// The model's id.
+        id: String,
+        /// The revision asked for, if one was.
+        revision: Option<String>,
+        /// Where the model would be; `None` where no folder is known to hold the cache.
+        folder: Option<PathBuf>,
+    },
+    /// What was to name a model of the Hugging Face hub.
+    #[error("{id:?} is not the id of a model of the Hugging Face hub, which is written ORG/NAME")]
+    NotAModel {
+        /// What was given.
+        id: String,
+    },
     /// A folder without index holds some of the files of a numbered set, not all.
     #[error("{}: folder lacks shard {missing}", folder.display())]
     IncompleteSet {
@@ -507,6 +523,29 @@ impl fmt::Display for Snapshots<'_> {
             [] => f.write_str("none was downloaded"),
             names => write!(f, "name one of snapshots/: {}", names.join(", ")),
         }
+    }
+}
+
+/// A model, its revision, and its folder in the cache.
+struct Uncached<'a>(&'a str, Option<&'a str>, Option<&'a Path>);
+
+impl fmt::Display for Uncached<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(id, revision, folder) = *self;
+        let Some(folder) = folder else {
+            let set = "set HF_HUB_CACHE or HF_HOME";
+            return write!(f, "{id}: the hub's cache is in no known folder: {set}");
+        };
+        match revision {
+            None => write!(f, "{id}: no snapshot of it in the hub's cache, {}", folder.display())?,
+            Some(revision) => {
+                let folder = folder.display();
+                write!(f, "{id}: no revision {revision:?} of it in the hub's cache, {folder}")?;
+            }
+        }
+        write!(f, "; `hf download {id}")?;
+        revision.map_or(Ok(()), |revision| write!(f, " --revision {revision}"))?;
+        f.write_str("` downloads it")
     }
 }
 

@@ -34,7 +34,7 @@ pub(crate) enum Choice {
 /// Looks at `folder` and applies the rules above. A repository's folder in the cache of the Hugging Face
 /// hub, `models--ORG--NAME`, stands for its snapshot.
 pub(crate) fn choose(folder: &Path) -> Result<Choice, Error> {
-    match snapshot(folder)? {
+    match current_snapshot(folder)? {
         Some(snapshot) => choose_in(&snapshot),
         None => choose_in(folder),
     }
@@ -79,7 +79,7 @@ fn names(folder: &Path) -> Result<Vec<OsString>, Error> {
 
 /// The snapshot that a folder of the hub's cache stands for: the one that `refs/main` names, or the only
 /// one. `None` for other folders.
-fn snapshot(folder: &Path) -> Result<Option<PathBuf>, Error> {
+pub(crate) fn current_snapshot(folder: &Path) -> Result<Option<PathBuf>, Error> {
     let snapshots = folder.join("snapshots");
     if !folder.join("refs").is_dir() && !folder.join("blobs").is_dir() || !snapshots.is_dir() {
         return Ok(None);
